@@ -1,0 +1,1 @@
+"""The daemon between trainer ranks and target workers: ROUTER to ROUTER, never a tensor opened."""

@@ -1,0 +1,41 @@
+"""What can be set about a broker's behaviour, each default with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from broker.protocol import Limits
+from broker.protocol.limits import MIB
+
+
+@dataclass(frozen=True)
+class BrokerConfig:
+    """Rules that the broker keeps and, where they bind peers, says in its welcome."""
+
+    limits: Limits = field(default_factory=Limits)
+    #: Requests one client may have here at once. Prefetch is rarely deeper than 8; what is over
+    #: waits in the client, where it costs the broker nothing.
+    window: int = 16
+    #: Peers say something this often; a restarted broker hears of all in a second.
+    heartbeat_s: float = 1.0
+    #: Silence after which a peer counts as lost: five heartbeats, so that no single one matters.
+    liveness_s: float = 5.0
+    #: A request that was on this many workers when they died is refused: it is the likely cause.
+    max_losses: int = 3
+    #: A named model that no worker serves is an error only after this, so that a pool that is just
+    #: starting, or reconnecting to a restarted broker, is waited for.
+    model_grace_s: float = 10.0
+    #: Answers kept until the client says it has them: a resend costs no second forward.
+    held_answer_bytes: int = 256 * MIB
+    #: Vocab mappings kept; a mapping of 32,000 ids is 256 KB.
+    held_mapping_bytes: int = 64 * MIB
+
+    def __post_init__(self) -> None:
+        for name in ("window", "heartbeat_s", "liveness_s", "max_losses"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.liveness_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"liveness_s ({self.liveness_s}) must be at least twice heartbeat_s "
+                f"({self.heartbeat_s}), or one late heartbeat takes a healthy peer down"
+            )

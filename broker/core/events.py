@@ -1,0 +1,73 @@
+"""What the core is told, and what it answers."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+from broker.protocol.wire import Buffer, Packet
+
+
+class Side(enum.Enum):
+    """Which ROUTER socket a connection belongs to."""
+
+    CLIENT = "client"
+    WORKER = "worker"
+
+
+@dataclass(frozen=True)
+class Received:
+    """A well-formed message came. ``connection`` is the ROUTER's name for it, never the peer's."""
+
+    side: Side
+    connection: bytes
+    packet: Packet
+
+
+@dataclass(frozen=True)
+class BadBytes:
+    """Something came that is not a message; ``error`` says why."""
+
+    side: Side
+    connection: bytes
+    error: str
+    other_version: bool = False
+
+
+@dataclass(frozen=True)
+class ConnectionLost:
+    """The transport says that the connection is gone."""
+
+    side: Side
+    connection: bytes
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = Union[Received, BadBytes, ConnectionLost, Tick]  # noqa: UP007
+
+
+@dataclass(frozen=True)
+class Send:
+    """Put these frames on this connection."""
+
+    side: Side
+    connection: bytes
+    frames: tuple[Buffer, ...]
+
+
+@dataclass(frozen=True)
+class Log:
+    """Something an operator may want to know. ``event`` is a stable name."""
+
+    level: str
+    event: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+Action = Union[Send, Log]  # noqa: UP007

@@ -1,0 +1,88 @@
+"""Looking at a broker core: its invariants, and what operators are shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from broker.core.machine import BrokerCore
+
+
+def validate(core: BrokerCore) -> None:
+    """Check every invariant of the core; raises ``AssertionError``."""
+    connected = [client for client in core.clients.values() if client.connection is not None]
+    assert {client.connection: client for client in connected} == core.client_connections
+    assert {w.connection: w for w in core.workers.values()} == core.worker_connections
+    for client in core.clients.values():
+        assert len(client.requests) <= core.config.window
+        assert all(core.entries[request_id].client == client.id for request_id in client.requests)
+    for name, pool in core.pools.items():
+        assert pool.description.model == name
+        assert all(core.workers[worker.id] is worker for worker in pool.workers.values())
+    for worker in core.workers.values():
+        assert core.pools[worker.model].workers[worker.id] is worker
+        assert worker.free >= 0
+    for request_id, entry in core.entries.items():
+        assert entry.id == request_id
+        assert request_id not in core.answers
+        queue = core.pools[entry.pool].queue if entry.pool else ()
+        places = {
+            "running": bool(entry.workers),
+            "without a pool": request_id in core.poolless,
+            "without its mapping": request_id in core.mappingless.get(entry.request.mapping_id, {}),
+            "queued": entry in queue,
+        }
+        assert sum(places.values()) == 1, f"{entry} is in these places: {places}"
+        assert all(request_id in core.workers[worker].running for worker in entry.workers)
+    core.mappings.validate()
+    core.answers.validate()
+
+
+def snapshot(core: BrokerCore, now: float) -> dict[str, Any]:
+    """What ``/status`` and ``draftmq status`` show: plain values, nothing of any tensor."""
+    running = sum(1 for entry in core.entries.values() if entry.workers)
+    return {
+        "broker": core.incarnation,
+        "requests": {
+            "running": running,
+            "queued": sum(len(pool.queue) for pool in core.pools.values()),
+            "without_worker": len(core.poolless),
+            "without_mapping": sum(len(waiting) for waiting in core.mappingless.values()),
+        },
+        "models": {
+            name: {
+                "fingerprint": pool.description.fingerprint,
+                "encodings": list(pool.description.encodings),
+                "workers": len(pool.workers),
+                "queued": len(pool.queue),
+            }
+            for name, pool in sorted(core.pools.items())
+        },
+        "workers": [
+            {
+                "worker": worker.id,
+                "model": worker.model,
+                "state": "draining" if worker.draining else "busy" if worker.running else "idle",
+                "running": len(worker.running),
+                "credits": worker.credits,
+                "answered": worker.answered,
+                "tokens_per_s": 1 / worker.seconds_per_token if worker.seconds_per_token else None,
+                "silent_s": round(now - worker.last_seen, 3),
+            }
+            for worker in sorted(core.workers.values(), key=lambda worker: worker.id)
+        ],
+        "clients": [
+            {
+                "client": client.id,
+                "job": client.job,
+                "rank": client.rank,
+                "requests": len(client.requests),
+                "connected": client.connection is not None,
+                "silent_s": round(now - client.last_seen, 3),
+            }
+            for client in sorted(core.clients.values(), key=lambda client: client.id)
+        ],
+        "held_answers": len(core.answers),
+        "held_answer_bytes": core.answers.held_bytes,
+        "counters": dict(core.counters),
+    }

@@ -1,0 +1,599 @@
+"""The broker as a state machine: ``handle(event, now) -> actions``.
+
+Nothing here blocks, sleeps, reads a clock or draws a random number, so a schedule of events
+replays. The broker holds no state that its peers could not tell it again: after a restart clients
+resend, workers say what they hold, and mappings are asked for by their hash.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from broker.core.config import BrokerConfig
+from broker.core.events import Action, BadBytes, ConnectionLost, Event, Log, Received, Send, Side
+from broker.core.schedule import choose_worker, expected_finish, learn_speed
+from broker.core.state import ClientSession, Entry, PacketStore, Pool, WorkerSession
+from broker.protocol import Packet, encode, mapping_id
+from broker.protocol import messages as m
+
+
+class BrokerCore:
+    """Who is there, who waits, who works on what.
+
+    ``incarnation`` names this life of the broker and must differ from any other's.
+    """
+
+    def __init__(self, incarnation: str, config: BrokerConfig | None = None) -> None:
+        self.incarnation = incarnation
+        self.config = config or BrokerConfig()
+        self.clients: dict[str, ClientSession] = {}
+        self.workers: dict[str, WorkerSession] = {}
+        self.client_connections: dict[bytes, ClientSession] = {}
+        self.worker_connections: dict[bytes, WorkerSession] = {}
+        self.pools: dict[str, Pool] = {}
+        #: every accepted request that is not answered yet
+        self.entries: dict[m.RequestId, Entry] = {}
+        #: requests that no pool can take yet, in order of arrival
+        self.poolless: dict[m.RequestId, Entry] = {}
+        #: mapping -> requests that wait for its content
+        self.mappingless: dict[str, dict[m.RequestId, Entry]] = {}
+        self.mappings: PacketStore[str] = PacketStore(self.config.held_mapping_bytes)
+        self.answers: PacketStore[m.RequestId] = PacketStore(self.config.held_answer_bytes)
+        self.counters: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
+        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
+        self._timer_numbers = itertools.count()
+        self._actions: list[Action] = []
+
+    # -- the only way in ------------------------------------------------------------------------
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event; say what is to be sent and logged. ``now`` is monotonic seconds."""
+        self._actions = []
+        if isinstance(event, Received):
+            self._received(event, now)
+        elif isinstance(event, ConnectionLost):
+            self._connection_lost(event.side, event.connection, now)
+        elif isinstance(event, BadBytes):
+            self.counters["bad_messages"] += 1
+            self._log("warning", "bad_message", side=event.side.value, error=event.error)
+            if event.other_version:
+                self._send(event.side, event.connection, m.Refused("version", event.error))
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2](now)
+        return self._actions
+
+    @property
+    def next_timer(self) -> float | None:
+        """When :class:`Tick` should come at the latest."""
+        return self._timers[0][0] if self._timers else None
+
+    def goodbye(self) -> list[Action]:
+        """Tell all peers that this broker stops."""
+        self._actions = []
+        for connection in self.client_connections:
+            self._send(Side.CLIENT, connection, m.Goodbye("the broker stops"))
+        for connection in self.worker_connections:
+            self._send(Side.WORKER, connection, m.Goodbye("the broker stops"))
+        return self._actions
+
+    def _received(self, event: Received, now: float) -> None:
+        message = event.packet.message
+        handlers = _FROM_CLIENT if event.side is Side.CLIENT else _FROM_WORKER
+        handler = handlers.get(type(message))
+        if handler is None:
+            self.counters["bad_messages"] += 1
+            self._log(
+                "warning", "wrong_message", side=event.side.value, kind=type(message).__name__
+            )
+            return
+        if isinstance(message, (m.ClientHello, m.WorkerHello)):
+            handler(self, event.connection, event.packet, now)
+            return
+        connections: dict[bytes, Any] = (
+            self.client_connections if event.side is Side.CLIENT else self.worker_connections
+        )
+        session = connections.get(event.connection)
+        if session is None:
+            self._send(event.side, event.connection, m.HelloWanted(self.incarnation))
+            return
+        session.last_seen = now
+        handler(self, session, event.packet, now)
+
+    def _connection_lost(self, side: Side, connection: bytes, now: float) -> None:
+        if side is Side.WORKER:
+            worker = self.worker_connections.get(connection)
+            if worker is not None:
+                self._lose_worker(worker, "its connection closed", now)
+            return
+        client = self.client_connections.pop(connection, None)
+        if client is not None:
+            client.connection = None
+            client.last_seen = now
+            self._log(
+                "info", "client_disconnected", client=client.id, requests=len(client.requests)
+            )
+
+    # -- clients --------------------------------------------------------------------------------
+
+    def _client_hello(self, connection: bytes, packet: Packet, now: float) -> None:
+        hello = cast(m.ClientHello, packet.message)
+        client = self.clients.get(hello.client)
+        if client is not None and hello.incarnation < client.incarnation:
+            self._send(Side.CLIENT, connection, _fenced(hello.client, hello, client))
+            return
+        if client is not None and hello.incarnation > client.incarnation:
+            self._forget_client(client, "a newer life of it said hello", now)
+            if client.connection is not None:
+                self._send(Side.CLIENT, client.connection, _fenced(client.id, client, hello))
+            client = None
+        if client is None:
+            client = ClientSession(
+                hello.client, hello.incarnation, hello.job, hello.rank, connection, now
+            )
+            self.clients[client.id] = client
+            self._log("info", "client_joined", client=client.id, job=client.job, rank=client.rank)
+            self._watch_client(client)
+        elif client.connection is not None:
+            del self.client_connections[client.connection]
+        client.connection = connection
+        client.last_seen = now
+        self.client_connections[connection] = client
+        self._send(Side.CLIENT, connection, self._welcome(self.config.window))
+
+    def _client_heartbeat(self, client: ClientSession, packet: Packet, now: float) -> None:
+        waits = any(request_id in self.poolless for request_id in client.requests)
+        self._answer(client, m.Heartbeat(0 if waits else len(self.workers)))
+
+    def _client_goodbye(self, client: ClientSession, packet: Packet, now: float) -> None:
+        self._forget_client(client, cast(m.Goodbye, packet.message).reason, now)
+
+    def _watch_client(self, client: ClientSession) -> None:
+        def check(now: float) -> None:
+            if self.clients.get(client.id) is not client:
+                return
+            if now < client.last_seen + self.config.liveness_s:
+                self._expire(client, now)
+                self._watch_client(client)
+            else:
+                self._forget_client(client, f"silent for {now - client.last_seen:.1f} s", now)
+
+        self._at(client.last_seen + self.config.liveness_s, check)
+
+    def _forget_client(self, client: ClientSession, reason: str, now: float) -> None:
+        del self.clients[client.id]
+        if client.connection is not None:
+            del self.client_connections[client.connection]
+        for request_id in list(client.requests):
+            self._drop(self.entries[request_id], cancel=True)
+        self._log("info", "client_left", client=client.id, reason=reason)
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def _request(self, client: ClientSession, packet: Packet, now: float) -> None:
+        request = cast(m.Request, packet.message)
+        if (request.id.client, request.id.incarnation) != (client.id, client.incarnation):
+            self._log("warning", "foreign_request", client=client.id, request=str(request.id))
+            return
+        key = request.id
+        held = self.answers.get(key)
+        entry = self.entries.get(key)
+        if held is not None:
+            self.counters["answered_again"] += 1
+            self._forward(Side.CLIENT, client.connection, held)
+        elif entry is not None:
+            self._asked_again(entry, packet, client, now)
+        elif len(client.requests) >= self.config.window:
+            text = (
+                f"{len(client.requests)} requests are under way, the window is {self.config.window}"
+            )
+            self._answer(client, m.Failure(request.id, "over_window", text))
+        else:
+            entry = Entry(request, packet, client.job, now, now + request.ttl_s)
+            self.entries[key] = entry
+            client.requests.add(request.id)
+            self.counters["requests"] += 1
+            self._route(entry, now)
+
+    def _asked_again(self, entry: Entry, packet: Packet, client: ClientSession, now: float) -> None:
+        self.counters["resends"] += 1
+        entry.expires_at = now + entry.request.ttl_s
+        if entry.packet is None:  # a worker brought it along from before a restart
+            entry.packet, entry.request, entry.job = (
+                packet,
+                cast(m.Request, packet.message),
+                client.job,
+            )
+            client.requests.add(entry.id)
+        if entry.id in self.mappingless.get(entry.request.mapping_id, {}):
+            self._answer(client, m.MappingWanted(entry.request.mapping_id))
+
+    def _route(self, entry: Entry, now: float, *, again: bool = False) -> None:
+        """Put an entry where it has to wait: for a pool, for its mapping, or for a worker."""
+        pool = self._pool_of(entry)
+        if pool is None:
+            self.poolless[entry.id] = entry
+            self._at(now + self.config.model_grace_s, lambda now: self._still_poolless(entry, now))
+            return
+        entry.pool = pool.description.model
+        mapping = entry.request.mapping_id
+        if mapping and mapping not in self.mappings:
+            waiting = self.mappingless.setdefault(mapping, {})
+            waiting[entry.id] = entry
+            if (client := self.clients.get(entry.client)) is not None:
+                self._answer(client, m.MappingWanted(mapping))
+            return
+        pool.queue.push(entry, again=again)
+        self._dispatch(pool, now)
+
+    def _pool_of(self, entry: Entry) -> Pool | None:
+        model = entry.pool or entry.request.model
+        if model:
+            return self.pools.get(model)
+        return next(iter(self.pools.values())) if len(self.pools) == 1 else None
+
+    def _still_poolless(self, entry: Entry, now: float) -> None:
+        if entry.id not in self.poolless:
+            return
+        if not self.pools:
+            self._at(now + self.config.model_grace_s, lambda now: self._still_poolless(entry, now))
+            return
+        wanted = entry.request.model
+        there = ", ".join(sorted(self.pools))
+        text = (
+            f"no worker serves the model {wanted!r}; the models here are: {there}"
+            if wanted
+            else f"the request names no model and the broker has several: {there}; name one"
+        )
+        self._finish(entry, encode(m.Failure(entry.id, "unknown_model", text)))
+
+    def _expire(self, client: ClientSession, now: float) -> None:
+        """Answer what nobody wants any more. The client keeps the exact deadline itself."""
+        for entry in [self.entries[request_id] for request_id in client.requests]:
+            if now >= entry.expires_at:
+                self.counters["expired"] += 1
+                waited = f"nobody answered within {now - entry.accepted_at:.1f} s"
+                story = "; ".join([waited, *entry.story])
+                self._finish(entry, encode(m.Failure(entry.id, "expired", story)))
+
+    def _cancel(self, client: ClientSession, packet: Packet, now: float) -> None:
+        request_id = cast(m.Cancel, packet.message).id
+        entry = self.entries.get(request_id)
+        if entry is not None and request_id in client.requests:
+            self._drop(entry, cancel=True)
+
+    def _acknowledged(self, client: ClientSession, packet: Packet, now: float) -> None:
+        for request_id in cast(m.Received, packet.message).ids:
+            if request_id.client == client.id:
+                self.answers.discard(request_id)
+
+    def _mapping_offer(self, client: ClientSession, packet: Packet, now: float) -> None:
+        offer = cast(m.MappingOffer, packet.message)
+        content = mapping_id(offer.vocab_size, packet.payload)
+        if content != offer.mapping_id:
+            self.counters["bad_messages"] += 1
+            self._log(
+                "warning", "false_mapping", client=client.id, said=offer.mapping_id, is_=content
+            )
+            return
+        self.mappings.put(offer.mapping_id, packet)
+        for entry in self.mappingless.pop(offer.mapping_id, {}).values():
+            self._route(entry, now)
+
+    # -- workers --------------------------------------------------------------------------------
+
+    def _worker_hello(self, connection: bytes, packet: Packet, now: float) -> None:
+        hello = cast(m.WorkerHello, packet.message)
+        before = self.workers.get(hello.worker)
+        if before is not None and hello.incarnation < before.incarnation:
+            self._send(Side.WORKER, connection, _fenced(hello.worker, hello, before))
+            return
+        pool = self.pools.get(hello.model.model)
+        if pool is not None and pool.description.identity() != hello.model.identity():
+            self._refuse_model(connection, hello, pool)
+            return
+        if before is not None:
+            self._rejoin_or_replace(before, hello, now)
+        if pool is None or hello.model.model not in self.pools:
+            pool = self.pools[hello.model.model] = Pool(hello.model)
+        worker = WorkerSession(
+            hello.worker, hello.incarnation, hello.model.model, connection, hello.credits, now
+        )
+        if before is not None:
+            worker.seconds_per_token = before.seconds_per_token
+        self.workers[worker.id] = pool.workers[worker.id] = worker
+        self.worker_connections[connection] = worker
+        self._send(Side.WORKER, connection, self._welcome(0))
+        self._log(
+            "info", "worker_joined", worker=worker.id, model=worker.model, credits=worker.credits
+        )
+        self._adopt(worker, hello.held, now)
+        self._watch_worker(worker)
+        for entry in list(self.poolless.values()):
+            if self._pool_of(entry) is not None:
+                del self.poolless[entry.id]
+                self._route(entry, now)
+        self._dispatch(pool, now)
+
+    def _refuse_model(self, connection: bytes, hello: m.WorkerHello, pool: Pool) -> None:
+        ours, theirs = pool.description.identity(), hello.model.identity()
+        differing = [name for name in ours if ours[name] != theirs[name]]
+        text = (
+            f"the pool {hello.model.model!r} serves "
+            + ", ".join(f"{name}={ours[name]!r}" for name in differing)
+            + "; this worker has "
+            + ", ".join(f"{name}={theirs[name]!r}" for name in differing)
+            + "; give it another model name (--model-name), or the pool's weights and settings"
+        )
+        self._send(Side.WORKER, connection, m.Refused("other_model", text))
+        self._log("warning", "worker_refused", worker=hello.worker, reason=text)
+
+    def _rejoin_or_replace(self, before: WorkerSession, hello: m.WorkerHello, now: float) -> None:
+        """The same worker again: on a new connection, or in a new life."""
+        if hello.incarnation > before.incarnation:
+            self._send(Side.WORKER, before.connection, _fenced(before.id, before, hello))
+            self._lose_worker(before, "a newer life of it said hello", now)
+            return
+        for request_id in hello.held:  # still its own: not lost, and adopted below
+            before.running.pop(request_id, None)
+            if (entry := self.entries.get(request_id)) is not None:
+                entry.workers.discard(before.id)
+        self._lose_worker(before, "it reconnected and no longer has the request", now)
+
+    def _adopt(self, worker: WorkerSession, held: Iterable[m.RequestId], now: float) -> None:
+        """Take over what a worker still works on from before a reconnect or a restart of ours."""
+        for request_id in held:
+            entry = self.entries.get(request_id)
+            if entry is None and request_id not in self.answers:
+                request = m.Request(request_id, "generate", worker.model, 0, 0, "", "", 0.0, ())
+                entry = self.entries[request_id] = Entry(request, None, "", now, now)
+            if entry is not None:
+                self._unqueue(entry)
+                entry.pool = worker.model
+                entry.workers.add(worker.id)
+            worker.running[request_id] = now
+
+    def _worker_heartbeat(self, worker: WorkerSession, packet: Packet, now: float) -> None:
+        self._send(Side.WORKER, worker.connection, m.Heartbeat(len(self.workers)))
+
+    def _worker_goodbye(self, worker: WorkerSession, packet: Packet, now: float) -> None:
+        self._lose_worker(worker, cast(m.Goodbye, packet.message).reason, now)
+
+    def _draining(self, worker: WorkerSession, packet: Packet, now: float) -> None:
+        worker.draining = True
+        self._log("info", "worker_draining", worker=worker.id, running=len(worker.running))
+
+    def _watch_worker(self, worker: WorkerSession) -> None:
+        def check(now: float) -> None:
+            if self.workers.get(worker.id) is not worker:
+                return
+            if now < worker.last_seen + self.config.liveness_s:
+                self._watch_worker(worker)
+            else:
+                self._lose_worker(worker, f"silent for {now - worker.last_seen:.1f} s", now)
+
+        self._at(worker.last_seen + self.config.liveness_s, check)
+
+    def _lose_worker(self, worker: WorkerSession, reason: str, now: float) -> None:
+        """Forget a worker; what it was working on goes back to the head of the queue."""
+        del self.workers[worker.id]
+        del self.worker_connections[worker.connection]
+        pool = self.pools[worker.model]
+        del pool.workers[worker.id]
+        self._log(
+            "info", "worker_left", worker=worker.id, reason=reason, running=len(worker.running)
+        )
+        for request_id, since in worker.running.items():
+            entry = self.entries.get(request_id)
+            if entry is None or worker.id not in entry.workers:
+                continue
+            entry.workers.discard(worker.id)
+            entry.story.append(f"worker {worker.id} had it for {now - since:.1f} s: {reason}")
+            self._retry(entry, worker.id, "lost_workers", now)
+        if not pool.workers and all(e.pool != worker.model for e in self.entries.values()):
+            del self.pools[worker.model]
+
+    def _retry(self, entry: Entry, worker: str, code: str, now: float) -> None:
+        """Queue an entry again after an attempt that failed, unless it has failed too often."""
+        if entry.workers:
+            return  # it still runs elsewhere
+        if entry.packet is None:
+            self._drop(entry, cancel=False)
+            return
+        entry.failed_on.append(worker)
+        if len(entry.failed_on) >= self.config.max_losses:
+            story = f"given up after {len(entry.failed_on)} attempts: " + "; ".join(entry.story)
+            self._finish(entry, encode(m.Failure(entry.id, code, story)))
+            return
+        self.counters["requeues"] += 1
+        self._route(entry, now, again=True)
+
+    def _reply(self, worker: WorkerSession, packet: Packet, now: float) -> None:
+        """A reply or a failure came: the worker has a credit again, the client its answer."""
+        message = cast(m.Reply | m.Failure, packet.message)
+        since = worker.running.pop(message.id, None)
+        if since is None:
+            self.counters["unasked_answers"] += 1
+            self._log("warning", "unasked_answer", worker=worker.id, request=str(message.id))
+            return
+        worker.answered += 1
+        entry = self.entries.get(message.id)
+        if entry is None:
+            self.counters["late_answers"] += 1
+        else:
+            entry.workers.discard(worker.id)
+            self._conclude(entry, worker, packet, since, now)
+        if not worker.running:
+            worker.busy_until = now
+        self._dispatch(self.pools[worker.model], now)
+
+    def _conclude(
+        self, entry: Entry, worker: WorkerSession, packet: Packet, since: float, now: float
+    ) -> None:
+        message = packet.message
+        if isinstance(message, m.Reply):
+            learn_speed(worker, entry.n_tokens, message.compute_s)
+            self.counters["replies"] += 1
+            self.counters["reply_bytes"] += packet.nbytes
+            self._finish(entry, packet)
+            return
+        failure = cast(m.Failure, message)
+        if failure.code == "unknown_mapping":  # its store is bounded too: tell it again
+            worker.mappings.discard(entry.request.mapping_id)
+            self._route(entry, now, again=True)
+        elif failure.code == "target_failed":
+            entry.story.append(f"worker {worker.id} after {now - since:.1f} s: {failure.text}")
+            self._retry(entry, worker.id, failure.code, now)
+        else:
+            self._finish(entry, packet)
+
+    def _finish(self, entry: Entry, answer: Packet) -> None:
+        """Deliver the answer, keep it until it is acknowledged, forget the request."""
+        if isinstance(answer.message, m.Failure):
+            self.counters["failures"] += 1
+            self._log(
+                "warning",
+                "request_failed",
+                request=str(entry.id),
+                code=answer.message.code,
+                text=answer.message.text,
+            )
+        client = self.clients.get(entry.client)
+        self._drop(entry, cancel=True)
+        if client is not None and client.incarnation != entry.id.incarnation:
+            return
+        self.answers.put(entry.id, answer)
+        if client is not None:
+            self._forward(Side.CLIENT, client.connection, answer)
+
+    def _drop(self, entry: Entry, *, cancel: bool) -> None:
+        """Forget a request wherever it is; workers that run it are told if ``cancel``."""
+        del self.entries[entry.id]
+        self._unqueue(entry)
+        if (client := self.clients.get(entry.client)) is not None:
+            client.requests.discard(entry.id)
+        if cancel:
+            for worker in entry.workers:
+                self._send(Side.WORKER, self.workers[worker].connection, m.Cancel(entry.id))
+
+    def _unqueue(self, entry: Entry) -> None:
+        self.poolless.pop(entry.id, None)
+        mapping = entry.request.mapping_id
+        if waiting := self.mappingless.get(mapping):
+            waiting.pop(entry.id, None)
+            if not waiting:
+                del self.mappingless[mapping]
+        if entry.pool:
+            self.pools[entry.pool].queue.remove(entry)
+
+    # -- scheduling -----------------------------------------------------------------------------
+
+    def _dispatch(self, pool: Pool, now: float) -> None:
+        """Give queued requests to workers with free credits."""
+        while len(pool.queue) and any(worker.free for worker in pool.workers.values()):
+            entry = cast(Entry, pool.queue.pop())
+            mapping = entry.request.mapping_id
+            if mapping and mapping not in self.mappings:  # evicted while it waited
+                self._route(entry, now, again=True)
+            elif worker := choose_worker(pool.workers.values(), entry, now):
+                self._assign(entry, worker, now)
+
+    def _assign(self, entry: Entry, worker: WorkerSession, now: float) -> None:
+        assert entry.packet is not None
+        mapping = entry.request.mapping_id
+        if mapping and mapping not in worker.mappings:
+            self._forward(Side.WORKER, worker.connection, cast(Packet, self.mappings.get(mapping)))
+            worker.mappings.add(mapping)
+        worker.busy_until = expected_finish(worker, entry, now)
+        worker.running[entry.id] = now
+        entry.workers.add(worker.id)
+        self.counters["assignments"] += 1
+        self._forward(Side.WORKER, worker.connection, entry.packet)
+
+    # -- small things ---------------------------------------------------------------------------
+
+    def _welcome(self, window: int) -> m.Welcome:
+        limits = self.config.limits
+        return m.Welcome(
+            broker=self.incarnation,
+            window=window,
+            heartbeat_s=float(self.config.heartbeat_s),
+            liveness_s=float(self.config.liveness_s),
+            max_header_bytes=limits.max_header_bytes,
+            max_frames=limits.max_frames,
+            max_frame_bytes=limits.max_frame_bytes,
+            max_request_bytes=limits.max_request_bytes,
+            max_reply_bytes=limits.max_reply_bytes,
+        )
+
+    def _answer(self, client: ClientSession, message: m.Message) -> None:
+        if client.connection is not None:
+            self._send(Side.CLIENT, client.connection, message)
+
+    def _send(self, side: Side, connection: bytes, message: m.Message) -> None:
+        self._actions.append(Send(side, connection, encode(message).frames))
+
+    def _forward(self, side: Side, connection: bytes | None, packet: Packet) -> None:
+        if connection is not None:
+            self._actions.append(Send(side, connection, packet.frames))
+
+    def _log(self, level: str, event: str, **fields: Any) -> None:
+        self._actions.append(Log(level, event, fields))
+
+    def _at(self, when: float, call: Callable[[float], None]) -> None:
+        heapq.heappush(self._timers, (when, next(self._timer_numbers), call))
+
+    # -- to look at -----------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        queued = sum(len(pool.queue) for pool in self.pools.values())
+        running = sum(1 for entry in self.entries.values() if entry.workers)
+        return (
+            f"<Broker clients={len(self.clients)} workers={len(self.workers)} "
+            f"queued={queued} running={running}>"
+        )
+
+
+def _fenced(name: str, old: Any, new: Any) -> m.Refused:
+    text = (
+        f"{name} said hello with incarnation {new.incarnation} here; incarnation "
+        f"{old.incarnation} is fenced off: two processes use one name, or this one is a leftover"
+    )
+    return m.Refused("fenced", text)
+
+
+_COUNTERS = (
+    "requests",
+    "assignments",
+    "replies",
+    "reply_bytes",
+    "failures",
+    "resends",
+    "answered_again",
+    "requeues",
+    "late_answers",
+    "unasked_answers",
+    "expired",
+    "bad_messages",
+)
+
+_FROM_CLIENT: dict[type, Callable[..., None]] = {
+    m.ClientHello: BrokerCore._client_hello,
+    m.Heartbeat: BrokerCore._client_heartbeat,
+    m.Goodbye: BrokerCore._client_goodbye,
+    m.Request: BrokerCore._request,
+    m.Cancel: BrokerCore._cancel,
+    m.Received: BrokerCore._acknowledged,
+    m.MappingOffer: BrokerCore._mapping_offer,
+}
+
+_FROM_WORKER: dict[type, Callable[..., None]] = {
+    m.WorkerHello: BrokerCore._worker_hello,
+    m.Heartbeat: BrokerCore._worker_heartbeat,
+    m.Goodbye: BrokerCore._worker_goodbye,
+    m.Draining: BrokerCore._draining,
+    m.Reply: BrokerCore._reply,
+    m.Failure: BrokerCore._reply,
+}

@@ -1,0 +1,107 @@
+"""Who is served next: fair between jobs, earliest step first within a job, then fair between ranks.
+
+Synchronous training is as slow as its slowest rank, so within a job the earliest step comes first,
+and of equal steps the first request of every rank before the second of any. Step numbers of
+different jobs mean nothing to each other; jobs share by tokens served (start-time fair queueing,
+Goyal et al., SIGCOMM 1996).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class Queueable(Protocol):
+    """What the queue must know of an entry."""
+
+    @property
+    def job(self) -> str: ...
+
+    @property
+    def client(self) -> str: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def n_tokens(self) -> int: ...
+
+
+@dataclass
+class _Job:
+    #: tokens served to this job, or what an idle job is credited on return
+    virtual_tokens: float = 0.0
+    #: (not requeued, step, turn, arrival, entry): a total order, since arrivals are unique
+    heap: list[tuple[bool, int, int, int, Queueable]] = field(default_factory=list)
+    #: step -> client -> how many requests it has brought for that step; only steps in the heap
+    turns: dict[int, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
+
+
+class FairQueue:
+    """A priority queue of requests; push and pop cost the logarithm of its length.
+
+    Removal is lazy: a removed entry leaves the heap when it comes to the top.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, _Job] = {}
+        self._order: list[tuple[float, int, str]] = []  # one item for each job with entries
+        self._there: set[int] = set()  # id() of the entries that are queued
+        self._arrivals = itertools.count()
+        self._now_tokens = 0.0
+
+    def __len__(self) -> int:
+        return len(self._there)
+
+    def __contains__(self, entry: Queueable) -> bool:
+        return id(entry) in self._there
+
+    def __iter__(self) -> Iterator[Queueable]:
+        for job in self._jobs.values():
+            yield from (item[-1] for item in job.heap if id(item[-1]) in self._there)
+
+    def push(self, entry: Queueable, *, again: bool = False) -> None:
+        """Add an entry; ``again`` puts one that was lost on its way before all new ones."""
+        job = self._jobs.get(entry.job)
+        if job is None:
+            job = self._jobs[entry.job] = _Job(virtual_tokens=self._now_tokens)
+            heapq.heappush(self._order, (job.virtual_tokens, next(self._arrivals), entry.job))
+        turns = job.turns[entry.step]
+        turn = turns[entry.client] = turns.get(entry.client, -1) + 1
+        item = (not again, entry.step, turn, next(self._arrivals), entry)
+        heapq.heappush(job.heap, item)
+        self._there.add(id(entry))
+
+    def pop(self) -> Queueable:
+        """The entry to serve next. Raises ``IndexError`` when the queue is empty."""
+        while self._order:
+            _, _, name = heapq.heappop(self._order)
+            job = self._jobs[name]
+            entry = self._pop_from(job)
+            if entry is None:
+                del self._jobs[name]
+                continue
+            self._there.remove(id(entry))
+            self._now_tokens = max(self._now_tokens, job.virtual_tokens)
+            job.virtual_tokens += max(1, entry.n_tokens)
+            heapq.heappush(self._order, (job.virtual_tokens, next(self._arrivals), name))
+            return entry
+        raise IndexError("the queue is empty")
+
+    def remove(self, entry: Queueable) -> None:
+        """Forget an entry, if it is queued."""
+        self._there.discard(id(entry))
+
+    def _pop_from(self, job: _Job) -> Queueable | None:
+        while job.heap:
+            _, step, _, _, entry = heapq.heappop(job.heap)
+            for old in [other for other in job.turns if other < step]:
+                del job.turns[old]
+            if id(entry) in self._there:
+                return entry
+        return None

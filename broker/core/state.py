@@ -1,0 +1,137 @@
+"""The records that the broker's core keeps, and the bounded stores."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from broker.core.queue import FairQueue
+from broker.protocol.messages import ModelDescription, Request, RequestId
+from broker.protocol.wire import Packet
+
+K = TypeVar("K")
+
+
+@dataclass(eq=False)
+class ClientSession:
+    """One life of one client. Outlives its connection for ``liveness_s``."""
+
+    id: str
+    incarnation: int
+    job: str
+    rank: int
+    #: None while the connection is lost and the client may still come back
+    connection: bytes | None
+    last_seen: float
+    #: requests queued or running; never more than the window
+    requests: set[RequestId] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class WorkerSession:
+    """One life of one worker on one connection."""
+
+    id: str
+    incarnation: int
+    model: str
+    connection: bytes
+    credits: int
+    last_seen: float
+    #: assigned and not yet answered -> when assigned; at most ``credits``, but for what it held
+    #: before a reconnect
+    running: dict[RequestId, float] = field(default_factory=dict)
+    mappings: set[str] = field(default_factory=set)
+    draining: bool = False
+    #: seconds for one token, learned from answers; None until the first
+    seconds_per_token: float | None = None
+    #: when it should have finished all that it has
+    busy_until: float = 0.0
+    answered: int = 0
+
+    @property
+    def free(self) -> int:
+        """Requests it may still be given."""
+        return 0 if self.draining else max(0, self.credits - len(self.running))
+
+
+@dataclass(eq=False)
+class Entry:
+    """One request from acceptance to answer: queued, waiting for its mapping, or running."""
+
+    request: Request
+    #: None for a request that a worker brought along and whose client has not asked again yet
+    packet: Packet | None
+    job: str
+    accepted_at: float
+    expires_at: float
+    #: the pool that took it, once one has
+    pool: str = ""
+    workers: set[str] = field(default_factory=set)
+    #: workers on which it failed or which it took down; others are tried first
+    failed_on: list[str] = field(default_factory=list)
+    story: list[str] = field(default_factory=list)
+
+    @property
+    def id(self) -> RequestId:
+        return self.request.id
+
+    @property
+    def client(self) -> str:
+        return self.request.id.client
+
+    @property
+    def step(self) -> int:
+        return self.request.step
+
+    @property
+    def n_tokens(self) -> int:
+        return self.request.n_tokens
+
+
+@dataclass(eq=False)
+class Pool:
+    """The workers of one model and the requests for it."""
+
+    description: ModelDescription
+    workers: dict[str, WorkerSession] = field(default_factory=dict)
+    queue: FairQueue = field(default_factory=FairQueue)
+
+
+class PacketStore(Generic[K]):
+    """Packets by key, bounded in bytes; the least recently used one goes first."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.held_bytes = 0
+        self._packets: OrderedDict[K, Packet] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._packets)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._packets
+
+    def get(self, key: K) -> Packet | None:
+        packet = self._packets.get(key)
+        if packet is not None:
+            self._packets.move_to_end(key)
+        return packet
+
+    def put(self, key: K, packet: Packet) -> None:
+        self.discard(key)
+        if packet.nbytes > self.capacity_bytes:
+            return
+        self._packets[key] = packet
+        self.held_bytes += packet.nbytes
+        while self.held_bytes > self.capacity_bytes:
+            self.discard(next(iter(self._packets)))
+
+    def discard(self, key: K) -> None:
+        packet = self._packets.pop(key, None)
+        if packet is not None:
+            self.held_bytes -= packet.nbytes
+
+    def validate(self) -> None:
+        held = sum(packet.nbytes for packet in self._packets.values())
+        assert held == self.held_bytes <= self.capacity_bytes

@@ -1,0 +1,34 @@
+"""How large anything may get. Said in the handshake, checked on both sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds for one message; the broker's are sent to every peer that says hello."""
+
+    #: The frame table of a 4 GiB reply in 1 MiB frames takes 48 KiB; the rest is room.
+    max_header_bytes: int = 1 * MIB
+    #: 4 GiB in frames of 1 MiB, and some.
+    max_frames: int = 8192
+    #: libzmq allocates a frame at once when its length is announced, so this is also what a
+    #: stranger can make the broker allocate: ``ZMQ_MAXMSGSIZE`` cuts off whoever announces more.
+    max_frame_bytes: int = 64 * MIB
+    #: Token ids and masks: 64 MiB is two million tokens a request.
+    max_request_bytes: int = 64 * MIB
+    #: `probs` of 8,192 tokens at D=32,000 is 1.2 GiB.
+    max_reply_bytes: int = 4 * GIB
+
+
+#: Nesting of a body: message, tuple, record, tuple, value.
+MAX_DEPTH = 6
+#: Longest string or byte string in a body; a model's config travels as JSON.
+MAX_STRING_BYTES = 256 * KIB
+#: Longest tuple in a body.
+MAX_ITEMS = 16384

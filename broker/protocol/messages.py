@@ -1,0 +1,295 @@
+"""Every message that trainers, broker and workers exchange, as frozen dataclasses.
+
+The order of the fields is the order on the wire (see ``PROTOCOL.md``). Messages whose class has a
+``manifest`` carry tensors, in payload frames behind the header; a tensor never enters a message.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Union
+
+from broker.protocol.limits import Limits
+
+#: Bytes per element of every dtype that may travel.
+DTYPE_BYTES: dict[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+}
+
+#: What a worker can be asked for. Only ``generate`` needs token ids.
+OPERATIONS = ("generate", "model_info", "input_embeddings", "lm_head_rows")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestId:
+    """Unique for ever: who asks, in which life, and which of its requests this is."""
+
+    client: str
+    incarnation: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.client}#{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a manifest. Its bytes lie in the next ``frames`` payload frames, C order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    frames: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor; a 0-rank tensor has one element, an empty one has none."""
+        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What a worker serves. Two workers are of one pool when their :meth:`identity` is equal."""
+
+    model: str
+    fingerprint: str
+    num_hidden_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    aux_layer_ids: tuple[int, ...]
+    dtype: str
+    encodings: tuple[str, ...]
+    tokenizer: str
+    config_json: str
+
+    def identity(self) -> dict[str, object]:
+        """All but what may differ between two hosts that serve the same supervision."""
+        differs = ("tokenizer", "config_json")
+        return {name: getattr(self, name) for name in self.__slots__ if name not in differs}
+
+
+@dataclass(frozen=True, slots=True)
+class ClientHello:
+    """First message of a client on a connection. A newer incarnation fences off the older."""
+
+    KIND: ClassVar[int] = 1
+    client: str
+    incarnation: int
+    job: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerHello:
+    """First message of a worker. ``held`` are requests it still works on, from before a cut."""
+
+    KIND: ClassVar[int] = 2
+    worker: str
+    incarnation: int
+    model: ModelDescription
+    credits: int
+    held: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The broker's answer to a hello: the rules of this connection.
+
+    ``window`` is the number of requests a client may have at the broker at once (0 to a worker).
+    """
+
+    KIND: ClassVar[int] = 3
+    broker: str
+    window: int
+    heartbeat_s: float
+    liveness_s: float
+    max_header_bytes: int
+    max_frames: int
+    max_frame_bytes: int
+    max_request_bytes: int
+    max_reply_bytes: int
+
+    def limits(self) -> Limits:
+        """The limits that the broker enforces."""
+        return Limits(
+            max_header_bytes=self.max_header_bytes,
+            max_frames=self.max_frames,
+            max_frame_bytes=self.max_frame_bytes,
+            max_request_bytes=self.max_request_bytes,
+            max_reply_bytes=self.max_reply_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HelloWanted:
+    """The broker does not know this connection (it restarted, or lost patience): say hello."""
+
+    KIND: ClassVar[int] = 4
+    broker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The broker will not work with this peer, and why. Nothing is resent after this."""
+
+    KIND: ClassVar[int] = 5
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Sent by peers every ``heartbeat_s`` and answered by the broker.
+
+    The broker's carries ``workers``: how many serve the client's model (-1 from a peer).
+    """
+
+    KIND: ClassVar[int] = 6
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The peer leaves on purpose; the connection is forgotten at once."""
+
+    KIND: ClassVar[int] = 7
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One piece of work for one worker. Resent with the same id, it is still one request.
+
+    ``step`` orders requests within a job. ``n_tokens`` is B*T. ``ttl_s`` is the time after which
+    the client no longer wants the answer, counted from this (re)send. ``model`` may be empty where
+    the broker has one model only.
+    """
+
+    KIND: ClassVar[int] = 8
+    id: RequestId
+    operation: str
+    model: str
+    step: int
+    n_tokens: int
+    mapping_id: str
+    encoding: str
+    ttl_s: float
+    manifest: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer, with its identity, which the client checks before anyone sees a tensor.
+
+    ``tokens_hash`` is that of the request's payload; ``info_json`` answers ``model_info``.
+    """
+
+    KIND: ClassVar[int] = 9
+    id: RequestId
+    worker: str
+    model: str
+    fingerprint: str
+    aux_layer_ids: tuple[int, ...]
+    tokens_hash: int
+    mapping_id: str
+    encoding: str
+    compute_s: float
+    info_json: str
+    manifest: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The request ended without a result. ``code`` is one of :data:`FAILURE_CODES`."""
+
+    KIND: ClassVar[int] = 10
+    id: RequestId
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The caller no longer wants this request. A worker that has it answers all the same."""
+
+    KIND: ClassVar[int] = 11
+    id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """These answers are in the caller's hands; the broker may forget them."""
+
+    KIND: ClassVar[int] = 12
+    ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MappingWanted:
+    """The broker has requests that name this vocab mapping and nobody told it the content."""
+
+    KIND: ClassVar[int] = 13
+    mapping_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class MappingOffer:
+    """A vocab mapping by content: one tensor, the selected token ids (int64, ascending).
+
+    ``mapping_id`` is the hash of it, see :func:`broker.protocol.wire.mapping_id`.
+    """
+
+    KIND: ClassVar[int] = 14
+    mapping_id: str
+    vocab_size: int
+    manifest: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """The worker finishes what it holds and wants nothing new."""
+
+    KIND: ClassVar[int] = 15
+
+
+Message = Union[  # noqa: UP007 - evaluated at run time, on Python 3.10 too
+    ClientHello,
+    WorkerHello,
+    Welcome,
+    HelloWanted,
+    Refused,
+    Heartbeat,
+    Goodbye,
+    Request,
+    Reply,
+    Failure,
+    Cancel,
+    Received,
+    MappingWanted,
+    MappingOffer,
+    Draining,
+]
+
+#: Why a request can end without a result, and who says so.
+FAILURE_CODES: dict[str, str] = {
+    "bad_request": "the worker: ids out of range, shapes, dtypes, an encoding it does not offer",
+    "unknown_model": "the broker: workers are attached, and none serves this model",
+    "unknown_mapping": "the worker: it was never told this mapping, the broker offers it again",
+    "too_large": "the worker or the broker: the reply is over the limit of the handshake",
+    "over_window": "the broker: the client has more requests under way than it was granted",
+    "target_failed": "the worker: the target raised",
+    "expired": "the broker: nobody answered within the time that the client gave",
+    "cancelled": "the worker: cancelled before it began",
+    "lost_workers": "the broker: the request was running on each of several workers that died",
+}

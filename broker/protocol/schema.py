@@ -1,0 +1,131 @@
+"""From a dataclass's annotations to a check of plain values, in both directions.
+
+A record travels as the array of its fields, in order. :func:`codec` compiles, once per class, how
+to make that array and how to make the record again from an array that a stranger sent; either way
+each value must be of exactly the annotated type and within the limits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from broker.protocol.limits import MAX_ITEMS, MAX_STRING_BYTES
+
+Check = Callable[[Any], Any]
+
+
+class SchemaError(ValueError):
+    """A value does not fit its field; the text says which, and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """How one record class becomes an array of plain values, and back."""
+
+    cls: type
+    to_plain: Check
+    from_plain: Check
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int or not -(1 << 63) <= value < 1 << 64:
+        raise SchemaError(f"wants an integer of 64 bits, got {_shown(value)}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) is not float or not math.isfinite(value):
+        raise SchemaError(f"wants a finite float, got {_shown(value)}")
+    return value
+
+
+def _boolean(value: Any) -> bool:
+    if type(value) is not bool:
+        raise SchemaError(f"wants a bool, got {_shown(value)}")
+    return value
+
+
+def _string(value: Any) -> str:
+    if type(value) is not str:
+        raise SchemaError(f"wants a string, got {_shown(value)}")
+    if len(value) > MAX_STRING_BYTES:
+        raise SchemaError(f"has {len(value)} characters, the limit is {MAX_STRING_BYTES}")
+    return value
+
+
+_SCALARS: dict[type, Check] = {int: _integer, float: _number, bool: _boolean, str: _string}
+
+
+def _shown(value: Any) -> str:
+    text = f"{type(value).__name__} {value!r}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _items(check: Check, make: type) -> Check:
+    def items(value: Any) -> Any:
+        if type(value) not in (tuple, list):
+            raise SchemaError(f"wants a sequence, got {_shown(value)}")
+        if len(value) > MAX_ITEMS:
+            raise SchemaError(f"has {len(value)} items, the limit is {MAX_ITEMS}")
+        return make(map(check, value))
+
+    return items
+
+
+def _checks(annotation: Any) -> tuple[Check, Check]:
+    """``(to_plain, from_plain)`` for one annotation."""
+    if annotation in _SCALARS:
+        return _SCALARS[annotation], _SCALARS[annotation]
+    if dataclasses.is_dataclass(annotation):
+        nested = codec(typing.cast(type, annotation))
+        return nested.to_plain, nested.from_plain
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple and arguments[1:] == (Ellipsis,):
+        to_plain, from_plain = _checks(arguments[0])
+        return _items(to_plain, list), _items(from_plain, tuple)
+    raise TypeError(f"the protocol has no encoding for {annotation!r}")
+
+
+@functools.cache
+def codec(cls: type) -> Codec:
+    """The codec of a record class; its checks raise :class:`SchemaError`."""
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    pairs = [_checks(hints[name]) for name in names]
+    out = [(name, pair[0]) for name, pair in zip(names, pairs, strict=True)]
+    back = [(name, pair[1]) for name, pair in zip(names, pairs, strict=True)]
+
+    def to_plain(record: Any) -> list[Any]:
+        if type(record) is not cls:
+            raise SchemaError(f"wants a {cls.__name__}, got {_shown(record)}")
+        return [_field(cls, name, check, getattr(record, name)) for name, check in out]
+
+    def from_plain(values: Any) -> Any:
+        if type(values) is not list:
+            raise SchemaError(f"{cls.__name__} wants an array, got {_shown(values)}")
+        if len(values) != len(back):
+            raise SchemaError(f"{cls.__name__} has {len(back)} fields, got {len(values)}")
+        checked = zip(back, values, strict=True)
+        return cls(*[_field(cls, name, check, value) for (name, check), value in checked])
+
+    return Codec(cls, to_plain, from_plain)
+
+
+def _field(cls: type, name: str, check: Check, value: Any) -> Any:
+    try:
+        return check(value)
+    except SchemaError as error:
+        raise SchemaError(f"{cls.__name__}.{name} {error}") from None
+
+
+def describe(annotation: Any) -> str:
+    """An annotation in the words of ``PROTOCOL.md``."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation.__name__
+    return f"array of {describe(typing.get_args(annotation)[0])}"

@@ -1,0 +1,66 @@
+"""Tensors to payload frames and back. The broker never imports this: it needs torch.
+
+Going out, frames are views of the tensor's own memory and keep it alive. Coming in, each frame is
+copied once, to its place in a tensor that owns its memory and may be written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from broker.protocol.errors import LocalProtocolError
+from broker.protocol.limits import MIB
+from broker.protocol.messages import DTYPE_BYTES, TensorSpec
+from broker.protocol.wire import Buffer
+
+#: Frames of about 1 MiB moved bytes fastest through two hops on loopback: 0.93 GiB/s where 16 MiB
+#: frames gave 0.53 and 4 MiB ones lay between.
+FRAME_BYTES = 1 * MIB
+
+_TORCH: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
+_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in _TORCH.items()}
+
+
+def to_frames(
+    tensors: Mapping[str, torch.Tensor], frame_bytes: int = FRAME_BYTES
+) -> tuple[tuple[TensorSpec, ...], list[Buffer]]:
+    """``(manifest, payload)`` of named tensors. CPU tensors that are contiguous are not copied.
+
+    Raises :class:`LocalProtocolError` for a dtype that does not travel.
+    """
+    manifest, payload = [], []
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise LocalProtocolError(
+                f"tensor {name!r} has dtype {tensor.dtype}; what travels is {', '.join(_TORCH)}"
+            )
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        octets = memoryview(flat.view(torch.uint8).numpy().data)
+        frames = [octets[at : at + frame_bytes] for at in range(0, octets.nbytes, frame_bytes)]
+        manifest.append(TensorSpec(name, _NAMES[tensor.dtype], tuple(tensor.shape), len(frames)))
+        payload += frames
+    return tuple(manifest), payload
+
+
+def from_frames(
+    manifest: Sequence[TensorSpec], payload: Sequence[Buffer]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a decoded message, on the CPU, in the manifest's order."""
+    tensors, at = {}, 0
+    for spec in manifest:
+        tensors[spec.name] = _tensor(spec, payload[at : at + spec.frames])
+        at += spec.frames
+    return tensors
+
+
+def _tensor(spec: TensorSpec, frames: Sequence[Buffer]) -> torch.Tensor:
+    octets = torch.empty(spec.nbytes, dtype=torch.uint8)
+    into, at = octets.numpy(), 0
+    for frame in frames:
+        part = np.frombuffer(frame, dtype=np.uint8)
+        into[at : at + part.size] = part
+        at += part.size
+    return octets.view(_TORCH[spec.dtype]).view(spec.shape)

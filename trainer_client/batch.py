@@ -1,0 +1,121 @@
+"""What a target gives for one training batch, and the contract of every target backend.
+
+The field names and ``to_trainer_inputs`` follow NeMo AutoModel's ``Eagle3TargetBatch``; the
+``hidden`` encoding (``last_hidden_state``) is ours and moves a fifth of the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LmHeadRows:
+    """The target's ``lm_head`` restricted to the draft vocab, fetched once for a mapping."""
+
+    weight: Tensor  # [D, H], the target's dtype
+    bias: Tensor | None = None  # [D]
+
+
+@dataclass(frozen=True)
+class Eagle3TargetBatch:
+    """Supervision for one batch: exactly one of logits, target_probs or last_hidden_state.
+
+    B batch, T tokens, H target hidden size, V target vocabulary, D draft vocabulary. *Shifted*
+    means moved left by one with zeros at the end, so that slot t speaks of token t + 1.
+
+    Raises ``ValueError`` when it does not carry exactly one source of supervision.
+    """
+
+    aux_hidden_states: Tensor  # [B, T, 3H], the target's dtype, not shifted
+    input_ids: Tensor  # [B, T] int64, shifted
+    attention_mask: Tensor  # [B, T], not shifted
+    loss_mask: Tensor  # [B, T], shifted
+    logits: Tensor | None = None  # [B, T, V], shifted
+    target_probs: Tensor | None = None  # [B, T, D] float32, shifted
+    position_mask: Tensor | None = None  # [B, T, 1] bool: target's argmax is in the draft vocab
+    last_hidden_state: Tensor | None = None  # [B, T, H] after the final norm, shifted
+
+    def __post_init__(self) -> None:
+        sources = {
+            "logits": self.logits is not None,
+            "target_probs with position_mask": self.target_probs is not None
+            and self.position_mask is not None,
+            "last_hidden_state with position_mask": self.last_hidden_state is not None
+            and self.position_mask is not None
+            and self.logits is None,
+        }
+        if sum(sources.values()) != 1:
+            given = [name for name, there in sources.items() if there]
+            raise ValueError(
+                f"a batch carries exactly one source of supervision, got {given or 'none'}; "
+                f"give one of {list(sources)}"
+            )
+
+    def to_trainer_inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments for :class:`trainer_client.eagle3.unroll.Eagle3Unroll`."""
+        inputs = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "loss_mask": self.loss_mask,
+            "aux_hidden_states": self.aux_hidden_states,
+        }
+        if self.logits is not None:
+            return inputs | {"target_logits": self.logits}
+        assert self.position_mask is not None  # by __post_init__
+        if self.target_probs is not None:
+            return inputs | {
+                "target_probs": self.target_probs,
+                "position_mask": self.position_mask,
+            }
+        assert self.last_hidden_state is not None
+        return inputs | {
+            "last_hidden_state": self.last_hidden_state,
+            "position_mask": self.position_mask,
+        }
+
+
+class BatchHandle(Protocol):
+    """A batch on its way."""
+
+    def result(self, timeout: float | None = None) -> Eagle3TargetBatch: ...
+
+    def cancel(self) -> bool: ...
+
+
+class HasWeight(Protocol):
+    """What ``get_input_embeddings`` returns: an ``nn.Embedding``, or anything with its weight."""
+
+    @property
+    def weight(self) -> Tensor: ...  # [V, H]
+
+
+class TargetBackend(Protocol):
+    """The trainer's view of a target, co-located or remote (NeMo's ``Eagle3TargetBackend``)."""
+
+    @property
+    def supports_async(self) -> bool: ...
+
+    def model_info(self) -> Mapping[str, Any]: ...
+
+    def get_input_embeddings(self) -> HasWeight: ...
+
+    def set_vocab_mapping(self, selected_token_ids: Tensor, selected_token_mask: Tensor) -> None:
+        """Say which target ids the draft knows: ids int64 [D] ascending, mask bool [V]."""
+
+    def lm_head_rows(self) -> LmHeadRows: ...
+
+    def generate_batch(
+        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
+    ) -> Eagle3TargetBatch: ...
+
+    def generate_batch_async(
+        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
+    ) -> BatchHandle: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""A process beside a frozen target model: serves its supervision to the broker."""
