@@ -1,0 +1,52 @@
+"""Structured log lines: an event with a stable name, and its fields."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+FORMATS = ("logfmt", "json")
+
+
+def log(logger: logging.Logger, level: str, event: str, fields: Mapping[str, Any]) -> None:
+    """Log an event of a core or a service."""
+    logger.log(logging.getLevelName(level.upper()), event, extra={"fields": fields})
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self._json = style == "json"
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(
+                "T", "milliseconds"
+            ),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        if self._json:
+            return json.dumps(line, default=str)
+        return " ".join(f"{key}={_logfmt(value)}" for key, value in line.items())
+
+
+def _logfmt(value: Any) -> str:
+    text = str(value)
+    plain = text and not any(character in text for character in ' "=\n\\')
+    return text if plain else json.dumps(text)
+
+
+def configure(style: str = "logfmt", level: str = "info") -> None:
+    """Send all log lines of this process to stderr, as ``logfmt`` or ``json``."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(style))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -1,0 +1,189 @@
+"""A peer's half of one connection to a broker, as a state machine: hello, heartbeats, patience.
+
+Workers and clients hold one :class:`Link` for each broker endpoint. It has no socket: whoever owns
+it tells it what happened and carries out what it asks for.
+
+    down --connected--> greeting --Welcome--> ready
+    greeting, ready --disconnected or silent--> down (the socket is opened anew)
+    any --Refused--> refused (nothing more is tried)
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Union
+
+from broker.protocol import messages as m
+from broker.protocol.limits import Limits
+from broker.protocol.wire import Packet, encode
+
+#: Until a welcome says otherwise; the broker's own defaults.
+_HEARTBEAT_S, _LIVENESS_S = 1.0, 5.0
+#: Wait before a socket is opened anew, doubled from the first to the last while nobody welcomes us.
+_REOPEN_FIRST_S, _REOPEN_LAST_S = 0.05, 1.0
+
+
+class LinkState(enum.Enum):
+    """Where a link stands."""
+
+    DOWN = "down"
+    GREETING = "greeting"
+    READY = "ready"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class SendTo:
+    """Send this packet to the broker at this endpoint."""
+
+    endpoint: str
+    packet: Packet
+
+
+@dataclass(frozen=True)
+class Reopen:
+    """Close the socket to this endpoint, with all that it still holds, and open a new one."""
+
+    endpoint: str
+
+
+LinkAction = Union[SendTo, Reopen]  # noqa: UP007
+
+
+@dataclass(frozen=True)
+class Connected:
+    """The transport has a connection to this endpoint."""
+
+    endpoint: str
+
+
+@dataclass(frozen=True)
+class Disconnected:
+    """The transport lost the connection to this endpoint."""
+
+    endpoint: str
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A well-formed message came from the broker at this endpoint."""
+
+    endpoint: str
+    packet: Packet
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+class Link:
+    """The state of one connection. ``hello`` makes the message that begins it."""
+
+    def __init__(self, endpoint: str, hello: Callable[[], m.Message], now: float) -> None:
+        self.endpoint = endpoint
+        self.state = LinkState.DOWN
+        self.broker = ""
+        self.window = 0
+        self.limits = Limits()
+        self.heartbeat_s = _HEARTBEAT_S
+        self.liveness_s = _LIVENESS_S
+        #: workers that serve what this peer waits for, as the broker last said; -1 before it has
+        self.workers = -1
+        self.refusal: m.Refused | None = None
+        #: when it was last up, or began: what "no broker for 12 s" is counted from
+        self.down_since = now
+        self._hello = hello
+        self._heard_at = now
+        self._spoke_at = now
+        self._reopen_at: float | None = None
+        self._reopen_wait_s = _REOPEN_FIRST_S
+
+    @property
+    def ready(self) -> bool:
+        return self.state is LinkState.READY
+
+    def connected(self, now: float) -> list[LinkAction]:
+        """The transport has a connection; greet."""
+        if self.state is LinkState.REFUSED:
+            return []
+        self._heard_at = now
+        self._reopen_at = None
+        return self._greet(now)
+
+    def disconnected(self, now: float) -> list[LinkAction]:
+        """The transport lost the connection; a new socket is opened after a moment."""
+        if self.state in (LinkState.REFUSED, LinkState.DOWN):
+            return []
+        return self._down(now)
+
+    def received(self, message: m.Message, now: float) -> list[LinkAction]:
+        """Take any message that came here; what is not the link's business changes nothing."""
+        self._heard_at = now
+        if self.state is LinkState.REFUSED:
+            return []
+        if isinstance(message, m.Welcome):
+            self.state = LinkState.READY
+            self.broker = message.broker
+            self.window = message.window
+            self.limits = message.limits()
+            self.heartbeat_s = message.heartbeat_s
+            self.liveness_s = message.liveness_s
+            self._reopen_wait_s = _REOPEN_FIRST_S
+        elif isinstance(message, m.HelloWanted):
+            return self._greet(now)
+        elif isinstance(message, m.Refused):
+            self.state = LinkState.REFUSED
+            self.refusal = message
+        elif isinstance(message, m.Heartbeat):
+            self.workers = message.workers
+        elif isinstance(message, m.Goodbye):
+            return self._down(now)
+        return []
+
+    def tick(self, now: float) -> list[LinkAction]:
+        """Do what is due."""
+        if self._reopen_at is not None and now >= self._reopen_at:
+            self._reopen_at = None
+            return [Reopen(self.endpoint)]
+        if self.state in (LinkState.DOWN, LinkState.REFUSED):
+            return []
+        if now - self._heard_at >= self.liveness_s:
+            return self._down(now)
+        if now - self._spoke_at < self.heartbeat_s:
+            return []
+        if self.state is LinkState.GREETING:
+            return self._greet(now)
+        self._spoke_at = now
+        return [SendTo(self.endpoint, encode(m.Heartbeat(-1)))]
+
+    def goodbye(self, reason: str) -> list[LinkAction]:
+        """Leave on purpose, if anyone is there to be told."""
+        return [SendTo(self.endpoint, encode(m.Goodbye(reason)))] if self.ready else []
+
+    @property
+    def next_timer(self) -> float | None:
+        """When :meth:`tick` is due."""
+        if self._reopen_at is not None:
+            return self._reopen_at
+        if self.state in (LinkState.DOWN, LinkState.REFUSED):
+            return None
+        return min(self._spoke_at + self.heartbeat_s, self._heard_at + self.liveness_s)
+
+    def _greet(self, now: float) -> list[LinkAction]:
+        self.state = LinkState.GREETING
+        self._spoke_at = now
+        return [SendTo(self.endpoint, encode(self._hello()))]
+
+    def _down(self, now: float) -> list[LinkAction]:
+        self.state = LinkState.DOWN
+        self.down_since = now
+        self.workers = -1
+        self._reopen_at = now + self._reopen_wait_s
+        self._reopen_wait_s = min(2 * self._reopen_wait_s, _REOPEN_LAST_S)
+        return []
+
+    def __repr__(self) -> str:
+        return f"<Link {self.endpoint} {self.state.value}>"

@@ -1,0 +1,145 @@
+"""The thread that owns a peer's sockets: workers and trainer clients run their cores in one."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import zmq
+
+from broker.protocol import messages as m
+from broker.protocol.errors import RemoteProtocolError, VersionMismatchError
+from broker.protocol.link import Arrived, Connected, Disconnected, Link, Reopen, SendTo, Tick
+from broker.protocol.sockets import Dealer, Wakeup, poll
+from broker.protocol.wire import decode, encode
+
+#: Messages taken from one broker before the others, and what waits here, get a turn.
+_BATCH = 64
+
+
+class PeerCore(Protocol):
+    """What the loop needs of a core."""
+
+    @property
+    def links(self) -> Mapping[str, Link]: ...
+
+    @property
+    def next_timer(self) -> float | None: ...
+
+    def handle(self, event: Any, now: float) -> Iterable[Any]: ...
+
+    def goodbye(self) -> Iterable[Any]: ...
+
+
+class PeerLoop:
+    """Runs a core on DEALER sockets, one for each endpoint, in a daemon thread.
+
+    ``perform`` carries out, in that thread, the actions that are not about sockets; ``failed`` is
+    told if the loop itself breaks. Events from other threads come in by :meth:`post`. :meth:`stop`
+    ends the loop and closes the sockets; what is queued then has ``linger_s`` to leave, so that no
+    buffer is freed while libzmq sends it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        core: PeerCore,
+        perform: Callable[[Any], None],
+        failed: Callable[[Exception], None],
+        logger: logging.Logger,
+    ) -> None:
+        self.core = core
+        self._perform = perform
+        self._failed = failed
+        self._logger = logger
+        self._posted: collections.deque[Any] = collections.deque()
+        self._wakeup = Wakeup()
+        self._stopping = False
+        self._linger_s = 0.0
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._dealers = {e: Dealer(self._context, e) for e in self.core.links}
+        self._thread.start()
+
+    def post(self, event: Any) -> None:
+        """Hand an event to the core, from any thread."""
+        self._posted.append(event)
+        self._wakeup.set()
+
+    def stop(self, linger_s: float = 1.0) -> None:
+        """End the loop, from any thread; returns when the sockets are closed."""
+        self._linger_s = linger_s
+        self._stopping = True
+        self._wakeup.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                poll(self._poller(), self.core.next_timer, time.monotonic())
+                self._wakeup.clear()
+                while self._posted:
+                    self._handle(self._posted.popleft())
+                for dealer in self._dealers.values():
+                    self._read(dealer)
+                self._handle(Tick())
+                if self._stopping:
+                    self._act(self.core.goodbye())
+                    return
+        except Exception as error:
+            self._logger.exception("loop_failed")
+            self._failed(error)
+        finally:
+            for dealer in self._dealers.values():
+                dealer.close(self._linger_s)
+            self._context.term()
+            self._wakeup.close()
+
+    def _poller(self) -> zmq.Poller:
+        poller = zmq.Poller()
+        poller.register(self._wakeup.reader, zmq.POLLIN)
+        for dealer in self._dealers.values():
+            poller.register(dealer.socket, zmq.POLLIN)
+            poller.register(dealer.monitor.socket, zmq.POLLIN)
+        return poller
+
+    def _read(self, dealer: Dealer) -> None:
+        endpoint = dealer.endpoint
+        for up in dealer.changes():
+            self._handle(Connected(endpoint) if up else Disconnected(endpoint))
+        for _ in range(_BATCH):
+            frames = dealer.receive()
+            if frames is None:
+                return
+            try:
+                packet = decode(frames, self.core.links[endpoint].limits)
+            except VersionMismatchError as error:
+                packet = encode(m.Refused("version", str(error)))
+            except RemoteProtocolError as error:
+                fields = {"endpoint": endpoint, "error": str(error)}
+                self._logger.warning("bad_message", extra={"fields": fields})
+                continue
+            self._handle(Arrived(endpoint, packet))
+
+    def _handle(self, event: Any) -> None:
+        self._act(self.core.handle(event, time.monotonic()))
+
+    def _act(self, actions: Iterable[Any]) -> None:
+        for action in actions:
+            if isinstance(action, SendTo):
+                self._dealers[action.endpoint].send(action.packet.frames)
+            elif isinstance(action, Reopen):
+                self._dealers[action.endpoint].reopen()
+            else:
+                self._perform(action)

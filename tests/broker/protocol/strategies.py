@@ -1,0 +1,54 @@
+"""Hypothesis strategies for any message, made from the annotations that the codec itself reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import numpy as np
+from hypothesis import strategies as st
+
+from broker.protocol import messages as m
+from broker.protocol.wire import KINDS
+
+_SCALARS = {
+    int: st.integers(min_value=-(1 << 63), max_value=(1 << 64) - 1),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    bool: st.booleans(),
+    str: st.text(max_size=20),
+}
+
+
+def record(cls: type) -> st.SearchStrategy:
+    """Any value of a record class, but with an empty manifest."""
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: _value(hints[field.name]) for field in dataclasses.fields(cls)}
+    if "manifest" in fields:
+        fields["manifest"] = st.just(())
+    return st.builds(cls, **fields)
+
+
+def _value(annotation: object) -> st.SearchStrategy:
+    if annotation in _SCALARS:
+        return _SCALARS[annotation]
+    if dataclasses.is_dataclass(annotation):
+        return record(annotation)
+    (item, _) = typing.get_args(annotation)
+    return st.lists(_value(item), max_size=4).map(tuple)
+
+
+messages = st.one_of([record(cls) for cls in KINDS.values()])
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> dict[str, tuple[str, np.ndarray]]:
+    """Named arrays of every dtype and of ranks 0 to 4, empty ones among them."""
+    names = draw(st.lists(st.text(min_size=1, max_size=8), unique=True, max_size=4))
+    drawn = {}
+    for name in names:
+        dtype = draw(st.sampled_from(sorted(m.DTYPE_BYTES)))
+        shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
+        nbytes = m.DTYPE_BYTES[dtype] * int(np.prod(shape, dtype=int))
+        octets = np.frombuffer(draw(st.binary(min_size=nbytes, max_size=nbytes)), np.uint8)
+        drawn[name] = (dtype, octets.reshape(-1), shape)
+    return drawn

@@ -1,0 +1,229 @@
+"""The remote target: NeMo AutoModel's ``RemoteEagle3TargetModel`` contract, over a broker."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from worker.mapping import VocabMapping
+
+from broker.protocol import encode
+from broker.protocol import messages as m
+from broker.protocol.tensors import to_frames
+from trainer_client.batch import Eagle3TargetBatch, LmHeadRows
+from trainer_client.core import ClientConfig
+from trainer_client.errors import BadRequestError
+from trainer_client.service import Answer, Client, PendingReply
+
+_logger = logging.getLogger("draftmq.client")
+T = TypeVar("T")
+
+
+class RemoteHandle(Generic[T]):
+    """Something on its way: ``result(timeout)`` in seconds, ``cancel()``, callbacks."""
+
+    def __init__(self, pending: PendingReply, convert: Callable[[Answer], T]) -> None:
+        self._pending = pending
+        self._convert = convert
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for it. Raises what :class:`PendingReply` raises."""
+        return self._convert(self._pending.result(timeout))
+
+    def cancel(self) -> bool:
+        """Give it up; False when it has already come."""
+        return self._pending.cancel()
+
+    def done(self) -> bool:
+        return self._pending.done()
+
+    def add_done_callback(self, call: Callable[[RemoteHandle[T]], None]) -> None:
+        """Have ``call`` called with this handle once it has ended, in the I/O thread."""
+        self._pending.add_done_callback(lambda _: call(self))
+
+
+class RemoteEagle3TargetModel:
+    """An EAGLE-3 target that runs somewhere else.
+
+    ``urls`` are broker endpoints (``tcp://host:5555``); with several, requests are spread over them
+    and fail over. ``timeout`` seconds times ``max_retries + 1`` is the deadline of a request: until
+    then it survives lost connections, workers and brokers. ``encoding`` is what the workers send
+    (``probs``: the contract's ``target_probs``; ``hidden``: the last hidden state, a fifth of the
+    bytes). ``model`` may be empty where the broker has one model.
+
+    Errors are :class:`trainer_client.errors.RequestError`; see there.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        device: torch.device | str = "cpu",
+        timeout: float = 120,
+        max_retries: int = 3,
+        model: str = "",
+        encoding: str = "probs",
+        name: str | None = None,
+        job: str = "",
+        rank: int = 0,
+        config: ClientConfig | None = None,
+    ) -> None:
+        if timeout <= 0 or max_retries < 0:
+            raise ValueError(
+                f"timeout must be above 0 and max_retries at least 0, got {timeout}, {max_retries}"
+            )
+        self._client = Client(list(urls), name=name, job=job, rank=rank, config=config)
+        self._device = torch.device(device)
+        self._deadline_s = float(timeout) * (max_retries + 1)
+        self._model = model
+        self._encoding = encoding
+        self._mapping: VocabMapping | None = None
+        self._step = 0
+
+    @classmethod
+    def from_urls(
+        cls, urls: Sequence[str], *, device: torch.device | str, **options: Any
+    ) -> RemoteEagle3TargetModel:
+        """The contract's constructor; options as for the class."""
+        return cls(urls, device=device, **options)
+
+    @property
+    def supports_async(self) -> bool:
+        return True
+
+    def model_info(self) -> dict[str, Any]:
+        """What the workers say of their model: ``model``, ``fingerprint``, ``num_hidden_layers``,
+        ``hidden_size``, ``vocab_size``, ``aux_layer_ids``, ``dtype``, ``max_position_embeddings``,
+        ``encodings``, ``tokenizer``, ``config``. Waits for the first worker.
+        """
+        return dict(self._info)
+
+    @functools.cached_property
+    def _info(self) -> dict[str, Any]:
+        info: dict[str, Any] = json.loads(self._ask("model_info").reply.info_json)
+        if self._encoding not in info["encodings"]:
+            raise BadRequestError(
+                "bad_request",
+                f"the model {info['model']!r} is served with the encodings "
+                f"{', '.join(info['encodings'])}; {self._encoding!r} is not one of them",
+            )
+        return info
+
+    def get_input_embeddings(self) -> SimpleNamespace:
+        """An object with ``.weight`` [V, H], fetched once."""
+        return self._embeddings
+
+    @functools.cached_property
+    def _embeddings(self) -> SimpleNamespace:
+        weight = self._ask("input_embeddings").tensors["weight"]
+        return SimpleNamespace(weight=weight.to(self._device))
+
+    def set_vocab_mapping(self, selected_token_ids: Tensor, selected_token_mask: Tensor) -> None:
+        """Choose the draft vocab: ids int64 [D] ascending, mask bool [V].
+
+        Raises ``ValueError`` for duplicates, ids out of range, or a mask that does not agree.
+        """
+        mapping = VocabMapping.from_mask_and_ids(selected_token_ids, selected_token_mask)
+        if mapping.vocab_size != self._info["vocab_size"]:
+            raise ValueError(
+                f"the mapping is for a vocabulary of {mapping.vocab_size}, the target "
+                f"{self._info['model']!r} has {self._info['vocab_size']}"
+            )
+        manifest, payload = to_frames({"selected_token_ids": mapping.selected_token_ids})
+        offer = m.MappingOffer(mapping.id, mapping.vocab_size, manifest)
+        self._client.keep_mapping(encode(offer, payload))
+        self._mapping = mapping
+        self.__dict__.pop("_lm_head", None)
+
+    def lm_head_rows(self) -> LmHeadRows:
+        """The target's ``lm_head`` rows for the draft vocab, fetched once for a mapping."""
+        return self._lm_head
+
+    @functools.cached_property
+    def _lm_head(self) -> LmHeadRows:
+        tensors = self._ask("lm_head_rows", mapping_id=self._mapping_id()).tensors
+        bias = tensors.get("bias")
+        return LmHeadRows(
+            tensors["weight"].to(self._device), None if bias is None else bias.to(self._device)
+        )
+
+    def generate_batch(
+        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
+    ) -> Eagle3TargetBatch:
+        """Supervision for one batch, all three [B, T]. Waits for it."""
+        return self.generate_batch_async(input_ids, attention_mask, loss_mask).result()
+
+    def generate_batch_async(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        loss_mask: Tensor,
+        *,
+        step: int | None = None,
+    ) -> RemoteHandle[Eagle3TargetBatch]:
+        """Ask for supervision; ``step`` orders it among the ranks of the job (default: counted).
+
+        Raises :class:`BadRequestError` at once for what no worker would accept.
+        """
+        from worker.supervision import validate_request
+
+        limit = self._info["max_position_embeddings"]
+        try:
+            validate_request(input_ids, attention_mask, loss_mask, self._info["vocab_size"], limit)
+        except Exception as error:
+            raise BadRequestError("bad_request", str(error)) from error
+        self._step = self._step + 1 if step is None else step
+        tensors = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "loss_mask": loss_mask,
+        }
+        pending = self._client.submit(
+            "generate",
+            tensors,
+            timeout_s=self._deadline_s,
+            model=self._model,
+            step=self._step,
+            n_tokens=input_ids.numel(),
+            mapping_id=self._mapping_id(),
+            encoding=self._encoding,
+        )
+        return RemoteHandle(pending, lambda answer: self._batch(answer, attention_mask))
+
+    def counters(self) -> dict[str, int]:
+        """Requests, replies, resends and the like of this client."""
+        return self._client.counters()
+
+    def close(self) -> None:
+        """End this client only; the broker, its workers and other clients go on."""
+        self._client.close()
+
+    def __enter__(self) -> RemoteEagle3TargetModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, operation: str, mapping_id: str = "") -> Answer:
+        return self._client.submit(
+            operation, timeout_s=self._deadline_s, model=self._model, mapping_id=mapping_id
+        ).result()
+
+    def _mapping_id(self) -> str:
+        if self._mapping is None:
+            raise BadRequestError(
+                "unknown_mapping",
+                "no vocab mapping is set; call set_vocab_mapping(selected_token_ids, "
+                "selected_token_mask) before asking for supervision",
+            )
+        return self._mapping.id
+
+    def _batch(self, answer: Answer, attention_mask: Tensor) -> Eagle3TargetBatch:
+        tensors = {name: tensor.to(self._device) for name, tensor in answer.tensors.items()}
+        return Eagle3TargetBatch(attention_mask=attention_mask.to(self._device), **tensors)

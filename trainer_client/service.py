@@ -1,0 +1,264 @@
+"""DEALER sockets as futures: one I/O thread, any number of threads that ask."""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+import itertools
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from broker.logs import log
+from broker.protocol import Limits, Packet, encode
+from broker.protocol import messages as m
+from broker.protocol.peer import PeerLoop
+from trainer_client.core import (
+    CancelRequest,
+    ClientConfig,
+    ClientCore,
+    Deliver,
+    Fail,
+    KeepMapping,
+    Log,
+    Submit,
+)
+from trainer_client.errors import ClientClosedError, request_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_logger = logging.getLogger("draftmq.client")
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply with its tensors, on the CPU. They own their memory."""
+
+    reply: m.Reply
+    tensors: dict[str, Tensor]
+
+
+class PendingReply(concurrent.futures.Future[Answer]):
+    """The future of one request.
+
+    ``result(timeout)`` raises ``TimeoutError`` when the caller's own patience ends (the request
+    goes on), and a :class:`trainer_client.errors.RequestError` that tells the story when the
+    request ended without a result.
+    """
+
+    def __init__(self, request_id: m.RequestId, on_cancel: Callable[[m.RequestId], None]) -> None:
+        super().__init__()
+        self.request_id = request_id
+        self._on_cancel = on_cancel
+
+    def cancel(self) -> bool:
+        """Give the request up; False when it has already ended."""
+        cancelled = super().cancel()
+        if cancelled:
+            self._on_cancel(self.request_id)
+        return cancelled
+
+
+class Client:
+    """A trainer's connection to one or several brokers (``tcp://host:5555``).
+
+    ``name`` identifies this client for ever and must be its own; a second process with the same
+    name fences the first off, which is what a restarted rank wants. ``job`` groups the ranks of one
+    training run, whose ``step`` numbers order their requests.
+
+    It may be used from several threads. After a fork the child must make a client of its own: the
+    parent's raises :class:`ClientClosedError` there and does nothing else.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        name: str | None = None,
+        job: str = "",
+        rank: int = 0,
+        config: ClientConfig | None = None,
+    ) -> None:
+        if not endpoints:
+            raise ValueError("a client needs at least one broker endpoint, like tcp://host:5555")
+        self.name = name or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.core = ClientCore(
+            self.name,
+            time.time_ns(),
+            endpoints,
+            time.monotonic(),
+            job=job,
+            rank=rank,
+            config=config,
+        )
+        self._numbers = itertools.count(1)
+        self._pending: dict[m.RequestId, PendingReply] = {}
+        self._lock = threading.Lock()
+        self._closed = ""
+        self._loop = PeerLoop("draftmq-client", self.core, self._perform, self._fail_all, _logger)
+        self._loop.start()
+        _clients.add(self)
+
+    # -- asking ---------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        operation: str,
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        timeout_s: float,
+        model: str = "",
+        step: int = 0,
+        n_tokens: int = 0,
+        mapping_id: str = "",
+        encoding: str = "",
+    ) -> PendingReply:
+        """Send a request as soon as a broker has room for it.
+
+        Raises :class:`LocalProtocolError` for what could not be sent, and
+        :class:`ClientClosedError` after :meth:`close`.
+        """
+        manifest: tuple[m.TensorSpec, ...] = ()
+        payload: list[Any] = []
+        if tensors:
+            from broker.protocol.tensors import to_frames
+
+            manifest, payload = to_frames(tensors)
+        request_id = m.RequestId(self.name, self.core.incarnation, next(self._numbers))
+        request = m.Request(
+            id=request_id,
+            operation=operation,
+            model=model,
+            step=step,
+            n_tokens=n_tokens,
+            mapping_id=mapping_id,
+            encoding=encoding,
+            ttl_s=float(timeout_s),
+            manifest=manifest,
+        )
+        packet = encode(request, payload, self._limits())
+        pending = PendingReply(request_id, self._cancel)
+        with self._lock:
+            self._raise_if_closed()
+            self._pending[request_id] = pending
+        self._loop.post(Submit(packet, time.monotonic() + timeout_s))
+        return pending
+
+    def keep_mapping(self, offer: Packet) -> None:
+        """Offer this vocab mapping to every broker that asks for it."""
+        self._raise_if_closed()
+        self._loop.post(KeepMapping(offer))
+
+    def counters(self) -> dict[str, int]:
+        """Requests, replies, resends and the like, since the client began."""
+        return dict(self.core.counters)
+
+    # -- ending ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End this client. Its unfinished requests fail; brokers and workers go on."""
+        if not self._closed:
+            self._end("this client is closed")
+            self._loop.stop()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return repr(self.core)
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _limits(self) -> Limits:
+        return min(
+            (link.limits for link in self.core.links.values()),
+            key=lambda limits: limits.max_request_bytes,
+        )
+
+    def _raise_if_closed(self) -> None:
+        if self._closed:
+            raise ClientClosedError(self._closed)
+
+    def _cancel(self, request_id: m.RequestId) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._pending.pop(request_id, None)
+        self._loop.post(CancelRequest(request_id))
+
+    def _perform(self, action: Any) -> None:
+        if isinstance(action, Log):
+            log(_logger, action.level, action.event, action.fields)
+            return
+        with self._lock:
+            pending = self._pending.pop(action.id, None)
+        if pending is None or not pending.set_running_or_notify_cancel():
+            return
+        if isinstance(action, Fail):
+            pending.set_exception(request_error(action.code, f"request {action.id}: {action.text}"))
+        elif isinstance(action, Deliver):
+            pending.set_result(_answer(action.packet))
+
+    def _fail_all(self, error: Exception) -> None:
+        self._end(f"this client's I/O thread broke: {error!r}; make a new client")
+
+    def _end(self, why: str) -> None:
+        with self._lock:
+            self._closed = self._closed or why
+            unfinished = list(self._pending.values())
+            self._pending.clear()
+        for pending in unfinished:
+            if pending.set_running_or_notify_cancel():
+                pending.set_exception(ClientClosedError(f"{why}; its answer had not come"))
+
+    def _abandon_after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._closed = (
+            "this client belongs to the parent process; make a new one after the fork "
+            "(in a DataLoader, make it in the training process, not in its workers)"
+        )
+        for pending in self._pending.values():
+            pending._condition = threading.Condition()
+            pending.set_exception(ClientClosedError(self._closed))
+        self._pending.clear()
+
+
+def _answer(packet: Packet) -> Answer:
+    assert isinstance(packet.message, m.Reply)
+    if not packet.message.manifest:
+        return Answer(packet.message, {})
+    from broker.protocol.tensors import from_frames
+
+    return Answer(packet.message, from_frames(packet.message.manifest, packet.payload))
+
+
+def _close_all() -> None:
+    for client in list(_clients):
+        client.close()
+
+
+def _abandon_all() -> None:
+    for client in list(_clients):
+        client._abandon_after_fork()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_abandon_all)

@@ -1,0 +1,15 @@
+"""What can go wrong in a worker."""
+
+from __future__ import annotations
+
+
+class WorkerError(Exception):
+    """Root of the worker's errors."""
+
+
+class TargetError(WorkerError):
+    """The target cannot be loaded, or does not do what its contract says."""
+
+
+class BadRequest(WorkerError):  # noqa: N818 - named for what the trainer did
+    """The target cannot serve this request; the text is shown to the trainer."""

@@ -1,0 +1,164 @@
+"""The worker's threads around its core: one for the sockets, one for the target.
+
+The I/O thread goes on answering heartbeats while the target computes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from broker.logs import log
+from broker.protocol import Limits, Packet
+from broker.protocol import messages as m
+from broker.protocol.peer import PeerLoop
+from worker.answers import Answerer, description
+from worker.core import Compute, Computed, Drain, Exit, Forget, Learn, Log, WorkerCore
+from worker.errors import WorkerError
+from worker.targets.contract import Target, describe
+
+_logger = logging.getLogger("draftmq.worker")
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+class Worker:
+    """A worker in threads of this process, serving ``target`` to one or several brokers.
+
+    ``credits`` is how many requests a broker may give it at once: with 2 the next one is already
+    here when one ends. :meth:`drain` (what SIGTERM does to the command) finishes what is held and
+    leaves; :meth:`stop` leaves at once, and the broker gives its requests to others.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        broker: str | Sequence[str],
+        *,
+        model: str = "",
+        name: str | None = None,
+        credits: int = 2,
+        drain_s: float = 30.0,
+    ) -> None:
+        if credits < 1:
+            raise ValueError(f"credits must be at least 1, got {credits}")
+        endpoints = [broker] if isinstance(broker, str) else list(broker)
+        self.name = name or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.facts = describe(target, model)
+        self._answerer = Answerer(target, self.facts, self.name)
+        self.core = WorkerCore(
+            self.name,
+            time.time_ns(),
+            description(self.facts),
+            endpoints,
+            time.monotonic(),
+            credits=credits,
+            drain_s=drain_s,
+        )
+        #: what the compute thread is to do, in order; None ends it
+        self._work: queue.SimpleQueue[Compute | Learn | Forget | None] = queue.SimpleQueue()
+        self._left = threading.Event()
+        self._error: str = ""
+        self._loop = PeerLoop(
+            "draftmq-worker", self.core, self._perform, self._loop_failed, _logger
+        )
+        self._compute_thread = threading.Thread(
+            target=self._compute, name="draftmq-target", daemon=True
+        )
+
+    def start(self) -> Worker:
+        """Connect and serve."""
+        _workers.add(self)
+        self._compute_thread.start()
+        self._loop.start()
+        return self
+
+    def drain(self, reason: str = "asked to drain") -> None:
+        """Finish what is held, take nothing new, leave; at once, without waiting for it."""
+        self._loop.post(Drain(reason))
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the worker has left; False when it is still there after ``timeout_s``.
+
+        Raises :class:`WorkerError` when it was refused by every broker.
+        """
+        left = self._left.wait(timeout_s)
+        if self._error:
+            raise WorkerError(self._error)
+        return left
+
+    def stop(self) -> None:
+        """Leave now. A running forward is waited for; its answer is not sent."""
+        if self._loop.running:
+            self._loop.stop()
+        self._work.put(None)
+        self._left.set()
+        if self._compute_thread.is_alive():
+            self._compute_thread.join()
+
+    def __enter__(self) -> Worker:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return repr(self.core)
+
+    def _perform(self, action: Any) -> None:
+        if isinstance(action, Log):
+            log(_logger, action.level, action.event, action.fields)
+        elif isinstance(action, Exit):
+            self._error = action.error
+            self._left.set()
+        else:
+            self._work.put(action)
+
+    def _loop_failed(self, error: Exception) -> None:
+        self._error = f"the worker's I/O thread broke: {error!r}"
+        self._left.set()
+
+    def _compute(self) -> None:
+        while (work := self._work.get()) is not None:
+            if isinstance(work, Compute):
+                answer = self._answerer.answer(work.packet, self._limits())
+                assert isinstance(work.packet.message, m.Request)
+                self._loop.post(Computed(work.packet.message.id, answer))
+            elif isinstance(work, Learn):
+                self._learn(work.packet)
+            else:
+                self._answerer.forget(work.mapping_id)
+
+    def _learn(self, offer: Packet) -> None:
+        try:
+            self._answerer.learn(offer)
+        except Exception as error:  # requests that name it are answered with what is wrong
+            _logger.warning("bad_mapping", extra={"fields": {"error": str(error)}})
+
+    def _limits(self) -> Limits:
+        return min(
+            (link.limits for link in self.core.links.values()),
+            key=lambda limits: limits.max_reply_bytes,
+        )
+
+
+def _stop_all() -> None:
+    for worker in list(_workers):
+        worker.stop()
+
+
+atexit.register(_stop_all)

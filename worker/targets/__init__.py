@@ -1,0 +1,162 @@
+"""Where targets come from: a model by name or path, or an object that the user's code makes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from worker.errors import TargetError
+
+if TYPE_CHECKING:
+    import torch
+
+    from worker.targets.contract import Target
+    from worker.targets.huggingface import HuggingFaceTarget
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def resolve(name: str) -> str:
+    """What transformers loads for a target's name: the shipped folder for ``embedded``."""
+    return str(EMBEDDED) if name == "embedded" else name
+
+
+def load_target(
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    aux_layer_ids: Sequence[int] | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> HuggingFaceTarget:
+    """A Hugging Face model as a target: an id, a folder, or ``embedded`` for the shipped one.
+
+    ``dtype`` is that of the checkpoint unless given ("float32", "bfloat16", "float16").
+    Raises :class:`TargetError`, in one sentence that says what to do.
+    """
+    import torch
+
+    from worker.targets.huggingface import HuggingFaceTarget
+
+    where = resolve(name)
+    if _is_path(where) and not (Path(where) / "config.json").is_file():
+        raise TargetError(
+            f"there is no model at {where} (a folder with config.json and weights); give one, a "
+            "Hugging Face model id, or 'embedded'"
+        )
+    place = _device(device, torch)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    model = _load_model(name, where, _dtype(dtype, name, torch), options)
+    try:
+        model = model.to(place)
+    except (RuntimeError, AssertionError) as error:
+        raise TargetError(f"target {name!r} does not fit on {place}: {_first_line(error)}") from None
+    return HuggingFaceTarget(
+        model, name=name, aux_layer_ids=aux_layer_ids, tokenizer=_tokenizer(where)
+    )
+
+
+def load_factory(reference: str, *, name: str = "") -> Target:
+    """The target that the user's ``package.module:callable`` makes, called without arguments.
+
+    Raises :class:`TargetError` that says what is missing.
+    """
+    module_name, colon, attribute = reference.partition(":")
+    if not (module_name and colon and attribute):
+        raise TargetError(f"a target factory is 'package.module:callable', got {reference!r}")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise TargetError(
+            f"target factory {reference!r}: cannot import {module_name} ({error}); is it "
+            "installed, or on PYTHONPATH?"
+        ) from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        has = "is not callable" if hasattr(module, attribute) else f"is not in {module_name}"
+        raise TargetError(f"target factory {reference!r}: {attribute} {has}")
+    return as_target(factory(), name=name or attribute)
+
+
+def as_target(made: Any, *, name: str = "") -> Target:
+    """A worker's target of anything with the co-located contract; one of ours as it is.
+
+    Raises :class:`TargetError` that names the members that are missing.
+    """
+    from worker.targets.contract import Target
+    from worker.targets.foreign import CONTRACT, ForeignTarget
+
+    if isinstance(made, Target):
+        return made
+    missing = [member for member in CONTRACT if not hasattr(made, member)]
+    if not missing and not hasattr(made.model, "config"):
+        missing = ["model.config"]
+    if missing:
+        raise TargetError(
+            f"a {type(made).__name__} is no target: it has no {', '.join(missing)}; the contract "
+            f"is {', '.join(CONTRACT)} with model.config"
+        )
+    return ForeignTarget(made, name or type(made).__name__)
+
+
+def _load_model(name: str, where: str, dtype: Any, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+        try:
+            return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+        except ValueError:
+            if not hasattr(config, "text_config"):
+                raise
+            return AutoModelForImageTextToText.from_pretrained(where, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise TargetError(
+            f"cannot load target {name!r}: {_first_line(error)}; give a folder with config.json "
+            "and weights, a Hugging Face model id, or 'embedded'"
+        ) from error
+
+
+def _is_path(where: str) -> bool:
+    return where.startswith(("/", ".", "~")) or where.count("/") > 1 or Path(where).exists()
+
+
+def _device(device: str, torch: Any) -> Any:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise TargetError(f"unknown device {device!r}: {_first_line(error)}") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise TargetError(
+            f"device {device!r} was asked for, and this torch {torch.__version__} sees no CUDA "
+            "device; choose cpu, or install a torch with CUDA"
+        )
+    return place
+
+
+def _dtype(dtype: Any, name: str, torch: Any) -> Any:
+    if dtype is None:
+        return torch.float32 if name == "embedded" else "auto"
+    if dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    known = ("float32", "bfloat16", "float16")
+    if dtype not in known:
+        raise TargetError(f"unknown dtype {dtype!r}; choose {', '.join(known)} or auto")
+    return getattr(torch, dtype)
+
+
+def _tokenizer(where: str) -> str:
+    folder = Path(where)
+    if not folder.is_dir():
+        return where
+    there = any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    return str(folder.resolve()) if there else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

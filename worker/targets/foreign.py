@@ -1,0 +1,129 @@
+"""Targets that others wrote: any object with the co-located contract, made a worker's target."""
+
+from __future__ import annotations
+
+import threading
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.errors import TargetError
+from worker.targets.contract import (
+    ColocatedTarget,
+    HasWeight,
+    TargetOutputs,
+    full_tensor,
+    shift_left,
+    text_config,
+)
+from worker.targets.fingerprint import weights_fingerprint
+
+#: The members of the co-located contract.
+CONTRACT = ("generate_batch", "get_input_embeddings", "aux_layer_ids", "model")
+
+
+class ForeignTarget:
+    """Adds what a worker needs: a fingerprint, encodings, one call at a time, and checks.
+
+    Only ``probs`` is offered, since the contract has no last hidden state. A batch that is not
+    of the ids that went in (NeMo AutoModel's Hugging Face wrapper can mix up concurrent calls)
+    is an error, and never someone's supervision.
+    """
+
+    def __init__(self, inner: ColocatedTarget, name: str, tokenizer: str = "") -> None:
+        self._inner = inner
+        self._one_call = threading.Lock()
+        self.name = name
+        self.tokenizer = tokenizer
+        self.model = inner.model
+        self.aux_layer_ids = tuple(int(layer) for layer in inner.aux_layer_ids)
+        self.encodings = ("probs",)
+        config = text_config(self.model.config)
+        self.vocab_size = int(config.vocab_size)
+        self._hidden_size = int(config.hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embeddings, and so of the hidden states."""
+        return self.get_input_embeddings().weight.dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The target's own, else of its weights."""
+        own = getattr(self._inner, "fingerprint", None)
+        return str(own) if own else weights_fingerprint(self._weights())
+
+    def get_input_embeddings(self) -> HasWeight:
+        """Of the inner target."""
+        return self._inner.get_input_embeddings()
+
+    def get_output_embeddings(self) -> HasWeight | None:
+        """Of the inner target's model, where it has one."""
+        get = getattr(self.model, "get_output_embeddings", None)
+        return get() if get else None
+
+    def generate_batch(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Any:
+        """The inner target's batch, checked. Raises :class:`TargetError`."""
+        device = self.get_input_embeddings().weight.device
+        ids = input_ids.to(device)
+        with self._one_call, torch.no_grad():
+            batch = self._inner.generate_batch(
+                input_ids=ids,
+                attention_mask=attention_mask.to(device),
+                loss_mask=loss_mask.to(device),
+            )
+        self._check(batch, ids)
+        return batch
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
+    ) -> TargetOutputs:
+        """The inner target's batch as outputs that are shifted already."""
+        batch = self.generate_batch(input_ids, attention_mask, loss_mask)
+        return TargetOutputs(batch.aux_hidden_states, full_tensor(batch.logits), shifted=True)
+
+    def close(self) -> None:
+        """Close the inner target, if it can be."""
+        close = getattr(self._inner, "close", None)
+        if close:
+            close()
+
+    def _check(self, batch: Any, ids: Tensor) -> None:
+        batch_tokens = tuple(ids.shape)
+        wanted = {
+            "logits": (*batch_tokens, self.vocab_size),
+            "aux_hidden_states": (*batch_tokens, 3 * self._hidden_size),
+            "input_ids": batch_tokens,
+            "loss_mask": batch_tokens,
+        }
+        for field, shape in wanted.items():
+            tensor = getattr(batch, field, None)
+            if tensor is None or tuple(tensor.shape) != shape:
+                got = "nothing" if tensor is None else str(tuple(tensor.shape))
+                raise TargetError(
+                    f"the target's generate_batch gave {got} for {field}, its contract says {shape}"
+                )
+        if not torch.equal(batch.input_ids.to(ids.device), shift_left(ids)):
+            raise TargetError(
+                "the target's generate_batch gave a batch of other token ids than it was given "
+                "(input_ids must come back moved left by one)"
+            )
+
+    def _weights(self) -> Any:
+        return self.model if hasattr(self.model, "state_dict") else _Embeddings(self)
+
+    def __repr__(self) -> str:
+        return f"<ForeignTarget {self.name} {type(self._inner).__name__}>"
+
+
+class _Embeddings:
+    """All that a target whose model has no ``state_dict`` shows of its weights."""
+
+    def __init__(self, target: ForeignTarget) -> None:
+        self.config = target.model.config
+        self._weight = target.get_input_embeddings().weight
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"input_embeddings": self._weight}

@@ -1,0 +1,226 @@
+"""Any Hugging Face causal language model with decoder layers, as a target."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextvars import ContextVar
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worker.errors import TargetError
+from worker.targets.contract import (
+    HasWeight,
+    TargetBatch,
+    TargetOutputs,
+    choose_aux_layer_ids,
+    colocated_batch,
+    full_tensor,
+    text_config,
+)
+from worker.targets.fingerprint import weights_fingerprint
+
+#: Where the decoder layers are: Llama, Qwen, Mistral, Gemma, Phi | multimodal wrappers, two ages |
+#: a bare text model | OPT | GPT-2, Falcon | GPT-NeoX.
+LAYER_PATHS = (
+    "model.layers",
+    "model.language_model.layers",
+    "language_model.model.layers",
+    "language_model.layers",
+    "layers",
+    "model.decoder.layers",
+    "transformer.h",
+    "gpt_neox.layers",
+)
+
+
+class _Capture:
+    """What the hooks of one target keep of one forward."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+        self.layers: dict[int, Tensor] = {}  # [B, T, H] each
+        self.head_input: Tensor | None = None  # [B, T, H]
+        self.head_output: Tensor | None = None  # [B, T, V]
+
+
+#: The forward under way in this thread. A forward that is not ours, of the same model and in
+#: another thread, finds none, so it leaves no trace.
+_current: ContextVar[_Capture | None] = ContextVar("draftmq_capture", default=None)
+
+
+class HuggingFaceTarget:
+    """A frozen model with three aux hidden states, its logits, and what its head multiplies.
+
+    ``last_hidden_state`` is the very tensor that enters ``lm_head``, and the logits are the
+    model's own. ``hidden`` is offered only where a trial forward shows that the logits are the
+    head's output as it is; :attr:`hidden_refused` says why not (Gemma 2 caps, Granite scales).
+
+    One forward runs at a time: some rotary embeddings keep their frequencies of the last length.
+    Raises :class:`TargetError` for a model that cannot be a target.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str,
+        aux_layer_ids: Sequence[int] | None = None,
+        tokenizer: str | None = None,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self.tokenizer = tokenizer or ""
+        layers = decoder_layers(model)
+        self.aux_layer_ids = choose_aux_layer_ids(aux_layer_ids, len(layers))
+        self._owner = object()
+        self._one_forward = threading.Lock()
+        self._handles = [
+            layers[layer].register_forward_hook(self._layer_hook(layer))
+            for layer in self.aux_layer_ids
+        ]
+        head = model.get_output_embeddings()
+        if head is not None:
+            self._handles.append(head.register_forward_hook(self._head_hook()))
+        try:
+            trial, aux, logits = self._try()
+        except Exception:
+            self.close()
+            raise
+        #: V: what the logits have, which may be more than the tokenizer knows
+        self.vocab_size = int(logits.shape[-1])
+        self.dtype = aux.dtype
+        self.hidden_refused = _why_not_hidden(head, trial, logits)
+        self.encodings = ("probs",) if self.hidden_refused else ("probs", "hidden")
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.get_input_embeddings().weight.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal where class, config and weights are equal, on any machine."""
+        return weights_fingerprint(self.model)
+
+    def get_input_embeddings(self) -> HasWeight:
+        """The module with ``weight`` [V, H]."""
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> HasWeight | None:
+        """The module with ``weight`` [V, H] and perhaps ``bias`` [V]; None without one."""
+        return self.model.get_output_embeddings()
+
+    def generate_batch(
+        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
+    ) -> TargetBatch:
+        """The co-located contract: ids and masks [B, T], padded on the right."""
+        outputs = self.forward(input_ids, attention_mask, loss_mask)
+        device = outputs.logits.device
+        return colocated_batch(
+            outputs, input_ids.to(device), attention_mask.to(device), loss_mask.to(device)
+        )
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor | None = None
+    ) -> TargetOutputs:
+        """Unshifted outputs: a shift of logits [B, T, V] would be one more copy of them."""
+        del loss_mask  # only for targets that want it
+        capture, aux, logits = self._run(input_ids, attention_mask)
+        return TargetOutputs(aux, logits, capture.head_input)
+
+    def close(self) -> None:
+        """Take the hooks off the model, which stays usable for others."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()  # not inference_mode: a co-located trainer saves these tensors for backward
+    def _run(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[_Capture, Tensor, Tensor]:
+        capture = _Capture(self._owner)
+        with self._one_forward:
+            before = _current.set(capture)
+            try:
+                outputs = self.model(
+                    input_ids=input_ids.to(self.device),
+                    attention_mask=attention_mask.to(self.device),
+                    use_cache=False,
+                )
+            finally:
+                _current.reset(before)
+        logits = full_tensor(outputs.logits if hasattr(outputs, "logits") else outputs)
+        missing = [layer for layer in self.aux_layer_ids if layer not in capture.layers]
+        if missing:
+            raise TargetError(f"the model's forward did not run its layers {missing}")
+        states = [
+            full_tensor(capture.layers[layer]).to(logits.device) for layer in self.aux_layer_ids
+        ]
+        return capture, torch.cat(states, dim=-1), logits
+
+    def _try(self) -> tuple[_Capture, Tensor, Tensor]:
+        rows = self.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(rows - 1, max(-1, rows - 9), -1).unsqueeze(0)  # [1, 8]
+        return self._run(ids, torch.ones_like(ids))
+
+    def _layer_hook(self, layer: int) -> Any:
+        owner = self._owner
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            capture = _current.get()
+            if capture is not None and capture.owner is owner:
+                capture.layers[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def _head_hook(self) -> Any:
+        owner = self._owner
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            capture = _current.get()
+            if capture is not None and capture.owner is owner and args:
+                capture.head_input, capture.head_output = args[0], output
+
+        return hook
+
+    def __repr__(self) -> str:
+        return (
+            f"<HuggingFaceTarget {self.name} {type(self.model).__name__} {self.dtype} on "
+            f"{self.device} aux={list(self.aux_layer_ids)}>"
+        )
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The decoder layers in order. Raises :class:`TargetError` where there are none."""
+    for path in LAYER_PATHS:
+        found: Any = model
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.ModuleDict):  # NeMo AutoModel's own models: keys "0", "1", ...
+            return [found[str(index)] for index in range(len(found))]
+        if isinstance(found, nn.ModuleList) and len(found):
+            return list(found)
+    depth = getattr(text_config(getattr(model, "config", None)), "num_hidden_layers", None)
+    raise TargetError(
+        f"{type(model).__name__} (num_hidden_layers={depth}) has no decoder layers at any of "
+        f"{', '.join(LAYER_PATHS)}; serve it with --target-factory"
+    )
+
+
+def _why_not_hidden(head: Any, trial: _Capture, logits: Tensor) -> str:
+    """Empty if softmax over head rows times ``last_hidden_state`` is the target's distribution."""
+    if head is None or trial.head_input is None or trial.head_output is None:
+        return "the model does not run its output embeddings on the last hidden state"
+    output, hidden = full_tensor(trial.head_output), full_tensor(trial.head_input)
+    if output.shape != logits.shape or not torch.equal(output.float(), logits.float()):
+        return "the model changes its head's output (soft-capping or scaling)"
+    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    if weight is None or tuple(weight.shape) != (logits.shape[-1], hidden.shape[-1]):
+        return f"the head {type(head).__name__} is not a matrix [V, H]"
+    remade = F.linear(hidden.to(weight.dtype), full_tensor(weight), bias).float()
+    scale = logits.float().abs().max().clamp_min(1e-6)
+    if ((remade - logits.float()).abs().max() / scale) > 0.02:
+        return f"the head {type(head).__name__} does more than multiply"
+    return ""
