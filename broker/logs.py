@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
-from collections.abc import Mapping
-from datetime import datetime, timezone
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any
+
+import click
 
 FORMATS = ("logfmt", "json")
 
@@ -24,9 +27,7 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
-            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(
-                "T", "milliseconds"
-            ),
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat("T", "milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage(),
@@ -50,3 +51,18 @@ def configure(style: str = "logfmt", level: str = "info") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(style))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options ``--log-format`` and ``--log-level`` for a command; they configure its logs."""
+
+    @click.option("--log-format", type=click.Choice(FORMATS), default="logfmt", show_default=True)
+    @click.option(
+        "--log-level", type=click.Choice(("debug", "info", "warning", "error")), default="info"
+    )
+    @functools.wraps(command)
+    def configured(*, log_format: str, log_level: str, **others: Any) -> Any:
+        configure(log_format, log_level)
+        return command(**others)
+
+    return configured

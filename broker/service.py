@@ -62,9 +62,12 @@ class Broker:
         self._insecure = insecure
         self.core = BrokerCore(uuid.uuid4().hex[:12], config)
         self._lock = threading.Lock()  # the core belongs to the loop; HTTP only looks, under it
+        #: the loop ended on an error of its own; it is in the log
+        self.failed = False
         self._stopping = threading.Event()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
+        self._wakeup = Wakeup()
         self._ports: dict[Side, _Port] = {}
         self._http: HttpServer | None = None
 
@@ -78,7 +81,6 @@ class Broker:
             _refuse_open_address(f"tcp://{self._http_address}", self._insecure)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.max_sockets = 65536
-        self._wakeup = Wakeup()
         try:
             for side, address in self._addresses.items():
                 self._ports[side] = _Port(self._context, side, address, self.core.config)
@@ -94,10 +96,14 @@ class Broker:
 
     def stop(self) -> None:
         """Say goodbye to all peers and close. Clients and workers wait for the next broker."""
-        self._stopping.set()
         if self._thread is not None:
-            self._wakeup.set()
+            self.stop_soon()
             self._thread.join()
+
+    def stop_soon(self) -> None:
+        """Ask the broker to stop, without waiting for it; what a signal handler may call."""
+        self._stopping.set()
+        self._wakeup.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the broker has stopped; False when it still runs after ``timeout_s``."""
@@ -154,8 +160,8 @@ class Broker:
                 self._handle([Tick()])
             self._act(self.core.goodbye())
         except Exception:
+            self.failed = True
             _logger.exception("broker_failed")
-            raise
         finally:
             self._close()
             self._stopped.set()

@@ -11,7 +11,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from worker.mapping import VocabMapping
 
 from broker.protocol import encode
 from broker.protocol import messages as m
@@ -20,6 +19,7 @@ from trainer_client.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.core import ClientConfig
 from trainer_client.errors import BadRequestError
 from trainer_client.service import Answer, Client, PendingReply
+from worker.mapping import VocabMapping
 
 _logger = logging.getLogger("draftmq.client")
 T = TypeVar("T")

@@ -120,11 +120,12 @@ class Answerer:
         tensors: dict[str, Any] = from_frames(request.manifest, packet.payload)
         if tuple(tensors) != _TOKENS:
             raise BadRequest(f"wants the tensors {_TOKENS}, got {tuple(tensors)}")
-        tokens = [tensors[name] for name in _TOKENS]
-        limit = self.facts.max_position_embeddings
-        validate_request(*tokens, self.facts.vocab_size, limit)
+        facts = self.facts
+        validate_request(
+            **tensors, vocab_size=facts.vocab_size, max_tokens=facts.max_position_embeddings
+        )
         return compute_supervision(
-            self.target, *tokens, mapping=self._mapping(request), encoding=request.encoding
+            self.target, **tensors, mapping=self._mapping(request), encoding=request.encoding
         )
 
     def _mapping(self, request: m.Request) -> VocabMapping:

@@ -66,6 +66,8 @@ class Worker:
         )
         #: what the compute thread is to do, in order; None ends it
         self._work: queue.SimpleQueue[Compute | Learn | Forget | None] = queue.SimpleQueue()
+        #: asked to drain
+        self.leaving = False
         self._left = threading.Event()
         self._error: str = ""
         self._loop = PeerLoop(
@@ -83,8 +85,13 @@ class Worker:
         return self
 
     def drain(self, reason: str = "asked to drain") -> None:
-        """Finish what is held, take nothing new, leave; at once, without waiting for it."""
+        """Finish what is held, take nothing new, leave. Returns at once: :meth:`wait` waits."""
+        self.leaving = True
         self._loop.post(Drain(reason))
+
+    def leave_now(self) -> None:
+        """Have :meth:`wait` return; what is held goes back to the brokers."""
+        self._left.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the worker has left; False when it is still there after ``timeout_s``.

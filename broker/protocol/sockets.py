@@ -102,7 +102,7 @@ class Wakeup:
         self._writer.setblocking(False)
 
     def set(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: it wakes anyway
+        with contextlib.suppress(OSError):  # full: it wakes anyway; closed: nobody is left to wake
             self._writer.send(b"\0")
 
     def clear(self) -> None:

@@ -76,7 +76,9 @@ def build_corpus(html_folder: Path) -> str:
     seen: set[str] = set()
     documents: list[str] = []
     for page in sorted(page for name in SECTIONS for page in (html_folder / name).glob("*.html")):
-        fresh = list(dict.fromkeys(p for p in paragraphs_of(page.read_text("utf-8")) if p not in seen))
+        fresh = list(
+            dict.fromkeys(p for p in paragraphs_of(page.read_text("utf-8")) if p not in seen)
+        )
         seen.update(fresh)
         document = "\n".join(fresh)
         if len(document) >= MIN_DOCUMENT_CHARS:

@@ -1,9 +1,9 @@
 """Makes the embedded target: `python -m worker.targets.make_embedded --output DIR`.
 
-Without `--docs` it trains on the shipped corpus, so it needs nothing but this package. With `--docs`
-it first makes that corpus anew from the HTML of Debian's package `python3.11-doc` (its folder
-`usr/share/doc/python3.11/html`, installed or unpacked). DIR becomes a model folder: config, weights,
-tokenizer, corpus. The same seed, steps and thread count on the same machine give the same bytes.
+Without `--docs` it trains on the shipped corpus, so it needs nothing but this package. With
+`--docs` it first makes that corpus anew from the HTML of Debian's package `python3.11-doc` (its
+folder `usr/share/doc/python3.11/html`, installed or unpacked). DIR becomes a model folder: config,
+weights, tokenizer, corpus. The same steps and threads on the same machine give the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -33,7 +34,7 @@ END_OF_TEXT = "<|endoftext|>"  # id 0: begins, ends and pads
 
 #: Deep and narrow: a one-layer draft then costs about a twelfth of a target forward, and the layers
 #: 1, n/2-1 and n-4 are far apart.
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
     "intermediate_size": 352,

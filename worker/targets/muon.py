@@ -22,7 +22,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """Return the float32 [N, R, C] matrices with all singular values brought to about 1."""
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    x: Tensor = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
@@ -41,19 +41,18 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter; those of one shape are orthogonalized together."""
         for group in self.param_groups:
             momentum = group["momentum"]
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
-                by_shape[parameter.shape].append(parameter)
-            for (rows, columns), parameters in by_shape.items():
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append((parameter, parameter.grad))
+            for (rows, columns), pairs in by_shape.items():
                 updates = []
-                for parameter in parameters:
-                    average = self.state[parameter].setdefault(
-                        "average", torch.zeros_like(parameter)
-                    )
-                    average.lerp_(parameter.grad, 1 - momentum)
-                    updates.append(parameter.grad.lerp(average, momentum))  # Nesterov
-                scale = math.sqrt(max(1.0, rows / columns))
-                for parameter, update in zip(
-                    parameters, orthogonalize(torch.stack(updates)), strict=True
-                ):
-                    parameter.add_(update, alpha=-group["lr"] * scale)
+                for parameter, gradient in pairs:
+                    state = self.state[parameter]
+                    average = state.setdefault("average", torch.zeros_like(parameter))
+                    average.lerp_(gradient, 1 - momentum)
+                    updates.append(gradient.lerp(average, momentum))  # Nesterov
+                learning_rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+                orthogonal = orthogonalize(torch.stack(updates))
+                for (parameter, _), update in zip(pairs, orthogonal, strict=True):
+                    parameter.add_(update, alpha=-learning_rate)

@@ -1,0 +1,108 @@
+"""``draftmq worker``."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import click
+
+from broker import logs
+
+if TYPE_CHECKING:
+    from worker.targets.contract import Target
+
+
+class _Layers(click.ParamType[tuple[int, ...]]):
+    name = "I,J,K"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not three layer numbers like 1,5,8", param, ctx)
+
+
+@click.command()
+@click.option(
+    "--broker", "brokers", multiple=True, required=True, help="Serve this broker; may be repeated."
+)
+@click.option("--target", help="Hugging Face id or path, or 'embedded'.")
+@click.option("--target-factory", help="package.module:callable that makes the target instead.")
+@click.option("--model-name", default="", help="The name that trainers ask for (default: TARGET).")
+@click.option("--aux-layers", type=_Layers(), help="Layers whose outputs are taken [1,n/2-1,n-4].")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--dtype", help="float32, bfloat16, ... (default: the checkpoint's).")
+@click.option("--revision", help="Revision of the model on the hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads for the target.")
+@click.option(
+    "--credits",
+    "credits_",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Requests held at once: with 2 the next is here when one ends.",
+)
+@click.option("--drain-s", default=30.0, show_default=True, help="Seconds to finish on SIGTERM.")
+@click.option("--name", help="This worker's own name (default: host, pid, random).")
+@logs.options
+def worker(
+    brokers: tuple[str, ...],
+    target: str | None,
+    target_factory: str | None,
+    model_name: str,
+    aux_layers: tuple[int, ...] | None,
+    device: str,
+    dtype: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    threads: int | None,
+    credits_: int,
+    drain_s: float,
+    name: str | None,
+) -> None:
+    """Serve a frozen target until SIGTERM, which drains: finish what is held, take nothing new.
+
+    A second SIGTERM, or SIGINT, leaves at once; the broker gives the requests to others.
+    """
+    import torch
+
+    from broker.notify import notify
+    from worker.service import Worker
+    from worker.targets import load_factory, load_target
+
+    if (target is None) == (target_factory is None):
+        raise click.UsageError("give either --target or --target-factory")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    served: Target
+    if target is not None:
+        served = load_target(
+            target,
+            device=device,
+            dtype=dtype,
+            aux_layer_ids=aux_layers,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+        )
+    else:
+        served = load_factory(str(target_factory), name=model_name)
+    service = Worker(
+        served, brokers, model=model_name, name=name, credits=credits_, drain_s=drain_s
+    )
+
+    def leave(number: int, frame: object) -> None:
+        if number == signal.SIGTERM and not service.leaving:
+            notify("STOPPING=1")
+            service.drain("SIGTERM")
+        else:
+            service.leave_now()
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
+    with service:
+        notify("READY=1")
+        service.wait()
