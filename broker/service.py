@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 import uuid
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import zmq
@@ -240,9 +241,8 @@ class _Port:
 
     def _event(self, connection: bytes, frames: list[zmq.Frame]) -> Event:
         if frames:
-            descriptor = frames[0].get(zmq.SRCFD)
-            if isinstance(descriptor, int) and descriptor >= 0:
-                self._by_descriptor[descriptor] = connection
+            with contextlib.suppress(zmq.ZMQError):  # noise that passed for a ZMTP 1 peer has none
+                self._by_descriptor[cast(int, frames[0].get(zmq.SRCFD))] = connection
         try:
             return Received(self.side, connection, decode(frames, self.limits))
         except RemoteProtocolError as error:

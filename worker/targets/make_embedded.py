@@ -60,12 +60,12 @@ WARMUP_STEPS = 50
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
-    "{{ 'Answer: ' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "Answer:{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
     "{% else %}"
     "{{ ('Question: ' if message['role'] == 'user' else '') + message['content'] + '\\n' }}"
     "{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
+    "{% if add_generation_prompt %}Answer:{% endif %}"
 )
 
 
