@@ -37,7 +37,7 @@ def eventually(condition: Callable[[], object], seconds: float = 20.0) -> None:
     """Wait for a condition; fails after ``seconds``."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, f"it did not happen within {seconds} s"
         time.sleep(0.01)
 
 
@@ -183,6 +183,8 @@ def greet(sock: socket.socket) -> None:
     sock.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00NULL".ljust(23, b"\0") + bytes(32))
     ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
     sock.sendall(b"\x04" + bytes([len(ready)]) + ready)
+    theirs = sock.recv(64 + 2, socket.MSG_WAITALL)  # their greeting, and how long their READY is
+    sock.recv(theirs[-1], socket.MSG_WAITALL)
 
 
 @pytest.mark.parametrize("port", ["client_endpoint", "worker_endpoint"])
