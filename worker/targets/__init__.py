@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from worker.errors import TargetError
 
@@ -55,7 +56,9 @@ def load_target(
     try:
         model = model.to(place)
     except (RuntimeError, AssertionError) as error:
-        raise TargetError(f"target {name!r} does not fit on {place}: {_first_line(error)}") from None
+        raise TargetError(
+            f"target {name!r} does not fit on {place}: {_first_line(error)}"
+        ) from None
     return HuggingFaceTarget(
         model, name=name, aux_layer_ids=aux_layer_ids, tokenizer=_tokenizer(where)
     )
@@ -88,11 +91,10 @@ def as_target(made: Any, *, name: str = "") -> Target:
 
     Raises :class:`TargetError` that names the members that are missing.
     """
-    from worker.targets.contract import Target
-    from worker.targets.foreign import CONTRACT, ForeignTarget
+    from worker.targets.foreign import CONTRACT, OURS, ForeignTarget
 
-    if isinstance(made, Target):
-        return made
+    if all(inspect.getattr_static(made, member, None) is not None for member in OURS):
+        return cast("Target", made)
     missing = [member for member in CONTRACT if not hasattr(made, member)]
     if not missing and not hasattr(made.model, "config"):
         missing = ["model.config"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +41,6 @@ class HasWeight(Protocol):
     def weight(self) -> Tensor: ...  # [V, H]
 
 
-@runtime_checkable
 class ColocatedTarget(Protocol):
     """The contract that NeMo AutoModel's wrappers for Hugging Face, SGLang and vLLM keep."""
 
@@ -58,7 +57,6 @@ class ColocatedTarget(Protocol):
     ) -> Any: ...
 
 
-@runtime_checkable
 class Target(ColocatedTarget, Protocol):
     """What a worker serves. :func:`worker.targets.as_target` makes it of a co-located target."""
 

@@ -22,6 +22,8 @@ from worker.targets.fingerprint import weights_fingerprint
 
 #: The members of the co-located contract.
 CONTRACT = ("generate_batch", "get_input_embeddings", "aux_layer_ids", "model")
+#: What a worker's own targets have beside it.
+OURS = (*CONTRACT, "forward", "fingerprint", "encodings", "vocab_size", "dtype")
 
 
 class ForeignTarget:

@@ -1,0 +1,90 @@
+"""The shape of a draft: one fused Llama layer, sized after its target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Sizes of an :class:`~trainer_client.eagle3.draft.Eagle3Draft`. Raises ``ValueError``."""
+
+    vocab_size: int  # V, the target's
+    draft_vocab_size: int  # D
+    target_hidden_size: int  # of the aux states and of the target's embeddings
+    hidden_size: int  # H of the draft; embeddings are shared, so it is the target's
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    #: in the form of transformers 5: ``rope_type``, ``rope_theta`` and what the type wants
+    rope_parameters: Mapping[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
+
+    def __post_init__(self) -> None:
+        if self.hidden_size != self.target_hidden_size:
+            raise ValueError(
+                f"the draft's hidden size ({self.hidden_size}) must be the target's "
+                f"({self.target_hidden_size}): both read the target's embeddings"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads are no multiple of "
+                f"{self.num_key_value_heads} key-value heads"
+            )
+        if not 0 < self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"the draft vocab has {self.draft_vocab_size} tokens; it must have 1 to "
+                f"{self.vocab_size}, the target's"
+            )
+
+    @classmethod
+    def from_target_info(
+        cls, info: Mapping[str, Any], draft_vocab_size: int, **overrides: Any
+    ) -> DraftConfig:
+        """A draft like one layer of the target that ``info`` (``model_info()``) describes."""
+        config = info["config"]
+        hidden, heads = info["hidden_size"], int(config["num_attention_heads"])
+        sizes: dict[str, Any] = {
+            "vocab_size": info["vocab_size"],
+            "draft_vocab_size": draft_vocab_size,
+            "target_hidden_size": hidden,
+            "hidden_size": hidden,
+            "intermediate_size": int(config.get("intermediate_size") or 4 * hidden),
+            "num_attention_heads": heads,
+            "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
+            "head_dim": int(config.get("head_dim") or hidden // heads),
+            "max_position_embeddings": info["max_position_embeddings"] or 2048,
+            "rms_norm_eps": float(config.get("rms_norm_eps") or 1e-6),
+            "rope_parameters": rope_parameters(config),
+        }
+        return cls(**(sizes | overrides))
+
+    def to_llama(self) -> LlamaConfig:
+        """The config of transformers' Llama with these sizes."""
+        from transformers import LlamaConfig
+
+        sizes = asdict(self) | {"num_hidden_layers": 1, "tie_word_embeddings": False}
+        for ours in ("draft_vocab_size", "target_hidden_size"):
+            del sizes[ours]
+        return LlamaConfig(**sizes)
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE of a Hugging Face config, from the form of transformers 5 or of 4."""
+    parameters = dict(config.get("rope_parameters") or {})
+    if any(isinstance(value, Mapping) for value in parameters.values()):  # one for each layer type
+        parameters = dict(parameters.get("full_attention") or next(iter(parameters.values())))
+    if not parameters:
+        parameters = dict(config.get("rope_scaling") or {})
+        parameters.setdefault("rope_type", parameters.pop("type", "default"))
+    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+    return {"rope_type": "default"} | parameters | {"rope_theta": float(theta)}

@@ -1,0 +1,206 @@
+"""The EAGLE-3 draft: one Llama layer over [embedding, hidden], fed by three aux hidden states.
+
+After Li et al., "EAGLE-3" (arXiv:2503.01840), section 3; parameters have the names that vLLM's and
+SGLang's ``llama_eagle3.py`` load. B batch, T tokens, H hidden size, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from trainer_client.eagle3.config import DraftConfig
+
+
+@dataclass
+class TTTCache:
+    """Keys and values [B, heads, T, head_dim] of every unroll depth so far."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class DecodeCache:
+    """Keys and values [1, heads, length, head_dim] of the tokens decoded so far."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys, values
+        else:
+            self.keys = torch.cat((self.keys, keys), dim=2)
+            self.values = torch.cat((self.values, values), dim=2)
+        return self.keys, self.values
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(2 * config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(2 * config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(2 * config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, 2H] to queries, keys, values [B, heads, T, head_dim], rotated."""
+        batch, length, _ = x.shape
+        shape = (batch, length, -1, self.head_dim)
+        queries = self.q_proj(x).view(shape).transpose(1, 2)
+        keys = self.k_proj(x).view(shape).transpose(1, 2)
+        values = self.v_proj(x).view(shape).transpose(1, 2)
+        queries, keys = apply_rotary_pos_emb(queries, keys, *rotary)
+        groups = self.heads // self.kv_heads
+        return (
+            queries,
+            keys.repeat_interleave(groups, dim=1),
+            values.repeat_interleave(groups, dim=1),
+        )
+
+    def merge(self, attended: Tensor) -> Tensor:
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+
+class _Mlp(nn.Module):
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _Layer(nn.Module):
+    """The fused layer: attention reads [embedding, hidden], the residual is the hidden state."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(size, eps=eps)
+        self.hidden_norm = nn.RMSNorm(size, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(size, eps=eps)
+        self.self_attn = _Attention(config)
+        self.mlp = _Mlp(config)
+
+    def fused(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        return torch.cat((self.input_layernorm(embedded), self.hidden_norm(hidden)), dim=-1)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = hidden + self.self_attn.merge(attended)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Eagle3Draft(nn.Module):
+    """A draft for one target. ``selected_token_ids`` int64 [D] is its vocabulary, ascending.
+
+    Fresh weights come from torch's default generator; the embeddings are the target's and frozen.
+    """
+
+    d2t: Tensor
+    t2d: Tensor
+
+    def __init__(
+        self, config: DraftConfig, selected_token_ids: Tensor, embeddings: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        if selected_token_ids.numel() != config.draft_vocab_size:
+            raise ValueError(
+                f"{selected_token_ids.numel()} token ids are selected, the draft vocab has "
+                f"{config.draft_vocab_size}"
+            )
+        size = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.fc = nn.Linear(3 * config.target_hidden_size, size, bias=False)
+        self.midlayer = _Layer(config)
+        self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+        ids = selected_token_ids.detach().cpu().long()
+        #: int64 [D]: target id minus draft id; bool [V]: the draft knows this target id
+        self.register_buffer("d2t", ids - torch.arange(config.draft_vocab_size))
+        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+        self.t2d[ids] = True
+        self._rotary = LlamaRotaryEmbedding(config.to_llama())
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)  # Llama's
+        if embeddings is not None:
+            self.embed_tokens.weight.data.copy_(embeddings)
+        self.embed_tokens.weight.requires_grad_(False)
+
+    @property
+    def selected_token_ids(self) -> Tensor:
+        """Int64 [D]: the target id of each draft id."""
+        return self.d2t + torch.arange(self.d2t.numel(), device=self.d2t.device)
+
+    def fuse(self, aux_hidden_states: Tensor) -> Tensor:
+        """Aux hidden states [B, T, 3H] of the target to the draft's [B, T, H]."""
+        return self.fc(aux_hidden_states.to(self.fc.weight.dtype))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., H] to logits [..., D] over the draft vocabulary."""
+        return self.lm_head(self.norm(hidden))
+
+    def step(
+        self, input_ids: Tensor, hidden: Tensor, cache: TTTCache, attention_mask: Tensor
+    ) -> Tensor:
+        """One depth of the training-time test over whole sequences [B, T]: hidden [B, T, H].
+
+        Slot t attends to all slots up to t of depth 0, and to itself at every depth since then:
+        what it will have seen when it drafts (EAGLE-3, figure 7). At depth i all positions are i
+        further on. ``attention_mask`` [B, T] is that of the unshifted tokens.
+        """
+        depth, length = len(cache.keys), input_ids.shape[1]
+        x = self.midlayer.fused(self.embed_tokens(input_ids), hidden)
+        positions = torch.arange(depth, depth + length, device=x.device).unsqueeze(0)
+        queries, keys, values = self.midlayer.self_attn.project(x, self._rotary(x, positions))
+        cache.keys.append(keys)
+        cache.values.append(values)
+        scale = self.config.head_dim**-0.5
+        scores = torch.matmul(queries, cache.keys[0].transpose(2, 3)) * scale  # [B, heads, T, T]
+        scores = scores.masked_fill(~_visible(attention_mask), torch.finfo(scores.dtype).min)
+        own = [(queries * key).sum(-1, keepdim=True) * scale for key in cache.keys[1:]]
+        weights = torch.softmax(torch.cat((scores, *own), dim=-1).float(), dim=-1).to(values.dtype)
+        attended = torch.matmul(weights[..., :length], cache.values[0])
+        for at, value in enumerate(cache.values[1:], start=length):
+            attended = attended + weights[..., at : at + 1] * value
+        return self.midlayer.finish(hidden, attended)
+
+    def decode(self, input_ids: Tensor, hidden: Tensor, cache: DecodeCache) -> Tensor:
+        """Ordinary incremental decoding of n more tokens [1, n]: hidden [1, n, H]."""
+        begin, count = cache.length, input_ids.shape[1]
+        x = self.midlayer.fused(self.embed_tokens(input_ids), hidden)
+        positions = torch.arange(begin, begin + count, device=x.device).unsqueeze(0)
+        queries, keys, values = self.midlayer.self_attn.project(x, self._rotary(x, positions))
+        keys, values = cache.append(keys, values)
+        seen = torch.ones(count, begin + count, dtype=torch.bool, device=x.device).tril(begin)
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
+        return self.midlayer.finish(hidden, attended)
+
+
+def _visible(attention_mask: Tensor) -> Tensor:
+    """[B, T] to bool [B, 1, T, T]: causal, and not at padding."""
+    length = attention_mask.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
+    return causal & attention_mask.bool()[:, None, None, :]

@@ -1,0 +1,1 @@
+"""Training drafts: data, optimizer, checkpoints, metrics, and the loop that joins them."""

@@ -1,0 +1,94 @@
+"""Checkpoints: written whole or not at all, read without pickle.
+
+``checkpoints/step-000100/`` holds ``draft.safetensors`` (the weights), ``optimizer.pt`` (read with
+``weights_only``) and ``state.json`` (the step, and the settings that a resumed run must share). All
+else that a run needs is a function of these: data order and learning rate follow from the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from trainer_client.eagle3.draft import Eagle3Draft
+from trainer_client.errors import TrainerClientError
+
+
+class CheckpointError(TrainerClientError):
+    """A checkpoint cannot be written or read."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint on disk."""
+
+    directory: Path
+    step: int
+    settings: Mapping[str, Any]
+
+    def restore(self, draft: Eagle3Draft, optimizer: torch.optim.Optimizer | None) -> None:
+        """Load weights and optimizer state in place. Raises :class:`CheckpointError`."""
+        try:
+            draft.load_state_dict(load_file(self.directory / "draft.safetensors"))
+            if optimizer is not None:
+                state = torch.load(self.directory / "optimizer.pt", weights_only=True)
+                optimizer.load_state_dict(state)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"cannot resume from {self.directory}: {error}") from error
+
+
+def save(
+    directory: Path,
+    step: int,
+    draft: Eagle3Draft,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint beside its place and move it there; keep the newest ``keep``.
+
+    Raises :class:`CheckpointError`; the older checkpoints are then as they were.
+    """
+    final = directory / f"step-{step:06d}"
+    unfinished = directory / f".{final.name}.{os.getpid()}"
+    try:
+        unfinished.mkdir(parents=True)
+        save_file(draft.state_dict(), unfinished / "draft.safetensors")
+        torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
+        (unfinished / "state.json").write_text(
+            json.dumps({"step": step, "settings": dict(settings)}, indent=1)
+        )
+        for file in unfinished.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        unfinished.rename(final)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot write the checkpoint {final}: {error}; older checkpoints are untouched"
+        ) from error
+    for old in complete(directory)[:-keep]:
+        shutil.rmtree(old.directory)
+    return final
+
+
+def complete(directory: Path) -> list[Checkpoint]:
+    """All complete checkpoints, oldest first; unfinished ones (leading dot) are not looked at."""
+    found = []
+    for path in sorted(directory.glob("step-*/state.json")):
+        try:
+            state = json.loads(path.read_text())
+            found.append(Checkpoint(path.parent, int(state["step"]), state["settings"]))
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}; remove {path.parent}") from None
+    return sorted(found, key=lambda checkpoint: checkpoint.step)

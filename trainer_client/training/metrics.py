@@ -1,0 +1,81 @@
+"""What a run tells of itself: a line of JSON a step, and the curves at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one object a step. A resumed run goes on after ``steps_done``."""
+
+    def __init__(self, path: Path, steps_done: int = 0) -> None:
+        kept = [line for line in read(path) if line["step"] <= steps_done] if steps_done else []
+        self._file = path.open("w", encoding="utf-8")
+        for line in kept:
+            self.write(line)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(dict(line)) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, without a last one that was cut off."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Loss, accuracy by depth, simulated accept length and waiting share over steps, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [line["step"] for line in lines]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    loss, accuracy, accept, waiting = axes.flat
+    loss.plot(steps, [line["loss"] for line in lines], color="tab:blue")
+    loss.set_ylabel("loss (nats, weighted over depths)")
+    depths = len(lines[0]["depth_accuracy"]) if lines else 0
+    colors = plt.get_cmap("viridis")
+    for depth in range(depths):
+        values = [line["depth_accuracy"][depth] for line in lines]
+        color = colors(depth / max(1, depths - 1))
+        accuracy.plot(steps, values, color=color, label=f"depth {depth + 1}")
+    accuracy.set_ylabel("top-1 accuracy")
+    accuracy.set_ylim(0, 1)
+    accuracy.legend(fontsize="small", ncols=2)
+    accept.plot(steps, [line["accept_length"] for line in lines], color="tab:green")
+    accept.set_ylabel("simulated accept length (tokens)")
+    waiting.plot(steps, [100 * line["waiting_share"] for line in lines], color="tab:red")
+    waiting.set_ylabel("time spent waiting for supervision (%)")
+    waiting.set_ylim(0, 100)
+    for axis in axes.flat:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    figure.suptitle("EAGLE-3 draft training")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
