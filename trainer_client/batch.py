@@ -101,6 +101,10 @@ class TargetBackend(Protocol):
     @property
     def supports_async(self) -> bool: ...
 
+    @property
+    def encoding(self) -> str:
+        """What batches carry: ``logits``, ``probs`` or ``hidden``."""
+
     def model_info(self) -> Mapping[str, Any]: ...
 
     def get_input_embeddings(self) -> HasWeight: ...

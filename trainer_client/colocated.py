@@ -23,7 +23,7 @@ class ColocatedTarget:
     """A :class:`trainer_client.batch.TargetBackend` over a target in this process.
 
     ``target`` is a worker's target or any object with the co-located contract; the supervision is
-    made by the code that workers run, and refused by the same checks (``worker.errors.BadRequest``).
+    made by the code that workers run, and refused by the same checks (``BadRequest``).
     Raises ``ValueError`` for an encoding that is none, or that the target does not offer.
     """
 

@@ -55,7 +55,7 @@ class RemoteEagle3TargetModel:
     and fail over. ``timeout`` seconds times ``max_retries + 1`` is the deadline of a request: until
     then it survives lost connections, workers and brokers. ``encoding`` is what the workers send
     (``probs``: the contract's ``target_probs``; ``hidden``: the last hidden state, a fifth of the
-    bytes). ``model`` may be empty where the broker has one model.
+    bytes; ``auto``: ``hidden`` where it is offered). ``model`` may be empty where the broker has one model.
 
     Errors are :class:`trainer_client.errors.RequestError`; see there.
     """
@@ -82,7 +82,7 @@ class RemoteEagle3TargetModel:
         self._device = torch.device(device)
         self._deadline_s = float(timeout) * (max_retries + 1)
         self._model = model
-        self._encoding = encoding
+        self._wanted_encoding = encoding
         self._mapping: VocabMapping | None = None
         self._step = 0
 
@@ -107,13 +107,21 @@ class RemoteEagle3TargetModel:
     @functools.cached_property
     def _info(self) -> dict[str, Any]:
         info: dict[str, Any] = json.loads(self._ask("model_info").reply.info_json)
-        if self._encoding not in info["encodings"]:
+        wanted = self._wanted_encoding
+        if wanted != "auto" and wanted not in info["encodings"]:
             raise BadRequestError(
                 "bad_request",
                 f"the model {info['model']!r} is served with the encodings "
-                f"{', '.join(info['encodings'])}; {self._encoding!r} is not one of them",
+                f"{', '.join(info['encodings'])}; {wanted!r} is not one of them",
             )
         return info
+
+    @property
+    def encoding(self) -> str:
+        """What the workers send: ``probs`` or ``hidden``."""
+        if self._wanted_encoding != "auto":
+            return self._wanted_encoding
+        return "hidden" if "hidden" in self._info["encodings"] else "probs"
 
     def get_input_embeddings(self) -> SimpleNamespace:
         """An object with ``.weight`` [V, H], fetched once."""
@@ -192,7 +200,7 @@ class RemoteEagle3TargetModel:
             step=self._step,
             n_tokens=input_ids.numel(),
             mapping_id=self._mapping_id(),
-            encoding=self._encoding,
+            encoding=self.encoding,
         )
         return RemoteHandle(pending, lambda answer: self._batch(answer, attention_mask))
 

@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, read without pickle.
 
 ``checkpoints/step-000100/`` holds ``draft.safetensors`` (the weights), ``optimizer.pt`` (read with
-``weights_only``) and ``state.json`` (the step, and the settings that a resumed run must share). All
-else that a run needs is a function of these: data order and learning rate follow from the step.
+``weights_only``), ``state.json`` (the step, and the settings that a resumed run must share), and
+``draft.json`` and ``target.json`` (sizes and target facts, for an export). All else that a run needs
+is a function of these: data order and learning rate follow from the step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def save(
     draft: Eagle3Draft,
     optimizer: torch.optim.Optimizer,
     settings: Mapping[str, Any],
+    target_info: Mapping[str, Any],
     keep: int,
 ) -> Path:
     """Write a checkpoint beside its place and move it there; keep the newest ``keep``.
@@ -63,9 +65,12 @@ def save(
         unfinished.mkdir(parents=True)
         save_file(draft.state_dict(), unfinished / "draft.safetensors")
         torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
-        (unfinished / "state.json").write_text(
-            json.dumps({"step": step, "settings": dict(settings)}, indent=1)
-        )
+        for name, content in {
+            "draft.json": asdict(draft.config),
+            "target.json": dict(target_info),
+            "state.json": {"step": step, "settings": dict(settings)},
+        }.items():
+            (unfinished / name).write_text(json.dumps(content, indent=1))
         for file in unfinished.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())

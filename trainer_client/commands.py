@@ -1,0 +1,297 @@
+"""``draftmq train``, ``draftmq eval`` and ``draftmq export``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from broker import logs
+from trainer_client.errors import DataError, TrainerClientError
+from trainer_client.export import export_checkpoint, read_draft
+from trainer_client.lint import check_draft
+from trainer_client.training.run import Plan, Ranks, TrainSettings
+from trainer_client.training.run import train as run_training
+from trainer_client.training.trainer import StepMetrics
+
+_HELP = {
+    "data": "JSONL with 'text' or 'messages', or plain text; .gz and .xz too.",
+    "output": "Directory of the run: metrics, curves, checkpoints, the draft.",
+    "epochs": "Passes over the data.",
+    "max_steps": "End after so many steps (0: after the epochs).",
+    "batch_size": "Samples of one rank in one micro-batch.",
+    "accumulation": "Micro-batches for one optimizer step.",
+    "max_length": "Tokens of a sample; what is longer is cut, and counted.",
+    "draft_vocab_size": "Tokens that the draft can emit: the most frequent in the data.",
+    "draft_intermediate_size": "Width of the draft's MLP (0: like the target's).",
+    "ttt_depths": "Depths of the training-time test.",
+    "learning_rate": "Peak, after warm-up; then a cosine to a tenth of it.",
+    "warmup_share": "Share of the steps that warm up.",
+    "weight_decay": "AdamW's; norms are spared.",
+    "max_grad_norm": "Gradients are clipped to this norm.",
+    "prefetch": "Requests kept ahead of the trainer.",
+    "seed": "Of the draft's first weights and of the order of the data.",
+    "checkpoint_every": "Steps between checkpoints (0: only at the end).",
+    "keep_checkpoints": "Checkpoints that are kept.",
+    "resume": "Go on from the newest checkpoint in --output, if there is one.",
+}
+_TYPES = {"Path": click.Path(path_type=Path), "int": int, "float": float, "bool": bool}
+
+
+def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One option for each field of :class:`TrainSettings`."""
+    for field in reversed(fields(TrainSettings)):
+        name = "--" + field.name.replace("_", "-")
+        options: dict[str, Any] = {"help": _HELP[field.name]}
+        if field.type == "bool":
+            options["is_flag"] = True
+        else:
+            options["type"] = _TYPES[str(field.type)]
+        if field.default is MISSING:
+            options["required"] = True
+        else:
+            options["default"] = field.default
+        command = click.option(name, **options)(command)
+    return command
+
+
+@click.command()
+@click.option(
+    "--broker", "brokers", multiple=True, required=True, help="tcp://HOST:5555; may be repeated."
+)
+@_settings_options
+@click.option("--model", default="", help="Which model, where the broker has several.")
+@click.option(
+    "--encoding",
+    type=click.Choice(("auto", "probs", "hidden")),
+    default="auto",
+    help="What workers send; auto takes 'hidden' where it is offered.",
+)
+@click.option("--tokenizer", help="Name or path (default: the target's own).")
+@click.option("--device", default="", help="cpu, cuda, ... (default: a GPU if there is one).")
+@click.option("--job", default="", help="Groups ranks in the broker (default: the output path).")
+@click.option("--timeout-s", default=120.0, help="Patience with one request, before retries.")
+@click.option("--retries", default=3, help="A request's deadline is timeout x (retries + 1).")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON at the end.")
+@logs.options
+def train(
+    brokers: tuple[str, ...],
+    model: str,
+    encoding: str,
+    tokenizer: str | None,
+    device: str,
+    job: str,
+    timeout_s: float,
+    retries: int,
+    as_json: bool,
+    **settings_: Any,
+) -> None:
+    """Train a draft; also under torchrun, one rank a process."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from trainer_client.remote import RemoteEagle3TargetModel
+    from worker.targets import resolve
+
+    try:
+        settings = TrainSettings(**settings_)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    ranks = Ranks.from_environment()
+    if not device:
+        local = os.environ.get("LOCAL_RANK", "0")
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    job = job or str(settings.output.resolve())
+    target = RemoteEagle3TargetModel(
+        list(brokers),
+        device=device,
+        timeout=timeout_s,
+        max_retries=retries,
+        model=model,
+        encoding=encoding,
+        job=job,
+        rank=ranks.rank,
+    )
+    try:
+        with target, _Progress(ranks, quiet=as_json) as progress:
+            name = tokenizer or target.model_info()["tokenizer"]
+            if not name:
+                raise TrainerClientError("the target names no tokenizer; say --tokenizer")
+            summary = run_training(
+                settings,
+                target,
+                AutoTokenizer.from_pretrained(resolve(name)),
+                ranks=ranks,
+                device=torch.device(device),
+                on_plan=progress.plan,
+                on_step=progress.step,
+            )
+            summary |= {"requests": target.counters()} if ranks.first else {}
+    finally:
+        ranks.leave()
+    if ranks.first:
+        _finish_summary(settings.output, summary, as_json)
+
+
+def _finish_summary(output: Path, summary: dict[str, Any], as_json: bool) -> None:
+    from trainer_client.training.run import write_summary
+
+    write_summary(output, summary)
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        click.echo(f"draft:  {summary['draft_path']}\ncurves: {summary['curves_path']}")
+
+
+class _Progress:
+    """A progress bar on rank 0; nothing elsewhere."""
+
+    def __init__(self, ranks: Ranks, *, quiet: bool) -> None:
+        self._quiet = quiet or not ranks.first
+
+    def __enter__(self) -> _Progress:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+            disable=self._quiet,
+        )
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def plan(self, plan: Plan) -> None:
+        self._task = self._bar.add_task("", total=plan.total_steps, shown="")
+        dataset = plan.dataset
+        self._say(
+            f"{len(dataset.samples)} samples, {dataset.n_tokens} tokens "
+            f"({dataset.truncated} samples cut, {dataset.without_loss} without loss left out, "
+            f"{plan.schedule.dropped} dropped an epoch); draft vocab "
+            f"{plan.mapping.draft_vocab_size} covers {plan.coverage:.1%}"
+        )
+
+    def step(self, step: StepMetrics) -> None:
+        shown = (
+            f"loss {step.loss:.3f}  accept {step.accept_length:.2f}  "
+            f"{step.tokens_per_s:.0f} tokens/s  waiting {step.waiting_share:.0%}"
+        )
+        self._bar.update(self._task, completed=step.step, shown=shown)
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            self._bar.console.print(text)
+
+
+@click.command("eval")
+@click.option("--draft", type=click.Path(path_type=Path), required=True, help="An exported draft.")
+@click.option("--target", required=True, help="Hugging Face id or path, or 'embedded'.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="JSONL with 'text' or 'messages', or plain text (default for 'embedded': its held-out).",
+)
+@click.option("--count", default=16, help="Prompts taken.")
+@click.option("--prompt-tokens", default=48, help="Tokens of each prompt.")
+@click.option("--max-new-tokens", default=64, help="Tokens decoded for each prompt.")
+@click.option("--draft-tokens", default=5, help="Tokens that the draft guesses at a time.")
+@click.option("--device", default="cpu")
+@click.option("--dtype", help="float32, bfloat16, ... (default: the checkpoint's).")
+@click.option("--aux-layers", help="Where not the draft's own: I,J,K.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def evaluate(
+    draft: Path,
+    target: str,
+    prompts: Path | None,
+    count: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    draft_tokens: int,
+    device: str,
+    dtype: str | None,
+    aux_layers: str | None,
+    as_json: bool,
+) -> None:
+    """Decode for real, with and without the draft, and compare token by token.
+
+    Exits 1 when the text is not that of plain greedy decoding.
+    """
+    from rich.progress import track
+
+    from trainer_client.decoding import evaluate as run_evaluation
+    from trainer_client.evaluation import aux_layer_ids, load_prompts
+    from worker.targets import load_target
+
+    layers = tuple(map(int, aux_layers.split(","))) if aux_layers else aux_layer_ids(draft)
+    loaded = load_target(target, device=device, dtype=dtype, aux_layer_ids=layers)
+    tokens = load_prompts(loaded.tokenizer, target, prompts, count, prompt_tokens)
+    model = read_draft(draft).to(device=loaded.device, dtype=loaded.dtype)
+    ticks = iter(track(tokens, description="decoding", disable=as_json))
+    next(ticks)
+    result = run_evaluation(
+        loaded,
+        model,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        draft_tokens=draft_tokens,
+        on_prompt=lambda: next(ticks, None),
+    )
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+    else:
+        rates = ", ".join(f"{rate:.0%}" for rate in result.depth_acceptance)
+        click.echo(
+            f"accepted tokens per target forward: {result.accept_length:.2f} "
+            f"({result.draft_tokens} drafted; 1 would be no draft)\n"
+            f"drafts accepted to depth 1, 2, ...: {rates}\n"
+            f"speed against plain greedy decoding: {result.speedup:.2f}x (median of prompts)\n"
+            f"text identical to plain greedy decoding: {'yes' if result.lossless else 'NO'} "
+            f"({result.prompts} prompts, {result.tokens} tokens checked)"
+        )
+    if not result.lossless:
+        raise TrainerClientError(
+            f"prompt {result.first_difference and result.first_difference[0]} differs from plain "
+            "greedy decoding; low precision makes ties fall differently, try --dtype float32"
+        )
+
+
+@click.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="A run, or one checkpoint.")
+@click.option("--output", type=click.Path(path_type=Path), help="Where the draft is written.")
+@click.option(
+    "--check", "checked", type=click.Path(path_type=Path), help="Lint this EAGLE-3 draft instead."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def export(
+    checkpoint: Path | None, output: Path | None, checked: Path | None, as_json: bool
+) -> None:
+    """Write a checkpoint as vLLM and SGLang load it, or lint any EAGLE-3 draft with --check."""
+    if checked is None:
+        if checkpoint is None or output is None:
+            raise click.UsageError("give --checkpoint and --output, or --check")
+        export_checkpoint(checkpoint, output)
+    findings = check_draft(checked or Path(str(output)))
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        for finding in findings:
+            click.echo(f"{finding.severity}: {finding.text}")
+        click.echo(f"{len(findings)} findings in {checked or output}")
+    if any(finding.severity == "error" for finding in findings):
+        raise DataError(f"{checked or output} will not work in engines as it is; see above")

@@ -1,0 +1,215 @@
+"""Really decoding: a draft's greedy chain, checked by the target, with K/V caches on both sides.
+
+Leviathan et al. (arXiv:2211.17192) for the check, EAGLE-3 (arXiv:2503.01840) for the draft's input:
+at slot t it reads the embedding of token t + 1 together with the fused aux states of slot t.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from trainer_client.eagle3.draft import DecodeCache, Eagle3Draft
+from worker.targets.huggingface import HuggingFaceTarget, decoder_layers
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The new tokens of one prompt, and the target forwards that it took after the prompt's own."""
+
+    tokens: list[int]
+    target_forwards: int
+    #: drafted tokens that were accepted, for each forward
+    accepted: list[int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What ``draftmq eval`` reports."""
+
+    #: new tokens for one target forward: 1 + accepted drafts, the prompt's forward not counted
+    accept_length: float
+    #: share of the checks in which at least k drafted tokens were accepted, k from 1
+    depth_acceptance: list[float]
+    #: median over prompts of plain greedy time / speculative time, both with K/V caches
+    speedup: float
+    #: every token of every prompt is that of plain greedy decoding
+    lossless: bool
+    #: prompt and position of the first token that is not, if any
+    first_difference: tuple[int, int] | None
+    prompts: int
+    tokens: int
+    draft_tokens: int
+
+
+class _Target:
+    """The target with a K/V cache, and its aux hidden states of the newest tokens."""
+
+    def __init__(self, target: HuggingFaceTarget) -> None:
+        self._model = target.model
+        self._layers = decoder_layers(target.model)
+        self._ids = target.aux_layer_ids
+        self.device = target.device
+        self.cache = DynamicCache()
+
+    def forward(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """``(aux [1, n, 3H], logits [n, V])`` of n more tokens."""
+        ids = torch.tensor([list(tokens)], device=self.device)
+        with self._captured() as states:
+            output = self._model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+        aux = torch.cat([states[layer] for layer in self._ids], dim=-1)
+        return aux, output.logits[0]
+
+    @contextmanager
+    def _captured(self) -> Iterator[dict[int, Tensor]]:
+        states: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Any:
+            def hook(module: Any, inputs: Any, output: Any) -> None:
+                states[layer] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [self._layers[layer].register_forward_hook(keep(layer)) for layer in self._ids]
+        try:
+            yield states
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@torch.no_grad()
+def greedy_decode(
+    target: HuggingFaceTarget, prompt: Sequence[int], max_new_tokens: int, eos: int | None = None
+) -> Decoded:
+    """Plain greedy decoding: one target forward for each token after the first."""
+    decoder = _Target(target)
+    began = time.perf_counter()
+    _, logits = decoder.forward(prompt)
+    tokens = [int(logits[-1].argmax())]
+    while len(tokens) < max_new_tokens and tokens[-1] != eos:
+        _, logits = decoder.forward(tokens[-1:])
+        tokens.append(int(logits[-1].argmax()))
+    return Decoded(tokens, len(tokens) - 1, [], time.perf_counter() - began)
+
+
+@torch.no_grad()
+def speculative_decode(
+    target: HuggingFaceTarget,
+    draft: Eagle3Draft,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    draft_tokens: int = 5,
+    eos: int | None = None,
+) -> Decoded:
+    """Greedy decoding in which the target checks ``draft_tokens`` guesses at once."""
+    decoder, cache = _Target(target), DecodeCache()
+    to_target = draft.selected_token_ids
+    began = time.perf_counter()
+    aux, logits = decoder.forward(prompt)
+    tokens = [int(logits[-1].argmax())]
+    unread = [*prompt[1:], tokens[0]]  # what the draft has not read, one for each slot of aux
+    accepted: list[int] = []
+    while len(tokens) < max_new_tokens and tokens[-1] != eos:
+        guesses = _chain(draft, cache, unread, aux, to_target, draft_tokens)
+        aux, logits = decoder.forward([tokens[-1], *guesses])
+        best = logits.argmax(-1).tolist()
+        right = 0
+        while right < len(guesses) and guesses[right] == best[right]:
+            right += 1
+        new = best[: right + 1]
+        # the target has read the last token and the right guesses; the draft none of the new
+        if wrong := len(guesses) - right:
+            decoder.cache.crop(-wrong)
+        aux, unread = aux[:, : right + 1], new
+        accepted.append(right)
+        tokens += new
+        if eos is not None and eos in new:
+            del tokens[tokens.index(eos) + 1 :]
+    seconds = time.perf_counter() - began
+    return Decoded(tokens[:max_new_tokens], len(accepted), accepted, seconds)
+
+
+def _chain(
+    draft: Eagle3Draft,
+    cache: DecodeCache,
+    unread: Sequence[int],
+    aux: Tensor,
+    to_target: Tensor,
+    count: int,
+) -> list[int]:
+    """Read the unread tokens with the target's states, then guess ``count`` more from its own."""
+    hidden = draft.decode(torch.tensor([list(unread)], device=aux.device), draft.fuse(aux), cache)
+    known = cache.length
+    guesses: list[int] = []
+    while True:
+        hidden = hidden[:, -1:]
+        token = to_target[draft.logits(hidden)[0, -1].argmax()]
+        guesses.append(int(token))
+        if len(guesses) == count:
+            break
+        hidden = draft.decode(token.view(1, 1), hidden, cache)
+    cache.crop(known)  # its own states are replaced by the target's, next time
+    return guesses
+
+
+def evaluate(
+    target: HuggingFaceTarget,
+    draft: Eagle3Draft,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    draft_tokens: int = 5,
+    eos: int | None = None,
+    on_prompt: Any = lambda: None,
+) -> EvalResult:
+    """Decode every prompt both ways, in alternating order, and compare token by token."""
+    draft = draft.eval()
+    options = {"max_new_tokens": max_new_tokens, "eos": eos}
+    greedy_decode(target, prompts[0], 4)  # warm up both ways
+    speculative_decode(target, draft, prompts[0], 4, draft_tokens)
+    accepted: list[int] = []
+    ratios: list[float] = []
+    difference: tuple[int, int] | None = None
+    tokens = forwards = 0
+    for number, prompt in enumerate(prompts):
+        plain = None if number % 2 else greedy_decode(target, prompt, **options)  # type: ignore[arg-type]
+        fast = speculative_decode(target, draft, prompt, draft_tokens=draft_tokens, **options)  # type: ignore[arg-type]
+        plain = plain or greedy_decode(target, prompt, **options)  # type: ignore[arg-type]
+        if fast.tokens != plain.tokens and difference is None:
+            difference = (number, _first_difference(fast.tokens, plain.tokens))
+        accepted += fast.accepted
+        tokens += len(fast.tokens) - 1
+        forwards += fast.target_forwards
+        ratios.append(plain.seconds / fast.seconds)
+        on_prompt()
+    checks = max(1, len(accepted))
+    return EvalResult(
+        accept_length=1 + sum(accepted) / checks,
+        depth_acceptance=[
+            sum(count >= depth for count in accepted) / checks
+            for depth in range(1, draft_tokens + 1)
+        ],
+        speedup=statistics.median(ratios),
+        lossless=difference is None,
+        first_difference=difference,
+        prompts=len(prompts),
+        tokens=tokens,
+        draft_tokens=draft_tokens,
+    )
+
+
+def _first_difference(one: Sequence[int], two: Sequence[int]) -> int:
+    for at, (a, b) in enumerate(zip(one, two, strict=False)):
+        if a != b:
+            return at
+    return min(len(one), len(two))

@@ -1,0 +1,297 @@
+"""One training run from settings to exported draft, plain or under ``torchrun``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer_client.batch import TargetBackend
+from trainer_client.eagle3.config import DraftConfig
+from trainer_client.eagle3.draft import Eagle3Draft
+from trainer_client.eagle3.unroll import Eagle3Unroll
+from trainer_client.errors import DataError, TrainerClientError
+from trainer_client.export import write_draft
+from trainer_client.prefetch import Prefetcher
+from trainer_client.training import checkpoint, metrics
+from trainer_client.training.data import Dataset, MicroBatch, Schedule, collate, read_dataset
+from trainer_client.training.trainer import StepMetrics, Trainer, learning_rate, make_optimizer
+from trainer_client.training.vocab import frequent_tokens, token_counts
+from worker.mapping import VocabMapping
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that can be set about a run; each default with its reason."""
+
+    data: Path
+    output: Path
+    #: Passes over the data, unless ``max_steps`` ends the run first; SpecForge's range is 1 to 10.
+    epochs: int = 1
+    max_steps: int = 0
+    #: Samples of one rank in one micro-batch.
+    batch_size: int = 1
+    #: Micro-batches for one optimizer step.
+    accumulation: int = 1
+    #: SpecForge's default for chat data.
+    max_length: int = 2048
+    #: What EAGLE-3's authors and most published drafts use.
+    draft_vocab_size: int = 32000
+    #: 0: like a layer of the target.
+    draft_intermediate_size: int = 0
+    #: EAGLE-3's training-time test has 7 depths.
+    ttt_depths: int = 7
+    #: NeMo AutoModel's and SpecForge's order of magnitude.
+    learning_rate: float = 1e-4
+    #: Share of the steps that warm up.
+    warmup_share: float = 0.05
+    weight_decay: float = 0.0
+    #: EAGLE's.
+    max_grad_norm: float = 0.5
+    #: Requests under way beyond the one that is waited for.
+    prefetch: int = 4
+    seed: int = 0
+    #: Steps between checkpoints; 0: only at the end.
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        positive = (
+            "epochs batch_size accumulation max_length draft_vocab_size ttt_depths learning_rate "
+            "max_grad_norm prefetch keep_checkpoints"
+        )
+        for name in positive.split():
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("max_steps", "weight_decay", "checkpoint_every", "draft_intermediate_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.warmup_share < 1:
+            raise ValueError(
+                f"warmup_share must be at least 0 and below 1, got {self.warmup_share}"
+            )
+
+    def shared(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run that it goes on with."""
+        free = {"output", "resume", "checkpoint_every", "keep_checkpoints", "prefetch"}
+        return {name: _plain(v) for name, v in asdict(self).items() if name not in free}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of the training processes this is."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environment(cls, timeout_s: float = 600.0) -> Ranks:
+        """Join the process group of ``torchrun``, if there is one: gloo, or nccl with a GPU."""
+        if "WORLD_SIZE" not in os.environ:
+            return cls()
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known before the first step: data, vocabulary, schedule."""
+
+    dataset: Dataset
+    mapping: VocabMapping
+    coverage: float
+    schedule: Schedule
+    total_steps: int
+
+
+def make_plan(
+    settings: TrainSettings, backend: TargetBackend, tokenizer: Any, ranks: Ranks
+) -> Plan:
+    """Read the data and decide. Raises :class:`DataError` when it is not enough for a step."""
+    info = backend.model_info()
+    limit = info["max_position_embeddings"] or settings.max_length
+    dataset = read_dataset(settings.data, tokenizer, min(settings.max_length, limit))
+    counts = token_counts(dataset.samples, info["vocab_size"])
+    mapping, coverage = frequent_tokens(counts, settings.draft_vocab_size)
+    schedule = Schedule(
+        len(dataset.samples),
+        settings.batch_size,
+        settings.accumulation,
+        ranks.world_size,
+        settings.seed,
+    )
+    if schedule.steps_per_epoch == 0:
+        raise DataError(
+            f"{settings.data} has {len(dataset.samples)} samples and one step takes "
+            f"{schedule.samples_per_step} (batch size x accumulation x ranks); lower these"
+        )
+    total = settings.epochs * schedule.steps_per_epoch
+    return Plan(dataset, mapping, coverage, schedule, min(settings.max_steps or total, total))
+
+
+def make_draft(
+    settings: TrainSettings, backend: TargetBackend, mapping: VocabMapping
+) -> Eagle3Draft:
+    """A fresh draft; the same seed gives the same weights."""
+    info = backend.model_info()
+    sizes = (
+        {"intermediate_size": settings.draft_intermediate_size}
+        if settings.draft_intermediate_size
+        else {}
+    )
+    config = DraftConfig.from_target_info(info, mapping.draft_vocab_size, **sizes)
+    torch.manual_seed(settings.seed)
+    return Eagle3Draft(config, mapping.selected_token_ids, backend.get_input_embeddings().weight)
+
+
+def train(
+    settings: TrainSettings,
+    backend: TargetBackend,
+    tokenizer: Any,
+    *,
+    ranks: Ranks | None = None,
+    device: torch.device | None = None,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+    on_step: Callable[[StepMetrics], None] = lambda step: None,
+) -> dict[str, Any]:
+    """Run to the end; returns what ``summary.json`` says. Only rank 0 writes.
+
+    Raises :class:`TrainerClientError` of all kinds; nothing is trained on partial supervision.
+    """
+    ranks = ranks or Ranks()
+    began = time.perf_counter()
+    device = device or torch.device("cpu")
+    plan = make_plan(settings, backend, tokenizer, ranks)
+    on_plan(plan)
+    backend.set_vocab_mapping(plan.mapping.selected_token_ids, plan.mapping.selected_token_mask)
+    draft = make_draft(settings, backend, plan.mapping).to(device)
+    optimizer = make_optimizer(draft, settings.learning_rate, settings.weight_decay)
+    first = _resume(settings, draft, optimizer) if settings.resume else 0
+    lm_head = backend.lm_head_rows() if backend.encoding == "hidden" else None
+    trainer = Trainer(
+        Eagle3Unroll(draft, depths=settings.ttt_depths),
+        optimizer,
+        rate=lambda step: learning_rate(
+            step,
+            peak=settings.learning_rate,
+            warmup=max(1, int(settings.warmup_share * plan.total_steps)),
+            total=plan.total_steps,
+        ),
+        accumulation=settings.accumulation,
+        max_grad_norm=settings.max_grad_norm,
+        lm_head=lm_head,
+        device=device,
+    )
+    samples = _micro_batches(plan, first, ranks)
+    prefetcher: Prefetcher[MicroBatch] = Prefetcher(backend, samples, settings.prefetch)
+    checkpoints = settings.output / "checkpoints"
+    if ranks.first:
+        settings.output.mkdir(parents=True, exist_ok=True)
+    log = metrics.MetricsLog(settings.output / "metrics.jsonl", first) if ranks.first else None
+    last: StepMetrics | None = None
+    steps = trainer.run(
+        (batch for _, batch in prefetcher), first_step=first, waited_s=lambda: prefetcher.waited_s
+    )
+    for last in steps:
+        if log is not None:
+            log.write(asdict(last))
+        on_step(last)
+        every = settings.checkpoint_every
+        done = last.step == plan.total_steps
+        if ranks.first and (done or (every and last.step % every == 0)):
+            checkpoint.save(
+                checkpoints,
+                last.step,
+                draft,
+                optimizer,
+                settings.shared(),
+                backend.model_info(),
+                settings.keep_checkpoints,
+            )
+    if log is None:
+        return {}
+    log.__exit__(None, None, None)
+    return _finish(settings, backend, plan, draft, last, prefetcher, time.perf_counter() - began)
+
+
+def _finish(
+    settings: TrainSettings,
+    backend: TargetBackend,
+    plan: Plan,
+    draft: Eagle3Draft,
+    last: StepMetrics | None,
+    prefetcher: Prefetcher[MicroBatch],
+    seconds: float,
+) -> dict[str, Any]:
+    lines = metrics.read(settings.output / "metrics.jsonl")
+    metrics.draw_curves(lines, settings.output / "curves.png")
+    write_draft(draft, settings.output / "draft", target_info=backend.model_info())
+    summary = {
+        "steps": plan.total_steps,
+        "seconds": seconds,
+        "loss": lines[-1]["loss"] if lines else None,
+        "simulated_accept_length": last.accept_length if last else None,
+        "waiting_share": prefetcher.waited_s / seconds,
+        "samples": len(plan.dataset.samples),
+        "samples_truncated": plan.dataset.truncated,
+        "samples_without_loss": plan.dataset.without_loss,
+        "samples_dropped_per_epoch": plan.schedule.dropped,
+        "draft_vocab_size": plan.mapping.draft_vocab_size,
+        "draft_vocab_coverage": plan.coverage,
+        "draft_path": str(settings.output / "draft"),
+        "curves_path": str(settings.output / "curves.png"),
+    }
+    write_summary(settings.output, summary)
+    return summary
+
+
+def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``summary.json``."""
+    (output / "summary.json").write_text(json.dumps(dict(summary), indent=1) + "\n")
+
+
+def _micro_batches(plan: Plan, first: int, ranks: Ranks) -> Iterator[MicroBatch]:
+    for step in range(first, plan.total_steps):
+        for numbers in plan.schedule.micro_batches(step, ranks.rank):
+            yield collate([plan.dataset.samples[number] for number in numbers])
+
+
+def _resume(settings: TrainSettings, draft: Eagle3Draft, optimizer: torch.optim.Optimizer) -> int:
+    found = checkpoint.complete(settings.output / "checkpoints")
+    if not found:
+        return 0
+    newest, wanted = found[-1], settings.shared()
+    differing = [name for name in wanted if newest.settings.get(name) != wanted[name]]
+    if differing:
+        said = ", ".join(
+            f"{name}={newest.settings.get(name)!r} there and {wanted[name]!r} here"
+            for name in differing
+        )
+        raise TrainerClientError(
+            f"{newest.directory} is of another run: {said}; resume with the same settings, or "
+            "choose another --output"
+        )
+    newest.restore(draft, optimizer)
+    return newest.step
