@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -71,22 +72,18 @@ class Processes:
 
     def __exit__(self, *_: object) -> None:
         """Trainers go first, then workers, then the broker, so that each can say goodbye."""
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for _, child in reversed(self._children):
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # no second one in the midst of it
+        for _name, child in reversed(self._children):
             self._signal(child, signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(_LEAVE_S)
-            except subprocess.TimeoutExpired:
-                pass
             self._signal(child, signal.SIGKILL)  # also what a child of it has left
             child.wait()
         signal.signal(signal.SIGINT, before)
 
     def _signal(self, child: subprocess.Popen[bytes], number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, number)
-        except ProcessLookupError:
-            pass
 
 
 @click.command()
@@ -224,13 +221,14 @@ def _compare(output: Path, say: Any) -> dict[str, Any]:
     before = evaluate(target, fresh, prompts[:4])
     after = evaluate(target, trained, prompts)
     tokenizer = AutoTokenizer.from_pretrained(target.tokenizer)
-    sample = greedy_decode(target, prompts[0], 64)
-    say(f"\n  {tokenizer.decode(prompts[0])}[{tokenizer.decode(sample.tokens)}]")
+    prompt = str(tokenizer.decode(prompts[0]))
+    continued = str(tokenizer.decode(greedy_decode(target, prompts[0], 64).tokens))
+    say(f"\n{prompt}[{continued}]")
     return summary | {
         "accept_length_before": before.accept_length,
         "accept_length_after": after.accept_length,
         "depth_acceptance": after.depth_acceptance,
         "speedup": after.speedup,
         "lossless": before.lossless and after.lossless,
-        "sample": tokenizer.decode(prompts[0]) + tokenizer.decode(sample.tokens),
+        "sample": prompt + continued,
     }

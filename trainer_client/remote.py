@@ -55,7 +55,8 @@ class RemoteEagle3TargetModel:
     and fail over. ``timeout`` seconds times ``max_retries + 1`` is the deadline of a request: until
     then it survives lost connections, workers and brokers. ``encoding`` is what the workers send
     (``probs``: the contract's ``target_probs``; ``hidden``: the last hidden state, a fifth of the
-    bytes; ``auto``: ``hidden`` where it is offered). ``model`` may be empty where the broker has one model.
+    bytes; ``auto``: ``hidden`` where it is offered). ``model`` may be empty where the broker has
+    one model.
 
     Errors are :class:`trainer_client.errors.RequestError`; see there.
     """

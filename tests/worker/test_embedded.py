@@ -18,7 +18,7 @@ from worker.targets.embedded_corpus import build_corpus, is_prose
 from worker.targets.muon import Muon, orthogonalize
 
 MAX_BYTES = 8_000_000
-MAX_HELDOUT_LOSS = 9.99  # nats a token; docs/embedded-target.md has the measured figure
+MAX_HELDOUT_LOSS = 3.4  # nats a token on beginnings of documents, where 3.25 was measured
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_aux_layers_hold_different_content(model: LlamaForCausalLM, heldout_ids:
 
 
 PAGE = """<div role="main"><div><p>{prose}</p><pre>code = "is no prose"</pre></div>
-<p>Too short.</p><p>x = [a] + [b] ; y == z != w | v &amp; {{1: 2}} &lt;&lt; 3 -- so it is code.</p></div>
+<p>Too short.</p><p>x = [a] + [b] ; y == z != w | v &amp; {{1: 2}} &lt;&lt; 3 -- a code.</p></div>
 <p>This paragraph stands outside the main part, with the navigation of the page.</p>"""
 
 

@@ -2,8 +2,8 @@
 
 ``checkpoints/step-000100/`` holds ``draft.safetensors`` (the weights), ``optimizer.pt`` (read with
 ``weights_only``), ``state.json`` (the step, and the settings that a resumed run must share), and
-``draft.json`` and ``target.json`` (sizes and target facts, for an export). All else that a run needs
-is a function of these: data order and learning rate follow from the step.
+``draft.json`` and ``target.json`` (sizes and target facts, for an export). All else that a run
+needs is a function of these: data order and learning rate follow from the step.
 """
 
 from __future__ import annotations

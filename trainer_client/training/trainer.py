@@ -72,11 +72,7 @@ class Trainer:
         self.device = device or torch.device("cpu")
         self._trained = [p for p in unroll.parameters() if p.requires_grad]
         self._distributed = dist.is_initialized() and dist.get_world_size() > 1
-        self._module: nn.Module = (
-            DistributedDataParallel(unroll, broadcast_buffers=False)
-            if self._distributed
-            else unroll
-        )
+        self._module: nn.Module = DistributedDataParallel(unroll) if self._distributed else unroll
 
     def run(
         self,

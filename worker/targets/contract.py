@@ -41,7 +41,7 @@ class HasWeight(Protocol):
     def weight(self) -> Tensor: ...  # [V, H]
 
 
-class ColocatedTarget(Protocol):
+class ColocatedContract(Protocol):
     """The contract that NeMo AutoModel's wrappers for Hugging Face, SGLang and vLLM keep."""
 
     @property
@@ -57,7 +57,7 @@ class ColocatedTarget(Protocol):
     ) -> Any: ...
 
 
-class Target(ColocatedTarget, Protocol):
+class Target(ColocatedContract, Protocol):
     """What a worker serves. :func:`worker.targets.as_target` makes it of a co-located target."""
 
     @property
@@ -154,13 +154,13 @@ def choose_aux_layer_ids(requested: Sequence[int] | None, num_layers: int) -> tu
     distinct layers of it.
     """
     if requested is None:
-        ids = (1, num_layers // 2 - 1, num_layers - 4)
-        if len(set(ids)) != 3 or min(ids) < 0:
+        usual = (1, num_layers // 2 - 1, num_layers - 4)
+        if len(set(usual)) != 3 or min(usual) < 0:
             raise TargetError(
                 f"the target has {num_layers} layers, too few for the default aux layers "
-                f"{list(ids)}; choose three distinct ones from 0 to {num_layers - 1}"
+                f"{list(usual)}; choose three distinct ones from 0 to {num_layers - 1}"
             )
-        return ids
+        return usual
     ids = tuple(int(layer) for layer in requested)
     if len(ids) != 3 or len(set(ids)) != 3 or not all(0 <= layer < num_layers for layer in ids):
         raise TargetError(

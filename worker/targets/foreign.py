@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worker.errors import TargetError
 from worker.targets.contract import (
-    ColocatedTarget,
+    ColocatedContract,
     HasWeight,
     TargetOutputs,
     full_tensor,
@@ -34,7 +34,7 @@ class ForeignTarget:
     is an error, and never someone's supervision.
     """
 
-    def __init__(self, inner: ColocatedTarget, name: str, tokenizer: str = "") -> None:
+    def __init__(self, inner: ColocatedContract, name: str, tokenizer: str = "") -> None:
         self._inner = inner
         self._one_call = threading.Lock()
         self.name = name

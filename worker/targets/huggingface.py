@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextvars import ContextVar
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -38,19 +39,32 @@ LAYER_PATHS = (
 )
 
 
+@dataclass
 class _Capture:
-    """What the hooks of one target keep of one forward."""
+    """What the hooks keep of one forward."""
 
-    def __init__(self, owner: object) -> None:
-        self.owner = owner
-        self.layers: dict[int, Tensor] = {}  # [B, T, H] each
-        self.head_input: Tensor | None = None  # [B, T, H]
-        self.head_output: Tensor | None = None  # [B, T, V]
+    trial: bool = False  # keeps the head's output too, which is as large as the logits
+    layers: dict[int, Tensor] = field(default_factory=dict)  # [B, T, H] each
+    head_input: Tensor | None = None  # [B, T, H]
+    head_output: Tensor | None = None  # [B, T, V]
 
 
-#: The forward under way in this thread. A forward that is not ours, of the same model and in
-#: another thread, finds none, so it leaves no trace.
+#: The forward under way in this thread. Another thread's forward of the same model finds its own,
+#: or none, so no capture ever sees another's tensors.
 _current: ContextVar[_Capture | None] = ContextVar("draftmq_capture", default=None)
+
+
+def _keep_layer(layer: int, module: nn.Module, args: Any, output: Any) -> None:
+    capture = _current.get()
+    if capture is not None:
+        capture.layers[layer] = output[0] if isinstance(output, tuple) else output
+
+
+def _keep_head(module: nn.Module, args: Any, output: Tensor) -> None:
+    capture = _current.get()
+    if capture is not None and args:
+        capture.head_input = args[0]
+        capture.head_output = output if capture.trial else None
 
 
 class HuggingFaceTarget:
@@ -77,15 +91,14 @@ class HuggingFaceTarget:
         self.tokenizer = tokenizer or ""
         layers = decoder_layers(model)
         self.aux_layer_ids = choose_aux_layer_ids(aux_layer_ids, len(layers))
-        self._owner = object()
         self._one_forward = threading.Lock()
         self._handles = [
-            layers[layer].register_forward_hook(self._layer_hook(layer))
+            layers[layer].register_forward_hook(partial(_keep_layer, layer))
             for layer in self.aux_layer_ids
         ]
         head = model.get_output_embeddings()
         if head is not None:
-            self._handles.append(head.register_forward_hook(self._head_hook()))
+            self._handles.append(head.register_forward_hook(_keep_head))
         try:
             trial, aux, logits = self._try()
         except Exception:
@@ -139,8 +152,10 @@ class HuggingFaceTarget:
             handle.remove()
 
     @torch.no_grad()  # not inference_mode: a co-located trainer saves these tensors for backward
-    def _run(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[_Capture, Tensor, Tensor]:
-        capture = _Capture(self._owner)
+    def _run(
+        self, input_ids: Tensor, attention_mask: Tensor, *, trial: bool = False
+    ) -> tuple[_Capture, Tensor, Tensor]:
+        capture = _Capture(trial)
         with self._one_forward:
             before = _current.set(capture)
             try:
@@ -163,27 +178,7 @@ class HuggingFaceTarget:
     def _try(self) -> tuple[_Capture, Tensor, Tensor]:
         rows = self.get_input_embeddings().weight.shape[0]
         ids = torch.arange(rows - 1, max(-1, rows - 9), -1).unsqueeze(0)  # [1, 8]
-        return self._run(ids, torch.ones_like(ids))
-
-    def _layer_hook(self, layer: int) -> Any:
-        owner = self._owner
-
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            capture = _current.get()
-            if capture is not None and capture.owner is owner:
-                capture.layers[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def _head_hook(self) -> Any:
-        owner = self._owner
-
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            capture = _current.get()
-            if capture is not None and capture.owner is owner and args:
-                capture.head_input, capture.head_output = args[0], output
-
-        return hook
+        return self._run(ids, torch.ones_like(ids), trial=True)
 
     def __repr__(self) -> str:
         return (

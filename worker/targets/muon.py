@@ -1,7 +1,7 @@
 """Muon, the optimizer the embedded target's matrices are trained with, in float32 for CPUs.
 
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). The one in
-torch orthogonalizes in bfloat16, which a CPU without bfloat16 units does twenty times slower.
+torch orthogonalizes in bfloat16, which a CPU without bfloat16 units does thirty times slower.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A target for tests: stated sizes and speed, outputs that a test can work out, faults on demand."""
+"""A target for tests: stated sizes and speed, outputs that a test can work out, faults."""
 
 from __future__ import annotations
 

@@ -1,0 +1,36 @@
+# Each target does its own set-up from a fresh clone: a .venv in the checkout with everything.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check test-engines clean
+
+help: ## List these targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed 's/:.*## /\t/' | column -ts '	'
+
+venv: $(VENV)/.ready ## A .venv with everything: a CPU build of torch where there is no GPU
+
+$(VENV)/.ready: pyproject.toml constraints.txt deploy/install-torch.sh
+	$(PYTHON) -m venv $(VENV)
+	deploy/install-torch.sh $(BIN)/python "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: venv ## Broker, workers and trainers on this machine, and a trained draft at the end
+	$(BIN)/draftmq demo
+
+test: check ## Lint, types and all tests that need no GPU
+	$(BIN)/python -m pytest
+
+check: venv ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-engines: venv ## Load an exported draft in speculators and vLLM (an environment of its own)
+	tests/engines/run.sh
+
+clean: ## Remove what these targets made
+	rm -rf $(VENV) build runs *.egg-info .mypy_cache .ruff_cache .pytest_cache
