@@ -22,9 +22,10 @@ _SETTINGS = {
     "--epochs": 100,
     "--batch-size": 4,
     "--max-length": 128,
-    "--draft-vocab-size": 1024,
-    "--learning-rate": 2e-3,
-    "--ttt-depths": 5,
+    "--draft-vocab-size": 1536,
+    "--learning-rate": 8e-3,
+    "--max-grad-norm": 1.0,
+    "--ttt-depths": 4,
     "--prefetch": 3,
     "--checkpoint-every": 0,
 }
@@ -142,10 +143,8 @@ def _train(
     say: Any,
     quiet: bool,
 ) -> None:
-    from worker.targets.embedded import corpus
+    from worker.targets.embedded import continuations_file
 
-    data = output / "corpus.txt"
-    data.write_text(corpus(), encoding="utf-8")
     say(
         f"starting a broker, {workers} workers and {ranks} trainer ranks; logs in {output / 'logs'}"
     )
@@ -157,26 +156,17 @@ def _train(
         arguments = ["worker", "--broker", listening["workers"], "--target", "embedded"]
         processes.start(f"worker{number}", [*arguments, "--threads", 1, "--name", f"w{number}"])
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    settings = [str(part) for pair in _SETTINGS.items() for part in pair]
+    options = {
+        "--broker": listening["clients"],
+        "--data": continuations_file(),
+        "--output": output,
+        "--max-steps": steps,
+        "--log-level": "warning",
+        **_SETTINGS,
+    }
+    flat = [part for option in options.items() for part in option]
     trainer = processes.start(
-        "trainer",
-        [
-            *torchrun,
-            "-m",
-            "trainer_client",
-            "--broker",
-            listening["clients"],
-            "--data",
-            data,
-            "--output",
-            output,
-            "--max-steps",
-            steps,
-            "--log-level",
-            "warning",
-            *settings,
-        ],
-        shown=not quiet,
+        "trainer", [*torchrun, "-m", "trainer_client", *flat], shown=not quiet
     )
     while trainer.poll() is None:
         processes.check()

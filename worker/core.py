@@ -128,6 +128,8 @@ class WorkerCore:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event; say what to send, compute and log. ``now`` is monotonic seconds."""
+        if self.left:
+            return []
         self._actions = []
         if isinstance(event, Connected):
             self._actions += self.links[event.endpoint].connected(now)
@@ -154,6 +156,8 @@ class WorkerCore:
     @property
     def next_timer(self) -> float | None:
         """When :class:`Tick` should come at the latest."""
+        if self.left:
+            return None
         timers = [link.next_timer for link in self.links.values()] + [self.leave_at]
         return min((timer for timer in timers if timer is not None), default=None)
 

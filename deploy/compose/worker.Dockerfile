@@ -12,7 +12,7 @@ RUN /opt/draftmq/bin/pip install --no-cache-dir --constraint constraints.txt .
 
 FROM python:3.12-slim
 COPY --from=build /opt/draftmq /opt/draftmq
-ENV PATH=/opt/draftmq/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/cache/huggingface
+ENV PATH=/opt/draftmq/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/cache/huggingface HOME=/cache
 RUN install --directory --owner=10001 --group=10001 /cache /runs
 USER 10001:10001
 VOLUME ["/cache", "/runs"]

@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import struct
-import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -19,7 +18,7 @@ from broker.errors import BrokerError
 from broker.protocol import Limits, LocalProtocolError, decode, encode, wire
 from broker.protocol import messages as m
 from broker.service import Broker
-from tests.integration.conftest import LENGTH, VOCAB, Cluster, make_target, tokens
+from tests.integration.conftest import LENGTH, VOCAB, Cluster, eventually, make_target, tokens
 from trainer_client.core import ClientConfig
 from trainer_client.errors import (
     BadRequestError,
@@ -31,14 +30,6 @@ from trainer_client.errors import (
 from trainer_client.remote import RemoteEagle3TargetModel
 from worker.errors import WorkerError
 from worker.mapping import VocabMapping
-
-
-def eventually(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait for a condition; fails after ``seconds``."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"it did not happen within {seconds} s"
-        time.sleep(0.01)
 
 
 def test_token_ids_beyond_the_vocabulary(cluster: Cluster, mapping: VocabMapping) -> None:

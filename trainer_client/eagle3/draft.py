@@ -149,6 +149,18 @@ class Eagle3Draft(nn.Module):
             self.embed_tokens.weight.data.copy_(embeddings)
         self.embed_tokens.weight.requires_grad_(False)
 
+    @torch.no_grad()
+    def start_from_target(self, lm_head: Tensor) -> None:
+        """Begin as a blurred view of what the target knows, instead of as noise.
+
+        ``lm_head`` [D, H] are the target's selected rows; ``fc`` becomes the identity on the
+        highest aux state, and a tenth of its random self beside it.
+        """
+        self.lm_head.weight.copy_(lm_head)
+        self.fc.weight.mul_(0.1)
+        size = self.config.target_hidden_size
+        self.fc.weight[:, 2 * size :] += torch.eye(size, device=self.fc.weight.device)
+
     @property
     def selected_token_ids(self) -> Tensor:
         """Int64 [D]: the target id of each draft id."""

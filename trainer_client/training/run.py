@@ -154,7 +154,11 @@ def make_plan(
 def make_draft(
     settings: TrainSettings, backend: TargetBackend, mapping: VocabMapping
 ) -> Eagle3Draft:
-    """A fresh draft; the same seed gives the same weights."""
+    """A fresh draft; the same seed gives the same weights.
+
+    It starts from the target's head where that is a plain matrix, which is where ``hidden`` is
+    offered.
+    """
     info = backend.model_info()
     sizes = (
         {"intermediate_size": settings.draft_intermediate_size}
@@ -163,7 +167,10 @@ def make_draft(
     )
     config = DraftConfig.from_target_info(info, mapping.draft_vocab_size, **sizes)
     torch.manual_seed(settings.seed)
-    return Eagle3Draft(config, mapping.selected_token_ids, backend.get_input_embeddings().weight)
+    draft = Eagle3Draft(config, mapping.selected_token_ids, backend.get_input_embeddings().weight)
+    if "hidden" in info["encodings"]:
+        draft.start_from_target(backend.lm_head_rows().weight)
+    return draft
 
 
 def train(

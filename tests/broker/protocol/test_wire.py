@@ -242,3 +242,10 @@ def test_a_mapping_is_named_by_its_content() -> None:
     _, in_two = to_frames({"ids": ids}, 12)
     assert mapping_id(10, payload) == mapping_id(10, in_two)
     assert mapping_id(10, payload) != mapping_id(11, payload)
+
+
+def test_the_tables_of_the_specification_are_those_of_the_code() -> None:
+    from broker.protocol import document
+
+    written = document.PATH.read_text(encoding="utf-8")
+    assert document.render(written) == written, "run python -m broker.protocol.document"

@@ -50,3 +50,8 @@ def corpus() -> str:
 def heldout() -> str:
     """Return the text the target never saw, documents separated by an empty line."""
     return DOCUMENT_SEPARATOR.join(split(documents())[1])
+
+
+def continuations_file() -> Path:
+    """Return the file of beginnings that the target continued: JSONL with ``text``, packed."""
+    return folder() / "continuations.jsonl.xz"

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.conftest import VOCAB, make_target
+from trainer_client.decoding import evaluate, greedy_decode, speculative_decode
+from trainer_client.eagle3.config import DraftConfig
+from trainer_client.eagle3.draft import DecodeCache, Eagle3Draft
+from worker.targets.contract import describe
+from worker.targets.huggingface import HuggingFaceTarget
+
+PROMPTS = [[5, 6, 7, 8], [100, 3], [9] * 7]
+
+
+@pytest.fixture(scope="module")
+def target() -> HuggingFaceTarget:
+    return make_target()
+
+
+def make_draft(target: HuggingFaceTarget, size: int = 128) -> Eagle3Draft:
+    facts = describe(target)
+    info: dict[str, Any] = {
+        "config": facts.config,
+        "hidden_size": facts.hidden_size,
+        "vocab_size": facts.vocab_size,
+        "max_position_embeddings": facts.max_position_embeddings,
+    }
+    torch.manual_seed(0)
+    ids = torch.arange(size)
+    config = DraftConfig.from_target_info(info, size)
+    return Eagle3Draft(config, ids, target.get_input_embeddings().weight)
+
+
+def test_greedy_decoding_is_that_of_transformers(target: HuggingFaceTarget) -> None:
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        whole = target.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        assert greedy_decode(target, prompt, 20).tokens == whole[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 3, 5])
+def test_speculative_text_is_greedy_text(target: HuggingFaceTarget, draft_tokens: int) -> None:
+    draft = make_draft(target)
+    for prompt in PROMPTS:
+        plain = greedy_decode(target, prompt, 24)
+        fast = speculative_decode(target, draft, prompt, 24, draft_tokens)
+        assert fast.tokens == plain.tokens
+        assert fast.target_forwards <= plain.target_forwards
+
+
+class Oracle(Eagle3Draft):
+    """A draft that knows what the target will say, but for every third token."""
+
+    def expect(self, whole: list[int]) -> None:
+        self._whole = whole
+
+    def decode(self, input_ids: torch.Tensor, hidden: torch.Tensor, cache: DecodeCache) -> Any:
+        self._read = cache.length + input_ids.shape[1]
+        return super().decode(input_ids, hidden, cache)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        at = self._read + 1  # the token after the last one that it has read
+        token = self._whole[at] if at % 3 and at < len(self._whole) else 0
+        return torch.nn.functional.one_hot(torch.tensor([[token]]), VOCAB).float()
+
+
+def test_right_guesses_are_accepted_and_counted(target: HuggingFaceTarget) -> None:
+    """Slot t reads token t + 1: an oracle of that alignment is right wherever it wants to be."""
+    plain = make_draft(target, VOCAB)
+    oracle = Oracle(plain.config, plain.selected_token_ids)
+    prompt = PROMPTS[0]
+    expected = greedy_decode(target, prompt, 30).tokens
+    oracle.expect(prompt + expected)
+    fast = speculative_decode(target, oracle, prompt, 30, 5)
+    assert fast.tokens == expected
+    assert fast.target_forwards < 15
+    assert sum(fast.accepted) >= 30 - 1 - fast.target_forwards
+
+
+def test_decoding_ends_at_the_end_of_the_text(target: HuggingFaceTarget) -> None:
+    plain = greedy_decode(target, PROMPTS[0], 24)
+    eos = plain.tokens[6]
+    end = plain.tokens.index(eos) + 1
+    assert greedy_decode(target, PROMPTS[0], 24, eos).tokens == plain.tokens[:end]
+    fast = speculative_decode(target, make_draft(target), PROMPTS[0], 24, 5, eos)
+    assert fast.tokens == plain.tokens[:end]
+
+
+def test_an_evaluation_adds_it_up(target: HuggingFaceTarget) -> None:
+    result = evaluate(target, make_draft(target), PROMPTS, max_new_tokens=12, draft_tokens=3)
+    assert result.lossless
+    assert result.first_difference is None
+    assert result.accept_length == pytest.approx(1 + sum(result.depth_acceptance))
+    assert (result.prompts, result.draft_tokens) == (3, 3)
+    assert result.tokens == 3 * 11
+
+
+def test_an_evaluation_tells_a_difference(
+    target: HuggingFaceTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer_client import decoding
+
+    honest = decoding.speculative_decode
+
+    def lying(*args: Any, **options: Any) -> Any:
+        decoded = honest(*args, **options)
+        if len(decoded.tokens) > 5:
+            decoded.tokens[5] = (decoded.tokens[5] + 1) % VOCAB
+        return decoded
+
+    monkeypatch.setattr(decoding, "speculative_decode", lying)
+    result = evaluate(target, make_draft(target), PROMPTS, max_new_tokens=12, draft_tokens=3)
+    assert not result.lossless
+    assert result.first_difference == (0, 5)
