@@ -61,9 +61,7 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command()
-@click.option(
-    "--broker", "brokers", multiple=True, required=True, help="tcp://HOST:5555; may be repeated."
-)
+@click.option("--broker", multiple=True, required=True, help="tcp://HOST:5555; may be repeated.")
 @_settings_options
 @click.option("--model", default="", help="Which model, where the broker has several.")
 @click.option(
@@ -80,7 +78,7 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON at the end.")
 @logs.options
 def train(
-    brokers: tuple[str, ...],
+    broker: tuple[str, ...],
     model: str,
     encoding: str,
     tokenizer: str | None,
@@ -108,7 +106,7 @@ def train(
         device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     job = job or str(settings.output.resolve())
     target = RemoteEagle3TargetModel(
-        list(brokers),
+        list(broker),
         device=device,
         timeout=timeout_s,
         max_retries=retries,

@@ -26,9 +26,7 @@ class _Layers(click.ParamType[tuple[int, ...]]):
 
 
 @click.command()
-@click.option(
-    "--broker", "brokers", multiple=True, required=True, help="Serve this broker; may be repeated."
-)
+@click.option("--broker", multiple=True, required=True, help="Serve this broker; may be repeated.")
 @click.option("--target", help="Hugging Face id or path, or 'embedded'.")
 @click.option("--target-factory", help="package.module:callable that makes the target instead.")
 @click.option("--model-name", default="", help="The name that trainers ask for (default: TARGET).")
@@ -40,7 +38,6 @@ class _Layers(click.ParamType[tuple[int, ...]]):
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads for the target.")
 @click.option(
     "--credits",
-    "credits_",
     type=click.IntRange(min=1),
     default=2,
     show_default=True,
@@ -50,7 +47,7 @@ class _Layers(click.ParamType[tuple[int, ...]]):
 @click.option("--name", help="This worker's own name (default: host, pid, random).")
 @logs.options
 def worker(
-    brokers: tuple[str, ...],
+    broker: tuple[str, ...],
     target: str | None,
     target_factory: str | None,
     model_name: str,
@@ -60,7 +57,7 @@ def worker(
     revision: str | None,
     trust_remote_code: bool,
     threads: int | None,
-    credits_: int,
+    credits: int,
     drain_s: float,
     name: str | None,
 ) -> None:
@@ -90,9 +87,7 @@ def worker(
         )
     else:
         served = load_factory(str(target_factory), name=model_name)
-    service = Worker(
-        served, brokers, model=model_name, name=name, credits=credits_, drain_s=drain_s
-    )
+    service = Worker(served, broker, model=model_name, name=name, credits=credits, drain_s=drain_s)
 
     def leave(number: int, frame: object) -> None:
         if number == signal.SIGTERM and not service.leaving:

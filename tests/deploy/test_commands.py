@@ -51,7 +51,7 @@ def test_documents_say_commands_that_exist(document: Path) -> None:
 def test_images_run_commands_that_exist(dockerfile: Path) -> None:
     found = lines.in_dockerfile(dockerfile)
     kind = dockerfile.name.partition(".")[0]
-    needed = {"DRAFTMQ_WORKER_BROKERS": "tcp://broker:5556"} if kind == "worker" else {}
+    needed = {"DRAFTMQ_WORKER_BROKER": "tcp://broker:5556"} if kind == "worker" else {}
     assert lines.parse(found["command"], needed).info_name == kind
     if kind == "broker":
         assert lines.parse(found["health"]).info_name == "status"
@@ -67,7 +67,7 @@ def test_compose_services_run_commands_that_exist() -> None:
         "trainer": "train",
     }
     assert lines.option(parsed["worker"], "target") == "embedded"
-    assert lines.option(parsed["worker"], "brokers") == ("tcp://broker:5556",)
+    assert lines.option(parsed["worker"], "broker") == ("tcp://broker:5556",)
     assert lines.option(parsed["trainer"], "data") == Path("/data/train.jsonl")
 
 

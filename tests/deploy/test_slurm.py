@@ -135,14 +135,14 @@ def test_commands_are_what_the_parser_takes(cluster: Cluster) -> None:
     broker = lines.parse(said["broker"])
     assert lines.option(broker, "insecure")
     worker = lines.parse(said["worker"])
-    assert lines.option(worker, "brokers") == ("tcp://n1:5556",)
+    assert lines.option(worker, "broker") == ("tcp://n1:5556",)
     assert (lines.option(worker, "target"), lines.option(worker, "device")) == (
         "org/model",
         "cuda",
     )
     torchrun, _, train = " ".join(said["torchrun"]).partition(" -m trainer_client ")
     trainer = lines.parse(["train", *train.split()])
-    assert lines.option(trainer, "brokers") == ("tcp://n1:5555",)
+    assert lines.option(trainer, "broker") == ("tcp://n1:5555",)
     assert lines.option(trainer, "resume")
     assert "--nnodes=1 --nproc-per-node=4" in torchrun
     assert "--rdzv-endpoint=n3:29500" in torchrun
