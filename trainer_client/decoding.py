@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from trainer_client.eagle3.draft import DecodeCache, Eagle3Draft
+from trainer_client.errors import DataError
+from worker.targets.contract import text_config
 from worker.targets.huggingface import HuggingFaceTarget, decoder_layers
 
 
@@ -52,7 +54,7 @@ class EvalResult:
 
 
 class _Target:
-    """The target with a K/V cache, and its aux hidden states of the newest tokens."""
+    """The target with a K/V cache."""
 
     def __init__(self, target: HuggingFaceTarget) -> None:
         self._model = target.model
@@ -61,13 +63,19 @@ class _Target:
         self.device = target.device
         self.cache = DynamicCache()
 
-    def forward(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """``(aux [1, n, 3H], logits [n, V])`` of n more tokens."""
+    def forward(self, tokens: Sequence[int]) -> Tensor:
+        """Logits [n, V] of n more tokens."""
         ids = torch.tensor([list(tokens)], device=self.device)
+        logits: Tensor = self._model(
+            input_ids=ids, past_key_values=self.cache, use_cache=True
+        ).logits
+        return logits[0]
+
+    def forward_with_aux(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """``(aux hidden states [1, n, 3H], logits [n, V])`` of n more tokens."""
         with self._captured() as states:
-            output = self._model(input_ids=ids, past_key_values=self.cache, use_cache=True)
-        aux = torch.cat([states[layer] for layer in self._ids], dim=-1)
-        return aux, output.logits[0]
+            logits = self.forward(tokens)
+        return torch.cat([states[layer].to(logits.device) for layer in self._ids], -1), logits
 
     @contextmanager
     def _captured(self) -> Iterator[dict[int, Tensor]]:
@@ -89,15 +97,20 @@ class _Target:
 
 @torch.no_grad()
 def greedy_decode(
-    target: HuggingFaceTarget, prompt: Sequence[int], max_new_tokens: int, eos: int | None = None
+    target: HuggingFaceTarget,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    eos: Collection[int] = (),
 ) -> Decoded:
-    """Plain greedy decoding: one target forward for each token after the first."""
+    """Plain greedy decoding: one target forward for each token after the first.
+
+    ``eos`` are the tokens that end the text; the first of them is its last token.
+    """
     decoder = _Target(target)
     began = time.perf_counter()
-    _, logits = decoder.forward(prompt)
-    tokens = [int(logits[-1].argmax())]
-    while len(tokens) < max_new_tokens and tokens[-1] != eos:
-        _, logits = decoder.forward(tokens[-1:])
+    tokens = [int(decoder.forward(prompt)[-1].argmax())]
+    while len(tokens) < max_new_tokens and tokens[-1] not in eos:
+        logits = decoder.forward(tokens[-1:])
         tokens.append(int(logits[-1].argmax()))
     return Decoded(tokens, len(tokens) - 1, [], time.perf_counter() - began)
 
@@ -109,32 +122,34 @@ def speculative_decode(
     prompt: Sequence[int],
     max_new_tokens: int,
     draft_tokens: int = 5,
-    eos: int | None = None,
+    eos: Collection[int] = (),
 ) -> Decoded:
     """Greedy decoding in which the target checks ``draft_tokens`` guesses at once."""
+    if draft_tokens < 1:
+        raise ValueError(f"draft_tokens must be at least 1, got {draft_tokens}")
     decoder, cache = _Target(target), DecodeCache()
     to_target = draft.selected_token_ids
     began = time.perf_counter()
-    aux, logits = decoder.forward(prompt)
+    aux, logits = decoder.forward_with_aux(prompt)
     tokens = [int(logits[-1].argmax())]
     unread = [*prompt[1:], tokens[0]]  # what the draft has not read, one for each slot of aux
     accepted: list[int] = []
-    while len(tokens) < max_new_tokens and tokens[-1] != eos:
+    while len(tokens) < max_new_tokens and tokens[-1] not in eos:
         guesses = _chain(draft, cache, unread, aux, to_target, draft_tokens)
-        aux, logits = decoder.forward([tokens[-1], *guesses])
+        aux, logits = decoder.forward_with_aux([tokens[-1], *guesses])
         best = logits.argmax(-1).tolist()
         right = 0
         while right < len(guesses) and guesses[right] == best[right]:
             right += 1
         new = best[: right + 1]
+        if end := next((at for at, token in enumerate(new, 1) if token in eos), 0):
+            new, right = new[:end], min(right, end)  # what comes after the end is not counted
         # the target has read the last token and the right guesses; the draft none of the new
         if wrong := len(guesses) - right:
             decoder.cache.crop(-wrong)
         aux, unread = aux[:, : right + 1], new
         accepted.append(right)
         tokens += new
-        if eos is not None and eos in new:
-            del tokens[tokens.index(eos) + 1 :]
     seconds = time.perf_counter() - began
     return Decoded(tokens[:max_new_tokens], len(accepted), accepted, seconds)
 
@@ -169,27 +184,32 @@ def evaluate(
     *,
     max_new_tokens: int = 64,
     draft_tokens: int = 5,
-    eos: int | None = None,
-    on_prompt: Any = lambda: None,
+    eos: Collection[int] | None = None,
+    on_prompt: Callable[[], object] = lambda: None,
 ) -> EvalResult:
-    """Decode every prompt both ways, in alternating order, and compare token by token."""
+    """Decode every prompt both ways, in alternating order, and compare token by token.
+
+    ``eos`` are the tokens that end a text, by default the target's own. Raises :class:`DataError`
+    when there is no prompt, or one for which the target has not enough positions.
+    """
+    _check_room(target, prompts, max_new_tokens + draft_tokens)
     draft = draft.eval()
-    options = {"max_new_tokens": max_new_tokens, "eos": eos}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    options["eos"] = eos_tokens(target) if eos is None else eos
     greedy_decode(target, prompts[0], 4)  # warm up both ways
     speculative_decode(target, draft, prompts[0], 4, draft_tokens)
     accepted: list[int] = []
     ratios: list[float] = []
     difference: tuple[int, int] | None = None
-    tokens = forwards = 0
+    tokens = 0
     for number, prompt in enumerate(prompts):
-        plain = None if number % 2 else greedy_decode(target, prompt, **options)  # type: ignore[arg-type]
-        fast = speculative_decode(target, draft, prompt, draft_tokens=draft_tokens, **options)  # type: ignore[arg-type]
-        plain = plain or greedy_decode(target, prompt, **options)  # type: ignore[arg-type]
+        plain = None if number % 2 else greedy_decode(target, prompt, **options)
+        fast = speculative_decode(target, draft, prompt, draft_tokens=draft_tokens, **options)
+        plain = plain or greedy_decode(target, prompt, **options)
         if fast.tokens != plain.tokens and difference is None:
             difference = (number, _first_difference(fast.tokens, plain.tokens))
         accepted += fast.accepted
         tokens += len(fast.tokens) - 1
-        forwards += fast.target_forwards
         ratios.append(plain.seconds / fast.seconds)
         on_prompt()
     checks = max(1, len(accepted))
@@ -206,6 +226,29 @@ def evaluate(
         tokens=tokens,
         draft_tokens=draft_tokens,
     )
+
+
+def eos_tokens(target: HuggingFaceTarget) -> tuple[int, ...]:
+    """The tokens that end a text of this target, as its generation config or config says."""
+    for config in (target.model.generation_config, text_config(target.model.config)):
+        said = getattr(config, "eos_token_id", None)
+        if said is not None:
+            return tuple(said) if isinstance(said, (list, tuple)) else (said,)
+    return ()
+
+
+def _check_room(target: HuggingFaceTarget, prompts: Sequence[Sequence[int]], more: int) -> None:
+    if not prompts:
+        raise DataError("there is no prompt to decode")
+    positions = getattr(text_config(target.model.config), "max_position_embeddings", None)
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"prompt {number} is empty; a prompt has at least one token")
+        if positions and len(prompt) + more > positions:
+            raise DataError(
+                f"prompt {number} has {len(prompt)} tokens and {more} may follow, more than the "
+                f"target's {positions} positions; shorten it, or decode fewer tokens"
+            )
 
 
 def _first_difference(one: Sequence[int], two: Sequence[int]) -> int:

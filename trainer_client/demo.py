@@ -189,7 +189,7 @@ def _listening(processes: Processes) -> dict[str, str]:
 
 
 def _compare(output: Path, say: Any) -> dict[str, Any]:
-    """Decode for real with the trained draft, and with one that has only its first weights."""
+    """Decode for real with the trained draft, and with the weights that it began with."""
     import torch
     from transformers import AutoTokenizer
 
@@ -205,8 +205,10 @@ def _compare(output: Path, say: Any) -> dict[str, Any]:
     target = load_target("embedded")
     trained = read_draft(Path(summary["draft_path"]))
     torch.manual_seed(0)
-    embeddings = target.get_input_embeddings().weight
-    fresh = Eagle3Draft(trained.config, trained.selected_token_ids, embeddings)
+    selected, head = trained.selected_token_ids, target.get_output_embeddings()
+    fresh = Eagle3Draft(trained.config, selected, target.get_input_embeddings().weight)
+    assert head is not None  # the embedded target has one
+    fresh.start_from_target(head.weight[selected])
     prompts = load_prompts(target.tokenizer, "embedded", None, 12, 48)
     before = evaluate(target, fresh, prompts[:4])
     after = evaluate(target, trained, prompts)

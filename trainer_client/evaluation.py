@@ -40,5 +40,7 @@ def aux_layer_ids(draft: Path) -> tuple[int, ...] | None:
         config = json.loads((draft / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ExportError(f"{draft} is no draft: {error}") from error
-    layers = config.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids")
-    return tuple(layers) if layers else None
+    name = "eagle_aux_hidden_state_layer_ids"
+    if layers := (config.get("eagle_config") or {}).get(name):
+        return tuple(layers)
+    return tuple(index - 1 for index in config.get(name) or ()) or None

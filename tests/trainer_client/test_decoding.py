@@ -90,8 +90,8 @@ def test_decoding_ends_at_the_end_of_the_text(target: HuggingFaceTarget) -> None
     plain = greedy_decode(target, PROMPTS[0], 24)
     eos = plain.tokens[6]
     end = plain.tokens.index(eos) + 1
-    assert greedy_decode(target, PROMPTS[0], 24, eos).tokens == plain.tokens[:end]
-    fast = speculative_decode(target, make_draft(target), PROMPTS[0], 24, 5, eos)
+    assert greedy_decode(target, PROMPTS[0], 24, {eos}).tokens == plain.tokens[:end]
+    fast = speculative_decode(target, make_draft(target), PROMPTS[0], 24, 5, {eos})
     assert fast.tokens == plain.tokens[:end]
 
 

@@ -148,6 +148,7 @@ def test_padding_changes_nothing(draft: Eagle3Draft) -> None:
     assert torch.equal(plain.chain_hits, with_padding.chain_hits)
 
 
+@torch.no_grad()
 def test_all_three_kinds_of_supervision_give_the_same_loss(draft: Eagle3Draft) -> None:
     inputs = batch()
     generator = torch.Generator().manual_seed(2)

@@ -52,7 +52,7 @@ class DraftConfig:
     ) -> DraftConfig:
         """A draft like one layer of the target that ``info`` (``model_info()``) describes."""
         config = info["config"]
-        hidden, heads = info["hidden_size"], int(config["num_attention_heads"])
+        hidden, heads = info["hidden_size"], _heads(config)
         sizes: dict[str, Any] = {
             "vocab_size": info["vocab_size"],
             "draft_vocab_size": draft_vocab_size,
@@ -78,13 +78,33 @@ class DraftConfig:
         return LlamaConfig(**sizes)
 
 
+def _heads(config: Mapping[str, Any]) -> int:
+    heads = config.get("num_attention_heads") or config.get("n_head")  # n_head: GPT-2, Falcon
+    if not heads:
+        raise ValueError(
+            "the target's config says no number of attention heads (num_attention_heads, n_head)"
+        )
+    return int(heads)
+
+
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE of a Hugging Face config, from the form of transformers 5 or of 4."""
+    """RoPE of a Hugging Face config, from the form of transformers 5 or of 4.
+
+    A draft rotates whole heads, along one axis. What the target says of parts of a head (Phi) or
+    of several axes (Qwen-VL) is left out: engines would obey it.
+    """
     parameters = dict(config.get("rope_parameters") or {})
     if any(isinstance(value, Mapping) for value in parameters.values()):  # one for each layer type
         parameters = dict(parameters.get("full_attention") or next(iter(parameters.values())))
     if not parameters:
         parameters = dict(config.get("rope_scaling") or {})
         parameters.setdefault("rope_type", parameters.pop("type", "default"))
-    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
-    return {"rope_type": "default"} | parameters | {"rope_theta": float(theta)}
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    whole = parameters.pop("partial_rotary_factor", None) in (None, 1.0)
+    if not whole or parameters.get("rope_type") == "mrope":
+        return {"rope_type": "default", "rope_theta": theta}
+    if parameters.get("rope_type") == "longrope" and "original_max_position_embeddings" in config:
+        name = "original_max_position_embeddings"
+        parameters.setdefault(name, config[name])
+    kept = {name: value for name, value in parameters.items() if not name.startswith("mrope_")}
+    return {"rope_type": "default"} | kept | {"rope_theta": theta}

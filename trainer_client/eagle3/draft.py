@@ -6,6 +6,7 @@ SGLang's ``llama_eagle3.py`` load. B batch, T tokens, H hidden size, D draft voc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +48,17 @@ class DecodeCache:
         """Forget all but the first ``length`` tokens."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+
+
+class _Rotary(LlamaRotaryEmbedding):
+    """Llama's, in float32 whatever the weights are: bfloat16 would shift far positions."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Rotary:
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
 
 class _Attention(nn.Module):
@@ -141,7 +153,7 @@ class Eagle3Draft(nn.Module):
         self.register_buffer("d2t", ids - torch.arange(config.draft_vocab_size))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
         self.t2d[ids] = True
-        self._rotary = LlamaRotaryEmbedding(config.to_llama())
+        self._rotary = _Rotary(config.to_llama())
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)  # Llama's
