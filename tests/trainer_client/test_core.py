@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import pytest
+
+from broker.protocol import Packet, encode, payload_hash
+from broker.protocol import messages as m
+from broker.protocol.link import Arrived, Connected, Disconnected, Reopen, SendTo, Tick
+from tests.broker.rig import mapping_offer
+from trainer_client.core import (
+    CancelRequest,
+    ClientConfig,
+    ClientCore,
+    Deliver,
+    Fail,
+    KeepMapping,
+    Log,
+    Submit,
+)
+
+A, B = "tcp://a:5555", "tcp://b:5555"
+
+
+class Rig:
+    """A client core with its own clock; every step checks every invariant."""
+
+    def __init__(self, *endpoints: str, **config: float) -> None:
+        self.now = 100.0
+        self.core = ClientCore("me", 7, endpoints or (A,), self.now, config=ClientConfig(**config))
+        self.sent: list[tuple[str, m.Message]] = []
+        self.ended: list[Deliver | Fail] = []
+        self.logs: list[Log] = []
+        self.reopened: list[str] = []
+
+    def handle(self, event: object) -> None:
+        for action in self.core.handle(event, self.now):  # type: ignore[arg-type]
+            if isinstance(action, SendTo):
+                self.sent.append((action.endpoint, action.packet.message))
+            elif isinstance(action, Reopen):
+                self.reopened.append(action.endpoint)
+            elif isinstance(action, Log):
+                self.logs.append(action)
+            else:
+                self.ended.append(action)
+        self.core.validate()
+
+    def welcome(self, endpoint: str = A, *, window: int = 4, broker: str = "b1") -> None:
+        self.handle(Connected(endpoint))
+        rules = (1.0, 5.0, 1 << 20, 8192, 64 << 20, 64 << 20, 4 << 30)
+        self.arrive(m.Welcome(broker, window, *rules), endpoint)
+
+    def arrive(self, message: m.Message | Packet, endpoint: str = A) -> None:
+        packet = message if isinstance(message, Packet) else encode(message)
+        self.handle(Arrived(endpoint, packet))
+
+    def submit(self, number: int, deadline_s: float = 600.0) -> Packet:
+        octets = bytes([number])
+        request = m.Request(
+            m.RequestId("me", 7, number), "generate", "", number, 1, "", "probs", deadline_s,
+            (m.TensorSpec("input_ids", "uint8", (1,), 1),),
+        )  # fmt: skip
+        packet = encode(request, [octets])
+        self.handle(Submit(packet, self.now + deadline_s))
+        return packet
+
+    def reply(self, request: Packet, endpoint: str = A, **changes: object) -> Packet:
+        assert isinstance(request.message, m.Request)
+        fields: dict[str, object] = {
+            "id": request.message.id,
+            "worker": "w",
+            "model": "tiny",
+            "fingerprint": "f0",
+            "aux_layer_ids": (1, 3, 4),
+            "tokens_hash": payload_hash(request),
+            "mapping_id": "",
+            "encoding": "probs",
+            "compute_s": 1.0,
+            "info_json": "",
+            "manifest": (),
+        }
+        packet = encode(m.Reply(**(fields | changes)))  # type: ignore[arg-type]
+        self.arrive(packet, endpoint)
+        return packet
+
+    def pass_time(self, seconds: float, *alive: str) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, self.now + 0.5)
+            for endpoint in alive:
+                self.arrive(m.Heartbeat(1), endpoint)
+            self.handle(Tick())
+
+    def requests(self, endpoint: str = A) -> list[int]:
+        """Numbers of the requests sent to an endpoint since the last call."""
+        numbers = [x.id.number for e, x in self.sent if e == endpoint and isinstance(x, m.Request)]
+        self.sent = [pair for pair in self.sent if pair[0] != endpoint]
+        return numbers
+
+
+def test_a_request_waits_for_the_welcome_and_its_reply_is_delivered_once() -> None:
+    rig = Rig()
+    request = rig.submit(1)
+    assert rig.requests() == []
+    rig.welcome()
+    assert rig.requests() == [1]
+    rig.reply(request)
+    rig.reply(request)
+    assert [type(end).__name__ for end in rig.ended] == ["Deliver"]
+    assert rig.core.counters["duplicates"] == 1
+    received = [x for _, x in rig.sent if isinstance(x, m.Received)]
+    assert len(received) == 2  # the broker may forget both
+
+
+def test_no_more_is_sent_than_the_window_and_in_order() -> None:
+    rig = Rig()
+    rig.welcome(window=2)
+    requests = [rig.submit(number) for number in (1, 2, 3, 4)]
+    assert rig.requests() == [1, 2]
+    rig.reply(requests[1])
+    assert rig.requests() == [3]
+
+
+def test_replies_may_come_in_any_order() -> None:
+    rig = Rig()
+    rig.welcome()
+    for request in reversed([rig.submit(number) for number in (1, 2, 3)]):
+        rig.reply(request)
+    assert [end.id.number for end in rig.ended] == [3, 2, 1]
+
+
+def test_an_unanswered_request_is_resent_with_backoff() -> None:
+    rig = Rig(resend_s=5.0, resend_max_s=10.0)
+    rig.welcome()
+    rig.submit(1)
+    rig.requests()
+    times = []
+    for _ in range(80):
+        rig.pass_time(0.5, A)
+        if rig.requests():
+            times.append(rig.now - 100.0)
+    assert times == [5.0, 15.0, 25.0, 35.0]
+
+
+def test_a_new_connection_gets_all_unfinished_requests_at_once() -> None:
+    rig = Rig()
+    rig.welcome()
+    requests = [rig.submit(number) for number in (1, 2)]
+    rig.reply(requests[0])
+    rig.requests()
+    rig.handle(Disconnected(A))
+    rig.pass_time(0.5)
+    assert rig.reopened == [A]
+    rig.welcome(broker="b2")
+    assert rig.requests() == [2]
+
+
+def test_a_broker_that_falls_silent_is_connected_to_anew() -> None:
+    rig = Rig()
+    rig.welcome()
+    rig.submit(1)
+    rig.pass_time(4.5)
+    assert rig.reopened == []
+    rig.pass_time(1.5)
+    assert rig.reopened == [A]
+
+
+def test_heartbeats_are_sent_when_there_is_nothing_else_to_say() -> None:
+    rig = Rig()
+    rig.welcome()
+    rig.sent.clear()
+    rig.pass_time(3.0, A)
+    beats = [x for _, x in rig.sent if isinstance(x, m.Heartbeat)]
+    assert len(beats) == 3
+
+
+def test_requests_spread_over_brokers_and_fail_over() -> None:
+    rig = Rig(A, B)
+    rig.welcome(A, broker="a")
+    rig.welcome(B, broker="b")
+    for number in (1, 2, 3, 4):
+        rig.submit(number)
+    at_a, at_b = rig.requests(A), rig.requests(B)
+    assert (len(at_a), len(at_b)) == (2, 2)
+    rig.handle(Disconnected(A))
+    assert rig.requests(B) == at_a
+
+
+def test_with_one_broker_its_requests_wait_for_its_return() -> None:
+    rig = Rig(A, B)
+    rig.welcome(A)
+    rig.submit(1)
+    rig.handle(Disconnected(A))
+    rig.handle(Tick())
+    assert not rig.ended
+    rig.welcome(B, broker="b")
+    assert rig.requests(B) == [1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tokens_hash": 1}, {"mapping_id": "m1"}, {"encoding": "hidden"}, {"model": "other"}],
+)
+def test_a_reply_with_another_identity_is_an_error(change: dict) -> None:
+    rig = Rig()
+    rig.welcome()
+    first = rig.submit(1)
+    if "model" in change:
+        assert isinstance(first.message, m.Request)
+        named = m.Request(
+            **{name: getattr(first.message, name) for name in first.message.__slots__}
+            | {"id": m.RequestId("me", 7, 2), "model": "tiny"}
+        )
+        first = encode(named, first.payload)
+        rig.handle(Submit(first, rig.now + 60))
+    rig.reply(first, **change)
+    (end,) = rig.ended
+    assert isinstance(end, Fail)
+    assert end.code == "identity"
+    assert next(iter(change)) in end.text
+
+
+def test_a_model_that_changes_in_mid_run_is_an_error() -> None:
+    rig = Rig()
+    rig.welcome()
+    rig.reply(rig.submit(1))
+    rig.reply(rig.submit(2), fingerprint="f1")
+    assert isinstance(rig.ended[1], Fail)
+    assert "fingerprint is 'f1' where 'f0' was expected" in rig.ended[1].text
+
+
+def test_a_damaged_reply_counts_as_lost() -> None:
+    rig = Rig()
+    rig.welcome()
+    request = rig.submit(1)
+    rig.requests()
+    assert isinstance(request.message, m.Request)
+    spec = m.TensorSpec("a", "uint8", (3,), 1)
+    whole = encode(
+        m.Reply(
+            request.message.id, "w", "tiny", "f0", (1, 3, 4), payload_hash(request), "", "probs",
+            1.0, "", (spec,),
+        ),
+        [b"abc"],
+    )  # fmt: skip
+    rig.arrive(Packet(whole.message, (whole.frames[0], b"abd"), whole.checksums))
+    assert not rig.ended
+    acknowledged, resent = [x for _, x in rig.sent]
+    assert isinstance(acknowledged, m.Received)  # or the broker would send the same bytes again
+    assert isinstance(resent, m.Request)
+    rig.arrive(whole)
+    assert isinstance(rig.ended[0], Deliver)
+
+
+def test_a_deadline_ends_a_request_with_its_story() -> None:
+    rig = Rig()
+    rig.welcome()
+    rig.submit(1, deadline_s=12.0)
+    rig.pass_time(13.0, A)
+    (end,) = rig.ended
+    assert isinstance(end, Fail)
+    assert end.code == "deadline"
+    assert "no answer within 12.0 s: it was sent 2 time(s), last to tcp://a:5555" in end.text
+    assert isinstance(rig.sent[-1][1], m.Heartbeat | m.Cancel)
+
+
+def test_a_cancelled_request_is_told_to_its_broker() -> None:
+    rig = Rig()
+    rig.welcome()
+    request = rig.submit(1)
+    assert isinstance(request.message, m.Request)
+    rig.handle(CancelRequest(request.message.id))
+    assert rig.sent[-1][1] == m.Cancel(request.message.id)
+    assert not rig.core.tickets
+
+
+def test_over_the_window_is_tried_again_and_no_error() -> None:
+    rig = Rig()
+    rig.welcome()
+    request = rig.submit(1)
+    assert isinstance(request.message, m.Request)
+    rig.requests()
+    rig.arrive(m.Failure(request.message.id, "over_window", "16 are under way"))
+    assert not rig.ended
+    rig.pass_time(1.5, A)
+    assert rig.requests() == [1]
+
+
+def test_a_wanted_mapping_is_offered() -> None:
+    rig = Rig()
+    rig.welcome()
+    offer = mapping_offer(1, 5)
+    rig.handle(KeepMapping(offer))
+    assert isinstance(offer.message, m.MappingOffer)
+    rig.arrive(m.MappingWanted(offer.message.mapping_id))
+    assert rig.sent[-1][1] == offer.message
+    rig.arrive(m.MappingWanted("m-unknown"))
+    assert [log.event for log in rig.logs if log.level == "warning"] == ["unknown_mapping_wanted"]
+
+
+def test_a_refusal_by_the_only_broker_ends_all_requests() -> None:
+    rig = Rig()
+    rig.welcome()
+    rig.submit(1)
+    rig.arrive(m.Refused("fenced", "two processes use one name"))
+    rig.submit(2)
+    assert [(end.code, end.text) for end in rig.ended if isinstance(end, Fail)] == [
+        ("refused", "two processes use one name")
+    ] * 2
+
+
+def test_nothing_is_noticed_while_all_is_well_and_trouble_after_a_while() -> None:
+    rig = Rig(notice_s=3.0, notice_again_s=30.0, resend_s=500.0, resend_max_s=500.0)
+    rig.welcome()
+    rig.submit(1)
+    rig.pass_time(20, A)
+    assert [log.event for log in rig.logs if log.level == "warning"] == []
+    for _ in range(70):
+        rig.now += 0.5
+        rig.arrive(m.Heartbeat(0))
+    warnings = [log for log in rig.logs if log.level == "warning"]
+    assert [log.event for log in warnings] == ["waiting", "waiting"]  # once, and 30 s later
+    assert "has no worker for this" in warnings[0].fields["why"]
+
+
+@pytest.mark.parametrize("name", ["resend_s", "resend_max_s", "notice_s", "notice_again_s"])
+def test_a_config_value_of_zero_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be above 0, got 0"):
+        ClientConfig(**{name: 0})
