@@ -197,7 +197,7 @@ def _compare(output: Path, say: Any) -> dict[str, Any]:
     from trainer_client.eagle3.draft import Eagle3Draft
     from trainer_client.evaluation import load_prompts
     from trainer_client.export import read_draft
-    from worker.targets import load_target
+    from worker.targets import load_target, resolve
 
     say("decoding with the draft, before and after training")
     summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
@@ -212,7 +212,7 @@ def _compare(output: Path, say: Any) -> dict[str, Any]:
     prompts = load_prompts(target.tokenizer, "embedded", None, 12, 48)
     before = evaluate(target, fresh, prompts[:4])
     after = evaluate(target, trained, prompts)
-    tokenizer = AutoTokenizer.from_pretrained(target.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(target.tokenizer))
     prompt = str(tokenizer.decode(prompts[0]))
     continued = str(tokenizer.decode(greedy_decode(target, prompts[0], 64).tokens))
     say(f"\n{prompt}[{continued}]")

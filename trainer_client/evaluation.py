@@ -18,9 +18,11 @@ def load_prompts(
     """
     from transformers import AutoTokenizer
 
+    from worker.targets import resolve
+
     if not tokenizer_name:
         raise DataError(f"the target {target!r} has no tokenizer beside it")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(tokenizer_name))
     if path is not None:
         ids = [list(sample.input_ids) for sample in read_dataset(path, tokenizer, 4096).samples]
         prompts = [tokens[:prompt_tokens] for tokens in ids if len(tokens) >= 2]

@@ -45,6 +45,8 @@ def write_draft(draft: Eagle3Draft, directory: Path, *, target_info: Mapping[str
             directory.rename(replaced)
         unfinished.rename(directory)
     except OSError as error:
+        if replaced.exists():
+            replaced.rename(directory)
         raise ExportError(f"cannot write the draft to {directory}: {error}") from error
     finally:
         for left in (unfinished, replaced):
@@ -143,7 +145,7 @@ def read_draft(directory: Path, embeddings: Tensor | None = None) -> Eagle3Draft
 
 
 def _sizes(config: Mapping[str, Any]) -> DraftConfig:
-    """Sizes as ``config.json`` says them, with Llama's defaults for the two that may be left out."""
+    """Sizes as ``config.json`` says them; two may be left out."""
     defaults = {
         "target_hidden_size": config["hidden_size"],
         "head_dim": config["hidden_size"] // config["num_attention_heads"],

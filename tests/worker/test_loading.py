@@ -68,7 +68,7 @@ def test_embedded_loads_in_float32_with_its_tokenizer() -> None:
     target = load_target("embedded")
     assert target.dtype == torch.float32
     assert target.name == "embedded"
-    assert Path(target.tokenizer) == EMBEDDED
+    assert target.tokenizer == "embedded"  # wherever this is installed
     assert target.encodings == ("probs", "hidden")
 
 

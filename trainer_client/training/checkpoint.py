@@ -42,8 +42,8 @@ class Checkpoint:
             if optimizer is not None:
                 state = torch.load(self.directory / "optimizer.pt", weights_only=True)
                 optimizer.load_state_dict(state)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"cannot resume from {self.directory}: {error}") from error
+        except Exception as error:  # what a damaged file makes torch raise is anything
+            raise CheckpointError(f"cannot resume from {self.directory}: {error!r}") from error
 
 
 def save(

@@ -22,7 +22,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 
 def resolve(name: str) -> str:
-    """What transformers loads for a target's name: the shipped folder for ``embedded``."""
+    """What transformers loads for a target's or tokenizer's name: for ``embedded`` our folder."""
     return str(EMBEDDED) if name == "embedded" else name
 
 
@@ -59,9 +59,8 @@ def load_target(
         raise TargetError(
             f"target {name!r} does not fit on {place}: {_first_line(error)}"
         ) from None
-    return HuggingFaceTarget(
-        model, name=name, aux_layer_ids=aux_layer_ids, tokenizer=_tokenizer(where)
-    )
+    tokenizer = name if name == "embedded" else _tokenizer(where)  # a name holds on every host
+    return HuggingFaceTarget(model, name=name, aux_layer_ids=aux_layer_ids, tokenizer=tokenizer)
 
 
 def load_factory(reference: str, *, name: str = "") -> Target:
