@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +30,12 @@ class DraftConfig:
     )
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.type in ("int", "float"):
+                number = (int,) if each.type == "int" else (int, float)
+                if type(value) not in number or value <= 0:
+                    raise ValueError(f"{each.name} must be a number above 0, got {value!r}")
         if self.hidden_size != self.target_hidden_size:
             raise ValueError(
                 f"the draft's hidden size ({self.hidden_size}) must be the target's "
@@ -40,7 +46,9 @@ class DraftConfig:
                 f"{self.num_attention_heads} attention heads are no multiple of "
                 f"{self.num_key_value_heads} key-value heads"
             )
-        if not 0 < self.draft_vocab_size <= self.vocab_size:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, for RoPE; got {self.head_dim}")
+        if self.draft_vocab_size > self.vocab_size:
             raise ValueError(
                 f"the draft vocab has {self.draft_vocab_size} tokens; it must have 1 to "
                 f"{self.vocab_size}, the target's"
@@ -87,17 +95,25 @@ def _heads(config: Mapping[str, Any]) -> int:
     return int(heads)
 
 
+def _mapping(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = config.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be an object, got {value!r}")
+    return dict(value)
+
+
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE of a Hugging Face config, from the form of transformers 5 or of 4.
 
     A draft rotates whole heads, along one axis. What the target says of parts of a head (Phi) or
-    of several axes (Qwen-VL) is left out: engines would obey it.
+    of several axes (Qwen-VL) is left out: engines would obey it. Raises ``ValueError``.
     """
-    parameters = dict(config.get("rope_parameters") or {})
-    if any(isinstance(value, Mapping) for value in parameters.values()):  # one for each layer type
-        parameters = dict(parameters.get("full_attention") or next(iter(parameters.values())))
+    parameters = _mapping(config, "rope_parameters")
+    layer_types = {name: v for name, v in parameters.items() if isinstance(v, Mapping)}  # Gemma 3
+    if layer_types:
+        parameters = dict(layer_types.get("full_attention") or next(iter(layer_types.values())))
     if not parameters:
-        parameters = dict(config.get("rope_scaling") or {})
+        parameters = _mapping(config, "rope_scaling")
         parameters.setdefault("rope_type", parameters.pop("type", "default"))
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
     whole = parameters.pop("partial_rotary_factor", None) in (None, 1.0)

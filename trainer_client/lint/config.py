@@ -143,6 +143,7 @@ def _rope_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
         yield error(
             f"rope_theta is {theta} in one place and {new.get('rope_theta')} in rope_parameters"
         )
+        return
     old = {"rope_theta": theta, "rope_scaling": config.get("rope_scaling")}
     one, other = (
         {k: v for k, v in rope_parameters(form).items() if k != "rope_theta"}

@@ -14,8 +14,10 @@ class Finding:
 
 
 def error(text: str) -> Finding:
+    """A finding that breaks the draft in some engine."""
     return Finding("error", text)
 
 
 def warning(text: str) -> Finding:
+    """A finding that may break it, or an older engine."""
     return Finding("warning", text)

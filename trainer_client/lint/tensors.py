@@ -30,6 +30,7 @@ _RANDOM = 1.15
 
 
 def name_findings(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """Names as they stand in the file."""
     if any(name.startswith("model.") for name in tensors):
         yield error("tensors begin with 'model.', which engines skip; drop the prefix")
     if any(name.startswith("layers.0.") for name in tensors):
@@ -37,6 +38,7 @@ def name_findings(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
 
 
 def key_findings(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """Exactly the tensors that engines know, by their canonical names."""
     for name in sorted(_REQUIRED - set(tensors)):
         silent = ""
         if "hidden_norm" in name:
@@ -49,6 +51,7 @@ def key_findings(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
 
 
 def shape_findings(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """Shapes against a config that says all sizes."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
@@ -75,6 +78,7 @@ def shape_findings(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 def vocabulary_findings(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Iterator[Finding]:
+    """``d2t`` [D] and ``t2d`` [V] against each other and the config."""
     size, vocab = config["draft_vocab_size"], config["vocab_size"]
     d2t, t2d = tensors.get("d2t"), tensors.get("t2d")
     if d2t is None:
@@ -115,6 +119,7 @@ def vocabulary_findings(
 
 
 def weight_findings(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """Values and dtypes."""
     floats = {name: t for name, t in sorted(tensors.items()) if t.is_floating_point()}
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in floats.values()})
     said = config.get("dtype") or config.get("torch_dtype")
