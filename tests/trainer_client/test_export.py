@@ -234,7 +234,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 
 
 @settings(
-    max_examples=4000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.data())
 def test_no_config_breaks_the_check_or_the_reader(exported: Path, data: st.DataObject) -> None:

@@ -41,6 +41,11 @@ class DraftConfig:
                 f"the draft's hidden size ({self.hidden_size}) must be the target's "
                 f"({self.target_hidden_size}): both read the target's embeddings"
             )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"the hidden size ({self.hidden_size}) is no multiple of "
+                f"{self.num_attention_heads} attention heads, as transformers' Llama wants it"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} attention heads are no multiple of "
@@ -81,6 +86,7 @@ class DraftConfig:
         from transformers import LlamaConfig
 
         sizes = asdict(self) | {"num_hidden_layers": 1, "tie_word_embeddings": False}
+        sizes["rms_norm_eps"] = float(self.rms_norm_eps)  # 1 is no float to transformers
         for ours in ("draft_vocab_size", "target_hidden_size"):
             del sizes[ours]
         return LlamaConfig(**sizes)
