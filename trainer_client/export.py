@@ -139,7 +139,7 @@ def read_draft(directory: Path, embeddings: Tensor | None = None) -> Eagle3Draft
         draft.load_state_dict(tensors)
     except (KeyError, TypeError) as error:
         raise ExportError(f"{directory}: config.json lacks or misstates {error}") from error
-    except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:
+    except Exception as error:  # transformers' validators raise kinds of their own
         raise ExportError(f"{directory} does not fit its config: {error}") from error
     return draft.eval()
 
