@@ -40,6 +40,7 @@ _HELP = {
     "keep_checkpoints": "Checkpoints that are kept.",
     "resume": "Go on from the newest checkpoint in --output, if there is one.",
 }
+_AT_LEAST_1 = click.IntRange(min=1)
 _TYPES = {"Path": click.Path(path_type=Path), "int": int, "float": float, "bool": bool}
 
 
@@ -205,10 +206,14 @@ class _Progress:
     type=click.Path(path_type=Path),
     help="JSONL with 'text' or 'messages', or plain text (default for 'embedded': its held-out).",
 )
-@click.option("--count", default=16, help="Prompts taken.")
-@click.option("--prompt-tokens", default=48, help="Tokens of each prompt.")
-@click.option("--max-new-tokens", default=64, help="Tokens decoded for each prompt.")
-@click.option("--draft-tokens", default=5, help="Tokens that the draft guesses at a time.")
+@click.option("--count", type=_AT_LEAST_1, default=16, help="Prompts taken.")
+@click.option("--prompt-tokens", type=_AT_LEAST_1, default=48, help="Tokens of each prompt.")
+@click.option(
+    "--max-new-tokens", type=_AT_LEAST_1, default=64, help="Tokens decoded for each prompt."
+)
+@click.option(
+    "--draft-tokens", type=_AT_LEAST_1, default=5, help="Tokens that the draft guesses at a time."
+)
 @click.option("--device", default="cpu")
 @click.option("--dtype", help="float32, bfloat16, ... (default: the checkpoint's).")
 @click.option("--aux-layers", help="Where not the draft's own: I,J,K.")
@@ -239,7 +244,8 @@ def evaluate(
     layers = tuple(map(int, aux_layers.split(","))) if aux_layers else aux_layer_ids(draft)
     loaded = load_target(target, device=device, dtype=dtype, aux_layer_ids=layers)
     tokens = load_prompts(loaded.tokenizer, target, prompts, count, prompt_tokens)
-    model = read_draft(draft).to(device=loaded.device, dtype=loaded.dtype)
+    draft_model = read_draft(draft, loaded.get_input_embeddings().weight)
+    model = draft_model.to(device=loaded.device, dtype=loaded.dtype)
     ticks = iter(track(tokens, description="decoding", disable=as_json))
     next(ticks)
     result = run_evaluation(

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from tests.integration.conftest import VOCAB, make_target
-from trainer_client.decoding import evaluate, greedy_decode, speculative_decode
+from tests.worker.tiny_models import MAKERS, shared
+from trainer_client.decoding import eos_tokens, evaluate, greedy_decode, speculative_decode
 from trainer_client.eagle3.config import DraftConfig
 from trainer_client.eagle3.draft import DecodeCache, Eagle3Draft
+from trainer_client.errors import DataError
+from worker.targets import load_target
 from worker.targets.contract import describe
 from worker.targets.huggingface import HuggingFaceTarget
 
@@ -70,7 +73,7 @@ class Oracle(Eagle3Draft):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         at = self._read + 1  # the token after the last one that it has read
         token = self._whole[at] if at % 3 and at < len(self._whole) else 0
-        return torch.nn.functional.one_hot(torch.tensor([[token]]), VOCAB).float()
+        return torch.nn.functional.one_hot(torch.tensor([[token]]), self.config.vocab_size).float()
 
 
 def test_right_guesses_are_accepted_and_counted(target: HuggingFaceTarget) -> None:
@@ -93,6 +96,71 @@ def test_decoding_ends_at_the_end_of_the_text(target: HuggingFaceTarget) -> None
     assert greedy_decode(target, PROMPTS[0], 24, {eos}).tokens == plain.tokens[:end]
     fast = speculative_decode(target, make_draft(target), PROMPTS[0], 24, 5, {eos})
     assert fast.tokens == plain.tokens[:end]
+
+
+def test_drafts_after_the_end_are_not_counted(target: HuggingFaceTarget) -> None:
+    oracle = Oracle(make_draft(target, VOCAB).config, torch.arange(VOCAB))
+    expected = greedy_decode(target, PROMPTS[0], 30).tokens
+    oracle.expect(PROMPTS[0] + expected)
+    for eos in set(expected):
+        end = expected.index(eos) + 1
+        fast = speculative_decode(target, oracle, PROMPTS[0], 30, 5, {eos})
+        assert fast.tokens == expected[:end]
+        assert (
+            0 <= 1 + sum(count + 1 for count in fast.accepted) - end <= 1
+        )  # a drafted end: no + 1
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_text_is_that_of_greedy_decoding_with_every_layout(kind: str) -> None:
+    """Windows of 4 tokens (Mistral, Gemma) are shorter than what is drafted at once."""
+    target = HuggingFaceTarget(shared(kind), name=kind)
+    try:
+        size = target.vocab_size
+        oracle = Oracle(make_draft(target, size).config, torch.arange(size))
+        oracle.expect([9, 10, 11, *greedy_decode(target, [9, 10, 11], 14).tokens])
+        result = evaluate(target, oracle, [[9, 10, 11]], max_new_tokens=14, draft_tokens=4, eos=())
+    finally:
+        target.close()
+    assert result.first_difference is None
+    assert 1.5 < result.accept_length < 4  # some are accepted, and some not
+
+
+def test_the_embedded_target_decodes_as_it_does_alone() -> None:
+    target = load_target("embedded")
+    draft = make_draft(target, 1024)
+    result = evaluate(target, draft, [list(range(300, 320))], max_new_tokens=12)
+    assert result.lossless
+    assert result.accept_length < 1.5
+
+
+def test_a_targets_own_end_of_text_ends_it(
+    target: HuggingFaceTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = greedy_decode(target, PROMPTS[0], 24).tokens
+    monkeypatch.setattr(target.model.generation_config, "eos_token_id", [plain[6], VOCAB - 1])
+    assert eos_tokens(target) == (plain[6], VOCAB - 1)
+    result = evaluate(target, make_draft(target), PROMPTS[:1], max_new_tokens=24)
+    assert result.tokens == plain.index(plain[6])
+    endless = evaluate(target, make_draft(target), PROMPTS[:1], max_new_tokens=24, eos=())
+    assert endless.tokens == 23
+
+
+@pytest.mark.parametrize(
+    ("prompts", "match"),
+    [
+        ([], "there is no prompt"),
+        ([[5], []], "prompt 1 is empty"),
+        ([[5], [5] * 200], "prompt 1 has 200 tokens and 15 may follow, more than the target's"),
+    ],
+)
+def test_prompts_that_cannot_be_decoded_are_errors(
+    target: HuggingFaceTarget, prompts: list[list[int]], match: str
+) -> None:
+    with pytest.raises(DataError, match=match):
+        evaluate(target, make_draft(target), prompts, max_new_tokens=12, draft_tokens=3)
+    with pytest.raises(ValueError, match="draft_tokens must be at least 1, got 0"):
+        speculative_decode(target, make_draft(target), [5], 4, 0)
 
 
 def test_an_evaluation_adds_it_up(target: HuggingFaceTarget) -> None:

@@ -255,10 +255,52 @@ def test_a_draft_vocab_distribution_is_the_softmax_of_the_selected_rows() -> Non
             },
             {"rope_type": "default", "rope_theta": 1e6},
         ),
+        (  # Phi rotates a part of its heads
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            {"rope_type": "default", "rope_theta": 1e4},
+        ),
+        (  # Qwen-VL, in two ages
+            {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1]}},
+            {"rope_type": "default", "rope_theta": 1e6},
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e6, "mrope_section": [1, 1]}},
+            {"rope_type": "default", "rope_theta": 1e6},
+        ),
+        (  # Phi-3 in transformers 4
+            {
+                "original_max_position_embeddings": 4096,
+                "rope_scaling": {"type": "longrope", "long_factor": [2.0], "short_factor": [1.0]},
+            },
+            {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "long_factor": [2.0],
+                "short_factor": [1.0],
+                "original_max_position_embeddings": 4096,
+            },
+        ),
     ],
 )
 def test_rope_is_read_in_the_forms_of_transformers_4_and_5(config: dict, expected: dict) -> None:
     assert rope_parameters(config) == expected
+
+
+@pytest.mark.parametrize("scaling", [{}, {"rope_type": "yarn", "factor": 4.0}])
+def test_positions_are_exact_in_low_precision(scaling: dict) -> None:
+    rope = {"rope_type": "default", "rope_theta": 5e5} | scaling
+    draft = Eagle3Draft(dataclasses.replace(CONFIG, rope_parameters=rope), SELECTED)
+    hidden, far = torch.zeros(1, 1, HIDDEN), torch.tensor([[3001]])
+    before = draft._rotary(hidden, far)
+    after = draft.to(torch.bfloat16)._rotary(hidden, far)
+    assert draft.fc.weight.dtype == torch.bfloat16
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_a_target_that_says_no_heads_is_an_error() -> None:
+    info = {"config": {}, "hidden_size": 16, "vocab_size": 40, "max_position_embeddings": 64}
+    with pytest.raises(ValueError, match="no number of attention heads"):
+        DraftConfig.from_target_info(info, 24)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +309,10 @@ def test_rope_is_read_in_the_forms_of_transformers_4_and_5(config: dict, expecte
         ({"hidden_size": 8}, r"hidden size \(8\) must be the target's \(16\)"),
         ({"num_key_value_heads": 3}, "4 attention heads are no multiple of 3"),
         ({"draft_vocab_size": 41}, "has 41 tokens; it must have 1 to 40"),
+        ({"draft_vocab_size": 0}, "draft_vocab_size must be a number above 0, got 0"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number above 0, got '1e-6'"),
+        ({"num_attention_heads": 3}, r"hidden size \(16\) is no multiple of 3 attention heads"),
+        ({"head_dim": 5}, "head_dim must be even, for RoPE; got 5"),
     ],
 )
 def test_sizes_that_do_not_fit_are_errors(changes: dict, match: str) -> None:

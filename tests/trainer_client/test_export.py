@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from trainer_client.eagle3.config import DraftConfig
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.errors import ExportError
+from trainer_client.evaluation import aux_layer_ids
 from trainer_client.export import export_checkpoint, read_draft, write_draft
 from trainer_client.lint import check_draft
 from trainer_client.training.checkpoint import save
@@ -297,6 +298,16 @@ def test_other_peoples_drafts_are_read(exported: Path) -> None:
     for name, tensor in draft.state_dict().items():
         assert torch.equal(tensor, expected.state_dict()[name]), name
     assert "pickle" in " ".join(found.text for found in check_draft(exported))
+
+
+def test_the_trained_layers_are_read_from_either_place(exported: Path, tmp_path: Path) -> None:
+    assert aux_layer_ids(exported) == (1, 5, 8)
+    change(exported, drop_key("eagle_config"))
+    assert aux_layer_ids(exported) == (1, 5, 8)
+    change(exported, drop_key(LAYER_IDS))
+    assert aux_layer_ids(exported) is None
+    with pytest.raises(ExportError, match="is no draft"):
+        aux_layer_ids(tmp_path / "nowhere")
 
 
 def test_a_pickle_that_runs_code_is_refused(exported: Path) -> None:
