@@ -18,7 +18,14 @@ PATH = Path(__file__).with_name("PROTOCOL.md")
 def render(text: str) -> str:
     """The document with its tables made anew."""
     dtypes = "".join(f"| {name} | {size} |\n" for name, size in messages.DTYPE_BYTES.items())
-    records = (messages.RequestId, messages.TensorSpec, messages.ModelDescription)
+    records = (
+        messages.RequestId,
+        messages.TensorSpec,
+        messages.ModelDescription,
+        messages.DirectOffer,
+        messages.Invitation,
+        messages.Transfer,
+    )
     parts = [_section(cls, f"{cls.__name__} (kind {kind})") for kind, cls in sorted(KINDS.items())]
     parts += [_section(cls, f"{cls.__name__} (within messages)") for cls in records]
     codes = "".join(f"| `{code}` | {why} |\n" for code, why in messages.FAILURE_CODES.items())

@@ -26,6 +26,9 @@ DTYPE_BYTES: dict[str, int] = {
     "float64": 8,
 }
 
+#: Ways of a direct transfer: CUDA IPC within one host, NCCL between GPUs, Gloo between CPUs.
+BACKENDS = ("ipc", "nccl", "gloo")
+
 #: What a worker can be asked for. Only ``generate`` needs token ids.
 OPERATIONS = ("generate", "model_info", "input_embeddings", "lm_head_rows")
 
@@ -77,6 +80,43 @@ class ModelDescription:
         """All but what may differ between two hosts that serve the same supervision."""
         differs = ("tokenizer", "config_json")
         return {name: getattr(self, name) for name in self.__slots__ if name not in differs}
+
+
+@dataclass(frozen=True, slots=True)
+class DirectOffer:
+    """What a client can do to receive tensors directly from a worker, best first.
+
+    ``backends`` are names of :data:`BACKENDS`; ``host`` names the machine in this boot of it, for
+    what works within one machine only.
+    """
+
+    backends: tuple[str, ...]
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """Where a worker waits for this client to build their direct channel, in the background.
+
+    ``channel`` is unique for a life of the worker and one of the client; ``epoch`` numbers the
+    attempts, from 1; ``nonce`` is secret and new in each. The store is at ``host``:``port``.
+    """
+
+    channel: str
+    epoch: int
+    nonce: str
+    backend: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """The reply's tensors come on this channel, as number ``seq`` (from 0) of this epoch."""
+
+    channel: str
+    epoch: int
+    seq: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +192,13 @@ class Refused:
 class Heartbeat:
     """Sent by peers every ``heartbeat_s`` and answered by the broker.
 
-    The broker's carries ``workers``: how many serve the client's model (-1 from a peer).
+    The broker's carries ``workers``: how many serve the client's model (-1 from a peer). A peer's
+    carries ``direct``: one line about its direct channels, for operators.
     """
 
     KIND: ClassVar[int] = 6
     workers: int
+    direct: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +215,8 @@ class Request:
 
     ``step`` orders requests within a job. ``n_tokens`` is B*T. ``ttl_s`` is the time after which
     the client no longer wants the answer, counted from this (re)send. ``model`` may be empty where
-    the broker has one model only.
+    the broker has one model only. ``direct`` is nil where the answer must come on the wire: in a
+    resend, and after a direct transfer failed; ``avoid`` then names the worker that it failed with.
     """
 
     KIND: ClassVar[int] = 8
@@ -186,13 +229,17 @@ class Request:
     encoding: str
     ttl_s: float
     manifest: tuple[TensorSpec, ...]
+    direct: DirectOffer | None = None
+    avoid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """The answer, with its identity, which the client checks before anyone sees a tensor.
 
-    ``tokens_hash`` is that of the request's payload; ``info_json`` answers ``model_info``.
+    ``tokens_hash`` is that of the request's payload; ``info_json`` answers ``model_info``. The
+    tensors are the payload, or with ``transfer`` there is none and they come directly. An
+    ``invitation`` begins a direct channel for later replies.
     """
 
     KIND: ClassVar[int] = 9
@@ -207,6 +254,8 @@ class Reply:
     compute_s: float
     info_json: str
     manifest: tuple[TensorSpec, ...]
+    transfer: Transfer | None = None
+    invitation: Invitation | None = None
 
 
 @dataclass(frozen=True, slots=True)

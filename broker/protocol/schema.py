@@ -78,6 +78,18 @@ def _items(check: Check, make: type) -> Check:
     return items
 
 
+def _or_nil(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
+
+
+def _of_optional(annotation: Any) -> Any:
+    """``X`` of ``X | None``; None of anything else."""
+    arguments = typing.get_args(annotation)
+    if len(arguments) != 2 or arguments[1] is not types.NoneType:
+        return None
+    return arguments[0]
+
+
 def _checks(annotation: Any) -> tuple[Check, Check]:
     """``(to_plain, from_plain)`` for one annotation."""
     if annotation in _SCALARS:
@@ -89,6 +101,9 @@ def _checks(annotation: Any) -> tuple[Check, Check]:
     if typing.get_origin(annotation) is tuple and arguments[1:] == (Ellipsis,):
         to_plain, from_plain = _checks(arguments[0])
         return _items(to_plain, list), _items(from_plain, tuple)
+    if (inner := _of_optional(annotation)) is not None:
+        to_plain, from_plain = _checks(inner)
+        return _or_nil(to_plain), _or_nil(from_plain)
     raise TypeError(f"the protocol has no encoding for {annotation!r}")
 
 
@@ -128,4 +143,6 @@ def describe(annotation: Any) -> str:
     """An annotation in the words of ``PROTOCOL.md``."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation.__name__
+    if (inner := _of_optional(annotation)) is not None:
+        return f"{describe(inner)}, or nil"
     return f"array of {describe(typing.get_args(annotation)[0])}"

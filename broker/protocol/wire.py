@@ -223,14 +223,21 @@ def _check_sizes(lengths: Sequence[int], limits: Limits) -> None:
 
 
 def _check_total(message: Message, nbytes: int, limits: Limits) -> None:
-    limit = limits.max_reply_bytes if type(message) is messages.Reply else limits.max_request_bytes
+    limit = limits.max_request_bytes
+    if isinstance(message, messages.Reply):
+        limit = limits.max_reply_bytes
+        nbytes = sum(spec.nbytes for spec in message.manifest)  # also what comes directly
     if nbytes > limit:
         raise SchemaError(f"the payload has {nbytes} bytes, the limit is {limit}")
 
 
 def _check_manifest(message: Message, lengths: Sequence[int]) -> None:
-    """The manifest must account for every payload frame and every byte, tensor by tensor."""
+    """The manifest must account for every payload frame and every byte, tensor by tensor.
+
+    The tensors of a direct transfer have no frames.
+    """
     manifest: tuple[TensorSpec, ...] = getattr(message, "manifest", ())
+    direct = getattr(message, "transfer", None) is not None
     at = 0
     names = set()
     for spec in manifest:
@@ -248,7 +255,9 @@ def _check_manifest(message: Message, lengths: Sequence[int]) -> None:
                 f"tensor {spec.name!r} claims {spec.frames} frames, {len(lengths) - at} are left"
             )
         nbytes = sum(lengths[at : at + spec.frames])
-        if nbytes != spec.nbytes:
+        if direct and spec.frames:
+            raise SchemaError(f"tensor {spec.name!r} has frames, its reply says that it has none")
+        if nbytes != spec.nbytes and not direct:
             raise SchemaError(
                 f"tensor {spec.name!r} ({spec.dtype}, {spec.shape}) takes {spec.nbytes} bytes, "
                 f"its frames have {nbytes}"

@@ -33,7 +33,9 @@ def _value(annotation: object) -> st.SearchStrategy:
         return _SCALARS[annotation]
     if dataclasses.is_dataclass(annotation):
         return record(annotation)
-    (item, _) = typing.get_args(annotation)
+    (item, other) = typing.get_args(annotation)
+    if other is type(None):
+        return st.none() | _value(item)
     return st.lists(_value(item), max_size=4).map(tuple)
 
 

@@ -249,3 +249,21 @@ def test_the_tables_of_the_specification_are_those_of_the_code() -> None:
 
     written = document.PATH.read_text(encoding="utf-8")
     assert document.render(written) == written, "run python -m broker.protocol.document"
+
+
+def direct_reply(*specs: m.TensorSpec) -> m.Reply:
+    transfer = m.Transfer("w/c", 1, 0)
+    return m.Reply(ID, "w", "model", "f", (1, 2, 3), 0, "m0", "hidden", 0.5, "", specs, transfer)
+
+
+def test_a_direct_reply_has_a_manifest_and_no_frames() -> None:
+    message = direct_reply(m.TensorSpec("aux", "float32", (2, 3), 0))
+    assert decode(octets(encode(message))).message == message
+
+
+def test_a_direct_reply_with_frames_or_over_the_limit_is_refused() -> None:
+    with pytest.raises(LocalProtocolError, match="has frames, its reply says that it has none"):
+        encode(direct_reply(m.TensorSpec("aux", "uint8", (4,), 1)), [b"1234"])
+    large = direct_reply(m.TensorSpec("aux", "uint8", (4096,), 0))
+    with pytest.raises(LocalProtocolError, match="has 4096 bytes, the limit is 1024"):
+        encode(large, limits=Limits(max_reply_bytes=1024))
