@@ -18,6 +18,8 @@ from trainer_client.lint import check_draft
 from trainer_client.training.run import Plan, Ranks, TrainSettings
 from trainer_client.training.run import train as run_training
 from trainer_client.training.trainer import StepMetrics
+from worker.direct import options as direct_options
+from worker.direct.config import DirectConfig
 
 _HELP = {
     "data": "JSONL with 'text' or 'messages', or plain text; .gz and .xz too.",
@@ -77,6 +79,7 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--timeout-s", default=120.0, help="Patience with one request, before retries.")
 @click.option("--retries", default=3, help="A request's deadline is timeout x (retries + 1).")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON at the end.")
+@direct_options.options(worker=False)
 @logs.options
 def train(
     broker: tuple[str, ...],
@@ -88,6 +91,7 @@ def train(
     timeout_s: float,
     retries: int,
     as_json: bool,
+    direct: DirectConfig,
     **settings_: Any,
 ) -> None:
     """Train a draft; also under torchrun, one rank a process."""
@@ -115,6 +119,7 @@ def train(
         encoding=encoding,
         job=job,
         rank=ranks.rank,
+        direct=direct,
     )
     try:
         with target, _Progress(ranks, quiet=as_json) as progress:

@@ -7,9 +7,10 @@ otherwise it waits here, not in the broker.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Union
 
 from broker.protocol import Packet, RemoteProtocolError, encode, payload_hash
@@ -42,6 +43,15 @@ class CancelRequest:
 
 
 @dataclass(frozen=True)
+class Received:
+    """A direct transfer ended: ``tensors`` are its own, or None, and ``error`` says why."""
+
+    id: m.RequestId
+    tensors: Any
+    error: str = ""
+
+
+@dataclass(frozen=True)
 class KeepMapping:
     """A vocab mapping to offer to whichever broker asks for it."""
 
@@ -49,16 +59,35 @@ class KeepMapping:
 
 
 Event = Union[  # noqa: UP007
-    Connected, Disconnected, Arrived, Submit, CancelRequest, KeepMapping, Tick
+    Connected, Disconnected, Arrived, Submit, CancelRequest, Received, KeepMapping, Tick
 ]
 
 
 @dataclass(frozen=True)
 class Deliver:
-    """The answer, verified: hand it to the caller."""
+    """The answer, verified: hand it to the caller. ``tensors`` are those that came directly."""
 
     id: m.RequestId
     packet: Packet
+    tensors: Any = None
+
+
+@dataclass(frozen=True)
+class ReceiveDirectly:
+    """Receive the tensors of this reply; an end of it is told by :class:`Received`.
+
+    Also for replies that nobody waits for any more, so that the two ends stay in step.
+    """
+
+    reply: m.Reply
+
+
+@dataclass(frozen=True)
+class JoinChannel:
+    """A worker invites this client to a direct channel."""
+
+    worker: str
+    invitation: m.Invitation
 
 
 @dataclass(frozen=True)
@@ -81,7 +110,9 @@ class Log:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-Action = Union[SendTo, Reopen, Deliver, Fail, Log]  # noqa: UP007
+Action = Union[  # noqa: UP007
+    SendTo, Reopen, Deliver, ReceiveDirectly, JoinChannel, Fail, Log
+]
 
 
 @dataclass(frozen=True)
@@ -108,6 +139,8 @@ class ClientConfig:
 class _Ticket:
     """One unfinished request."""
 
+    #: the id that the caller knows; the packet has another after a direct transfer failed
+    id: m.RequestId
     packet: Packet
     submitted_at: float
     deadline: float
@@ -116,6 +149,8 @@ class _Ticket:
     resend_at: float = 0.0
     resend_wait_s: float = 0.0
     sends: int = 0
+    #: the reply whose tensors are coming directly
+    reply: Packet | None = None
     story: list[str] = field(default_factory=list)
 
     @property
@@ -123,9 +158,18 @@ class _Ticket:
         assert isinstance(self.packet.message, m.Request)
         return self.packet.message
 
+    def take_the_wire(self, **changes: Any) -> None:
+        """Have the packet ask for an answer on the wire, if it does not yet."""
+        if self.request.direct is not None or changes:
+            request = replace(self.request, direct=None, **changes)
+            self.packet = encode(request, self.packet.payload)
+
 
 class ClientCore:
-    """One client in one life (``incarnation``), linked to one or several brokers."""
+    """One client in one life (``incarnation``), linked to one or several brokers.
+
+    ``note`` makes the line about its direct channels that heartbeats carry.
+    """
 
     def __init__(
         self,
@@ -137,22 +181,36 @@ class ClientCore:
         job: str = "",
         rank: int = 0,
         config: ClientConfig | None = None,
+        note: Callable[[], str] = str,
     ) -> None:
         self.client = client
         self.incarnation = incarnation
         self.config = config or ClientConfig()
         hello = m.ClientHello(client, incarnation, job or client, rank)
-        self.links = {endpoint: Link(endpoint, lambda: hello, now) for endpoint in endpoints}
+        self.links = {endpoint: Link(endpoint, lambda: hello, now, note) for endpoint in endpoints}
+        self._numbers = itertools.count(1)
         #: every unfinished request, in order of submission
         self.tickets: OrderedDict[m.RequestId, _Ticket] = OrderedDict()
         #: those that no broker has, to be sent in order; a subset of the tickets
         self.waiting: OrderedDict[m.RequestId, None] = OrderedDict()
         self.in_flight: dict[str, set[m.RequestId]] = {endpoint: set() for endpoint in self.links}
+        #: those that are answered and whose tensors are coming directly; a subset of the tickets
+        self.receiving: set[m.RequestId] = set()
         self.mappings: dict[str, Packet] = {}
         #: model -> fingerprint and aux layer ids of its first reply; later ones must have the same
         self.identities: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.counters = dict.fromkeys(
-            ("requests", "replies", "failures", "resends", "duplicates", "damaged"), 0
+            (
+                "requests",
+                "replies",
+                "failures",
+                "resends",
+                "duplicates",
+                "damaged",
+                "direct",
+                "direct_failed",
+            ),
+            0,
         )
         self._noticed_at = now
         self._actions: list[Action] = []
@@ -166,6 +224,8 @@ class ClientCore:
             self._submit(event, now)
         elif isinstance(event, CancelRequest):
             self._cancel(event.id)
+        elif isinstance(event, Received):
+            self._received(event, now)
         elif isinstance(event, KeepMapping):
             assert isinstance(event.packet.message, m.MappingOffer)
             self.mappings[event.packet.message.mapping_id] = event.packet
@@ -180,6 +240,10 @@ class ClientCore:
         self._pump(now)
         self._notice(now)
         return self._actions
+
+    def new_id(self) -> m.RequestId:
+        """An id that no request had before; from any thread."""
+        return m.RequestId(self.client, self.incarnation, next(self._numbers))
 
     def goodbye(self) -> list[Action]:
         """Tell the brokers that this client leaves."""
@@ -200,18 +264,21 @@ class ClientCore:
     # -- from the caller ------------------------------------------------------------------------
 
     def _submit(self, event: Submit, now: float) -> None:
-        ticket = _Ticket(event.packet, now, event.deadline)
+        assert isinstance(event.packet.message, m.Request)
+        ticket = _Ticket(event.packet.message.id, event.packet, now, event.deadline)
         if not self.tickets:
             self._noticed_at = now
-        self.tickets[ticket.request.id] = ticket
-        self.waiting[ticket.request.id] = None
+        self.tickets[ticket.id] = ticket
+        self.waiting[ticket.id] = None
         self.counters["requests"] += 1
         self._fail_if_refused()
 
     def _cancel(self, request_id: m.RequestId) -> None:
-        ticket = self._finish(request_id)
-        if ticket is not None and ticket.endpoint and self.links[ticket.endpoint].ready:
-            self._send(ticket.endpoint, m.Cancel(request_id))
+        asked = [asked for asked, ticket in self.tickets.items() if ticket.id == request_id]
+        for request_id in asked:
+            ticket = self._finish(request_id)
+            if ticket is not None and ticket.endpoint and self.links[ticket.endpoint].ready:
+                self._send(ticket.endpoint, m.Cancel(request_id))
 
     # -- from the broker ------------------------------------------------------------------------
 
@@ -236,6 +303,8 @@ class ClientCore:
         assert isinstance(answer, (m.Reply, m.Failure))
         ticket = self.tickets.get(answer.id)
         self._send(link.endpoint, m.Received((answer.id,)))
+        if isinstance(answer, m.Reply):
+            self._direct(answer)
         if ticket is None:
             self.counters["duplicates"] += 1
         elif isinstance(answer, m.Failure):
@@ -249,9 +318,59 @@ class ClientCore:
             self._fail(answer.id, "identity", stranger)
         else:
             self.identities.setdefault(answer.model, (answer.fingerprint, answer.aux_layer_ids))
-            self.counters["replies"] += 1
-            self._finish(answer.id)
-            self._actions.append(Deliver(answer.id, packet))
+            if answer.transfer is not None:
+                self._await_tensors(ticket, packet)
+            else:
+                self._deliver(answer.id, packet)
+
+    def _deliver(self, request_id: m.RequestId, packet: Packet, tensors: Any = None) -> None:
+        ticket = self._finish(request_id)
+        assert ticket is not None
+        self.counters["replies"] += 1
+        self._actions.append(Deliver(ticket.id, packet, tensors))
+
+    # -- direct transfers -----------------------------------------------------------------------
+
+    def _direct(self, reply: m.Reply) -> None:
+        if reply.invitation is not None:
+            self._actions.append(JoinChannel(reply.worker, reply.invitation))
+        if reply.transfer is not None:
+            self._actions.append(ReceiveDirectly(reply))
+
+    def _await_tensors(self, ticket: _Ticket, packet: Packet) -> None:
+        """The broker is done with the request; what is missing comes from the worker."""
+        request_id = ticket.request.id
+        self._let_go(request_id, ticket)
+        self.receiving.add(request_id)
+        ticket.endpoint, ticket.reply = None, packet
+
+    def _received(self, event: Received, now: float) -> None:
+        if event.id not in self.receiving:
+            return  # cancelled, expired, answered by wire meanwhile, or told twice
+        ticket = self.tickets[event.id]
+        reply = ticket.reply
+        assert reply is not None
+        if event.tensors is not None:
+            self.counters["direct"] += 1
+            self._deliver(event.id, reply, event.tensors)
+        else:
+            self._ask_by_wire(event.id, ticket, reply, event.error)
+
+    def _ask_by_wire(
+        self, request_id: m.RequestId, ticket: _Ticket, reply: Packet, why: str
+    ) -> None:
+        """Ask anew, under a new id, so that nothing of the old transfer can answer it."""
+        assert isinstance(reply.message, m.Reply)
+        worker = reply.message.worker
+        self.counters["direct_failed"] += 1
+        self._log("warning", "direct_failed", request=str(request_id), worker=worker, why=why)
+        ticket.story.append(f"the direct transfer from worker {worker} failed: {why}")
+        self._finish(request_id)
+        asked, ticket.reply = self.new_id(), None
+        ticket.take_the_wire(id=asked, avoid=worker)
+        self.tickets[asked] = ticket
+        self.waiting[asked] = None
+        self.waiting.move_to_end(asked, last=False)
 
     def _failed(self, link: Link, ticket: _Ticket, failure: m.Failure, now: float) -> None:
         if failure.code != "over_window":
@@ -303,6 +422,7 @@ class ClientCore:
                 self.in_flight[endpoint], key=lambda request_id: request_id.number, reverse=True
             ):
                 ticket = self.tickets[request_id]
+                ticket.take_the_wire()
                 ticket.endpoint = None
                 ticket.story.append(f"lost the broker at {endpoint}")
                 self.waiting[request_id] = None
@@ -319,6 +439,7 @@ class ClientCore:
                 and self.links[ticket.endpoint].ready
             ):
                 self.counters["resends"] += 1
+                ticket.take_the_wire()
                 self._dispatch(ticket, ticket.endpoint, now)
 
     def _pump(self, now: float) -> None:
@@ -349,7 +470,9 @@ class ClientCore:
     def _expire(self, request_id: m.RequestId, ticket: _Ticket, now: float) -> None:
         waited = now - ticket.submitted_at
         where = "it was never sent, for no broker had room"
-        if ticket.sends:
+        if ticket.reply is not None:
+            where = "its answer came, and its tensors were still on their direct way"
+        elif ticket.sends:
             where = f"it was sent {ticket.sends} time(s), last to {ticket.endpoint}"
         causes = [self._trouble(link, now) for link in self.links.values()]
         story = "; ".join([where, *ticket.story, *(cause for cause in causes if cause)])
@@ -364,16 +487,23 @@ class ClientCore:
                 self._fail(request_id, "refused", "; ".join(refusals))
 
     def _fail(self, request_id: m.RequestId, code: str, text: str) -> None:
-        self._finish(request_id)
+        ticket = self._finish(request_id)
+        assert ticket is not None
         self.counters["failures"] += 1
-        self._actions.append(Fail(request_id, code, text))
+        self._actions.append(Fail(ticket.id, code, text))
 
     def _finish(self, request_id: m.RequestId) -> _Ticket | None:
         ticket = self.tickets.pop(request_id, None)
-        self.waiting.pop(request_id, None)
-        if ticket is not None and ticket.endpoint is not None:
-            self.in_flight[ticket.endpoint].discard(request_id)
+        if ticket is not None:
+            self._let_go(request_id, ticket)
         return ticket
+
+    def _let_go(self, request_id: m.RequestId, ticket: _Ticket) -> None:
+        """Take a ticket out of wherever it stands."""
+        self.waiting.pop(request_id, None)
+        self.receiving.discard(request_id)
+        if ticket.endpoint is not None:
+            self.in_flight[ticket.endpoint].discard(request_id)
 
     # -- small things ---------------------------------------------------------------------------
 
@@ -420,8 +550,12 @@ class ClientCore:
             assert all(self.tickets[request_id].endpoint == endpoint for request_id in flying)
         flying_ids = [request_id for flying in self.in_flight.values() for request_id in flying]
         assert sorted(flying_ids, key=str) == sorted(set(flying_ids), key=str)
-        assert {*flying_ids, *self.waiting} == set(self.tickets)
-        assert not set(flying_ids) & set(self.waiting)
+        places = [*flying_ids, *self.waiting, *self.receiving]
+        assert len(places) == len(set(places)) == len(self.tickets)
+        assert set(places) == set(self.tickets)
+        for request_id, ticket in self.tickets.items():
+            assert ticket.request.id == request_id
+            assert (ticket.reply is not None) == (request_id in self.receiving)
 
 
 def _damage(packet: Packet) -> str:

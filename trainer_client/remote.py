@@ -17,8 +17,10 @@ from broker.protocol import messages as m
 from broker.protocol.tensors import to_frames
 from trainer_client.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.core import ClientConfig
+from trainer_client.direct import Receiver
 from trainer_client.errors import BadRequestError
 from trainer_client.service import Answer, Client, PendingReply
+from worker.direct.config import DirectConfig
 from worker.mapping import VocabMapping
 
 _logger = logging.getLogger("draftmq.client")
@@ -56,7 +58,8 @@ class RemoteEagle3TargetModel:
     then it survives lost connections, workers and brokers. ``encoding`` is what the workers send
     (``probs``: the contract's ``target_probs``; ``hidden``: the last hidden state, a fifth of the
     bytes; ``auto``: ``hidden`` where it is offered). ``model`` may be empty where the broker has
-    one model.
+    one model. ``direct`` says how large tensors may come past the broker (``auto``, a backend,
+    ``off``, or all of :class:`DirectConfig`).
 
     Errors are :class:`trainer_client.errors.RequestError`; see there.
     """
@@ -74,12 +77,23 @@ class RemoteEagle3TargetModel:
         job: str = "",
         rank: int = 0,
         config: ClientConfig | None = None,
+        direct: DirectConfig | str = "auto",
     ) -> None:
         if timeout <= 0 or max_retries < 0:
             raise ValueError(
                 f"timeout must be above 0 and max_retries at least 0, got {timeout}, {max_retries}"
             )
-        self._client = Client(list(urls), name=name, job=job, rank=rank, config=config)
+        urls = list(urls)
+        if isinstance(direct, str):
+            direct = DirectConfig(mode=direct)
+        self._client = Client(
+            urls,
+            name=name,
+            job=job,
+            rank=rank,
+            config=config,
+            direct=Receiver(direct, device, urls),
+        )
         self._device = torch.device(device)
         self._deadline_s = float(timeout) * (max_retries + 1)
         self._model = model

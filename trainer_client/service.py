@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
-import itertools
 import logging
 import os
 import socket
@@ -27,8 +26,11 @@ from trainer_client.core import (
     ClientCore,
     Deliver,
     Fail,
+    JoinChannel,
     KeepMapping,
     Log,
+    Received,
+    ReceiveDirectly,
     Submit,
 )
 from trainer_client.errors import ClientClosedError, request_error
@@ -36,13 +38,15 @@ from trainer_client.errors import ClientClosedError, request_error
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer_client.direct import Receiver
+
 _logger = logging.getLogger("draftmq.client")
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A reply with its tensors, on the CPU. They own their memory."""
+    """A reply with its tensors: on the CPU, or where a direct transfer put them."""
 
     reply: m.Reply
     tensors: dict[str, Tensor]
@@ -74,7 +78,8 @@ class Client:
 
     ``name`` identifies this client for ever and must be its own; a second process with the same
     name fences the first off, which is what a restarted rank wants. ``job`` groups the ranks of one
-    training run, whose ``step`` numbers order their requests.
+    training run, whose ``step`` numbers order their requests. ``direct`` moves tensors past the
+    brokers where it can; without it everything comes by wire.
 
     It may be used from several threads. After a fork the child must make a client of its own: the
     parent's raises :class:`ClientClosedError` there and does nothing else.
@@ -88,6 +93,7 @@ class Client:
         job: str = "",
         rank: int = 0,
         config: ClientConfig | None = None,
+        direct: Receiver | None = None,
     ) -> None:
         if not endpoints:
             raise ValueError("a client needs at least one broker endpoint, like tcp://host:5555")
@@ -100,8 +106,9 @@ class Client:
             job=job,
             rank=rank,
             config=config,
+            note=direct.summary if direct is not None else str,
         )
-        self._numbers = itertools.count(1)
+        self._direct = direct
         self._pending: dict[m.RequestId, PendingReply] = {}
         self._lock = threading.Lock()
         self._closed = ""
@@ -134,7 +141,7 @@ class Client:
             from broker.protocol.tensors import to_frames
 
             manifest, payload = to_frames(tensors)
-        request_id = m.RequestId(self.name, self.core.incarnation, next(self._numbers))
+        request_id = self.core.new_id()
         request = m.Request(
             id=request_id,
             operation=operation,
@@ -145,6 +152,7 @@ class Client:
             encoding=encoding,
             ttl_s=float(timeout_s),
             manifest=manifest,
+            direct=self._direct.offer if self._direct is not None else None,
         )
         packet = encode(request, payload, self._limits())
         pending = PendingReply(request_id, self._cancel)
@@ -170,6 +178,8 @@ class Client:
         if not self._closed:
             self._end("this client is closed")
             self._loop.stop()
+            if self._direct is not None:
+                self._direct.close()
 
     def __enter__(self) -> Client:
         return self
@@ -207,15 +217,35 @@ class Client:
     def _perform(self, action: Any) -> None:
         if isinstance(action, Log):
             log(_logger, action.level, action.event, action.fields)
+        elif isinstance(action, (JoinChannel, ReceiveDirectly)):
+            self._perform_directly(action)
+        else:
+            self._end_request(action)
+
+    def _perform_directly(self, action: JoinChannel | ReceiveDirectly) -> None:
+        if isinstance(action, JoinChannel):
+            if self._direct is not None:
+                self._direct.invited(action.worker, action.invitation)
             return
+        request_id = action.reply.id
+
+        def done(tensors: dict[str, Tensor] | None, why: str) -> None:
+            self._loop.post(Received(request_id, tensors, why))
+
+        if self._direct is not None:
+            self._direct.receive(action.reply, done)
+        else:
+            done(None, "this client takes the wire only")
+
+    def _end_request(self, action: Deliver | Fail) -> None:
         with self._lock:
             pending = self._pending.pop(action.id, None)
         if pending is None or not pending.set_running_or_notify_cancel():
             return
         if isinstance(action, Fail):
             pending.set_exception(request_error(action.code, f"request {action.id}: {action.text}"))
-        elif isinstance(action, Deliver):
-            pending.set_result(_answer(action.packet))
+        else:
+            pending.set_result(_answer(action.packet, action.tensors))
 
     def _fail_all(self, error: Exception) -> None:
         self._end(f"this client's I/O thread broke: {error!r}; make a new client")
@@ -241,8 +271,10 @@ class Client:
         self._pending.clear()
 
 
-def _answer(packet: Packet) -> Answer:
+def _answer(packet: Packet, tensors: dict[str, Tensor] | None) -> Answer:
     assert isinstance(packet.message, m.Reply)
+    if tensors is not None:
+        return Answer(packet.message, tensors)
     if not packet.message.manifest:
         return Answer(packet.message, {})
     from broker.protocol.tensors import from_frames

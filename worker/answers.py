@@ -14,6 +14,8 @@ from broker.protocol import Limits, LocalProtocolError, Packet, encode, payload_
 from broker.protocol import messages as m
 from broker.protocol.errors import RemoteProtocolError
 from broker.protocol.tensors import from_frames, to_frames
+from worker.direct.parts import specs
+from worker.direct.sender import Plan, Sender
 from worker.errors import BadRequest
 from worker.mapping import VocabMapping
 from worker.supervision import (
@@ -48,10 +50,13 @@ def description(facts: TargetFacts) -> m.ModelDescription:
 class Answerer:
     """Runs the target for one request at a time and makes the reply, or the failure."""
 
-    def __init__(self, target: Target, facts: TargetFacts, worker: str) -> None:
+    def __init__(
+        self, target: Target, facts: TargetFacts, worker: str, sender: Sender | None = None
+    ) -> None:
         self.target = target
         self.facts = facts
         self.worker = worker
+        self._sender = sender
         self.mappings: dict[str, VocabMapping] = {}
 
     def learn(self, offer: Packet) -> None:
@@ -71,14 +76,21 @@ class Answerer:
         self.mappings.pop(mapping_id, None)
 
     def answer(self, packet: Packet, limits: Limits) -> Packet:
-        """The reply to a request; whatever goes wrong becomes a :class:`Failure`."""
+        """The reply to a request; whatever goes wrong becomes a :class:`Failure`.
+
+        A reply whose tensors go directly has no payload; they are on their way when this returns.
+        """
         request = packet.message
         assert isinstance(request, m.Request)
         began = time.perf_counter()
         try:
             packet.verify()
             info, tensors = self._serve(request, packet)
-            manifest, payload = to_frames(tensors)
+            plan = self._sender.plan(request, tensors) if self._sender else Plan()
+            if plan.transfer is None:
+                manifest, payload = to_frames(tensors)
+            else:
+                manifest, payload = specs(tensors), []
             reply = m.Reply(
                 id=request.id,
                 worker=self.worker,
@@ -91,8 +103,13 @@ class Answerer:
                 compute_s=time.perf_counter() - began,
                 info_json=info,
                 manifest=manifest,
+                transfer=plan.transfer,
+                invitation=plan.invitation,
             )
-            return encode(reply, payload, limits)
+            answer = encode(reply, payload, limits)
+            if self._sender is not None and plan.transfer is not None:
+                self._sender.send(request.id.client, plan.transfer, tensors)
+            return answer
         except (BadRequest, RemoteProtocolError) as error:
             return _failure(request, "bad_request", error)
         except LocalProtocolError as error:

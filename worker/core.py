@@ -6,7 +6,7 @@ It never decides who is served: requests are computed in the order in which brok
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Union
 
@@ -94,7 +94,10 @@ class _Held:
 
 
 class WorkerCore:
-    """One worker, linked to one or several brokers; it has ``credits`` for each of them."""
+    """One worker, linked to one or several brokers; it has ``credits`` for each of them.
+
+    ``note`` makes the line about its direct channels that heartbeats carry.
+    """
 
     def __init__(
         self,
@@ -107,6 +110,7 @@ class WorkerCore:
         credits: int = 2,
         max_mappings: int = 16,
         drain_s: float = 30.0,
+        note: Callable[[], str] = str,
     ) -> None:
         self.worker = worker
         self.incarnation = incarnation
@@ -115,7 +119,7 @@ class WorkerCore:
         self.max_mappings = max_mappings
         self.drain_s = drain_s
         self.links = {
-            endpoint: Link(endpoint, self._hello_for(endpoint), now) for endpoint in endpoints
+            endpoint: Link(endpoint, self._hello_for(endpoint), now, note) for endpoint in endpoints
         }
         #: in the order of arrival; the first without an answer is what the target works on
         self.held: OrderedDict[m.RequestId, _Held] = OrderedDict()
@@ -229,7 +233,7 @@ class WorkerCore:
         self.computing = None
         held = self.held[event.id]
         answer = event.answer
-        if held.cancelled:
+        if held.cancelled and not _comes_directly(answer):
             answer = encode(m.Failure(event.id, "cancelled", "cancelled while the target ran"))
         self._answer(event.id, answer)
 
@@ -238,6 +242,8 @@ class WorkerCore:
         if self.links[held.endpoint].ready:
             del self.held[request_id]
             self._send(held.endpoint, answer)
+        elif _comes_directly(answer):
+            del self.held[request_id]  # late news of a transfer is none; it is asked for again
         else:
             held.answer = answer
 
@@ -316,3 +322,8 @@ class WorkerCore:
         assert self.computing is None or self.computing == waiting[0]
         needed = {held.packet.message.mapping_id for held in self.held.values()}  # type: ignore[union-attr]
         assert needed <= {*self.mappings, ""}
+
+
+def _comes_directly(answer: Packet) -> bool:
+    """Whether the answer announces a direct transfer, which has begun and must be taken."""
+    return isinstance(answer.message, m.Reply) and answer.message.transfer is not None

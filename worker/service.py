@@ -24,6 +24,8 @@ from broker.protocol import messages as m
 from broker.protocol.peer import PeerLoop
 from worker.answers import Answerer, description
 from worker.core import Compute, Computed, Drain, Exit, Forget, Learn, Log, WorkerCore
+from worker.direct.config import DirectConfig
+from worker.direct.sender import Sender
 from worker.errors import WorkerError
 from worker.targets.contract import Target, describe
 
@@ -36,7 +38,8 @@ class Worker:
 
     ``credits`` is how many requests a broker may give it at once: with 2 the next one is already
     here when one ends. :meth:`drain` (what SIGTERM does to the command) finishes what is held and
-    leaves; :meth:`stop` leaves at once, and the broker gives its requests to others.
+    leaves; :meth:`stop` leaves at once, and the broker gives its requests to others. ``direct``
+    says how tensors may go to clients past the broker.
     """
 
     def __init__(
@@ -48,13 +51,16 @@ class Worker:
         name: str | None = None,
         credits: int = 2,
         drain_s: float = 30.0,
+        direct: DirectConfig | None = None,
     ) -> None:
         if credits < 1:
             raise ValueError(f"credits must be at least 1, got {credits}")
         endpoints = [broker] if isinstance(broker, str) else list(broker)
         self.name = name or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.facts = describe(target, model)
-        self._answerer = Answerer(target, self.facts, self.name)
+        device = target.get_input_embeddings().weight.device
+        self._sender = Sender(direct or DirectConfig(), self.name, device, endpoints)
+        self._answerer = Answerer(target, self.facts, self.name, self._sender)
         self.core = WorkerCore(
             self.name,
             time.time_ns(),
@@ -63,6 +69,7 @@ class Worker:
             time.monotonic(),
             credits=credits,
             drain_s=drain_s,
+            note=self._sender.summary,
         )
         #: what the compute thread is to do, in order; None ends it
         self._work: queue.SimpleQueue[Compute | Learn | Forget | None] = queue.SimpleQueue()
@@ -111,6 +118,7 @@ class Worker:
         self._left.set()
         if self._compute_thread.is_alive():
             self._compute_thread.join()
+        self._sender.close()
 
     def __enter__(self) -> Worker:
         return self.start()

@@ -311,5 +311,6 @@ class Channel:
         assert self.receiving is None or self.receiving == self.seq - 1
         assert all(seq >= self.seq for seq in self.announced)
         if self.state not in (ChannelState.CONNECTING, ChannelState.READY):
-            assert not self.announced and self.receiving is None
+            assert not self.announced
+            assert self.receiving is None
         assert self.state is ChannelState.CLOSED or self.failures < self.config.max_failures

@@ -80,9 +80,18 @@ class Tick:
 
 
 class Link:
-    """The state of one connection. ``hello`` makes the message that begins it."""
+    """The state of one connection.
 
-    def __init__(self, endpoint: str, hello: Callable[[], m.Message], now: float) -> None:
+    ``hello`` makes the message that begins it, ``note`` the line that heartbeats carry.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        hello: Callable[[], m.Message],
+        now: float,
+        note: Callable[[], str] = str,
+    ) -> None:
         self.endpoint = endpoint
         self.state = LinkState.DOWN
         self.broker = ""
@@ -96,6 +105,7 @@ class Link:
         #: when it was last up, or began: what "no broker for 12 s" is counted from
         self.down_since = now
         self._hello = hello
+        self._note = note
         self._heard_at = now
         self._spoke_at = now
         self._reopen_at: float | None = None
@@ -157,7 +167,7 @@ class Link:
         if self.state is LinkState.GREETING:
             return self._greet(now)
         self._spoke_at = now
-        return [SendTo(self.endpoint, encode(m.Heartbeat(-1)))]
+        return [SendTo(self.endpoint, encode(m.Heartbeat(-1, self._note())))]
 
     def goodbye(self, reason: str) -> list[LinkAction]:
         """Leave on purpose, if anyone is there to be told."""

@@ -1,0 +1,34 @@
+"""What a channel needs of a way to move bytes; Gloo, NCCL and CUDA IPC are behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+#: The worker's rank in the pair, and the client's.
+WORKER, CLIENT = 0, 1
+
+
+class TransferError(Exception):
+    """A channel could not be built, or a transfer failed or stalled."""
+
+
+class Backend(Protocol):
+    """Two processes and one epoch. Any error ends it: it is closed and never used again."""
+
+    def send(self, seq: int, tensors: Sequence[Tensor], limit_s: float) -> None:
+        """Send uint8 tensors [nbytes]; returns when the other end has said that it has them.
+
+        Raises :class:`TransferError` when nothing moved for ``limit_s``, or the peer is gone.
+        """
+
+    def receive(self, seq: int, sizes: Sequence[int], limit_s: float) -> list[Tensor]:
+        """Receive uint8 tensors of these sizes, usable on any stream when this returns.
+
+        Raises :class:`TransferError` likewise; nothing of a partial transfer is returned.
+        """
+
+    def interrupt(self) -> None:
+        """Free whoever waits in :meth:`send` or :meth:`receive`; from any thread."""

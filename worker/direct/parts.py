@@ -1,0 +1,65 @@
+"""How tensors are cut for a transfer: both ends work it out from the manifest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from broker.protocol import messages as m
+from broker.protocol.limits import MIB
+
+#: A part is what is waited for at once, with the channel's limit: 16 MiB in 5 s is a slow network.
+PART_BYTES = 16 * MIB
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The bytes ``start`` to ``stop`` of one tensor of the manifest."""
+
+    tensor: int
+    start: int
+    stop: int
+
+
+def parts(sizes: Sequence[int], part_bytes: int = PART_BYTES) -> list[list[Piece]]:
+    """Cut tensors of these sizes into parts of at most ``part_bytes``, in order, none empty."""
+    cut: list[list[Piece]] = []
+    room = 0
+    for number, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            if not room:
+                cut.append([])
+                room = part_bytes
+            stop = min(size, start + room)
+            cut[-1].append(Piece(number, start, stop))
+            room -= stop - start
+            start = stop
+    return cut
+
+
+def octets(tensor: Tensor) -> Tensor:
+    """The tensor's bytes, uint8 [nbytes]: what every backend can send, whatever the dtype."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def specs(tensors: Mapping[str, Tensor]) -> tuple[m.TensorSpec, ...]:
+    """The manifest of a direct transfer. Raises ``KeyError`` for a dtype that does not travel."""
+    return tuple(
+        m.TensorSpec(name, _NAMES[tensor.dtype], tuple(tensor.shape), 0)
+        for name, tensor in tensors.items()
+    )
+
+
+def shaped(manifest: Sequence[m.TensorSpec], received: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Received bytes as the tensors that the manifest says they are."""
+    return {
+        spec.name: flat.view(getattr(torch, spec.dtype)).view(spec.shape)
+        for spec, flat in zip(manifest, received, strict=True)
+    }
+
+
+_NAMES = {getattr(torch, name): name for name in m.DTYPE_BYTES}
