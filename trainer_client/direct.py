@@ -14,7 +14,7 @@ from torch import Tensor
 from broker.logs import log
 from broker.protocol import messages as m
 from broker.protocol.channel import Announced, Channel, Open, Receive, Reject
-from worker.direct.backend import CLIENT, Backend
+from worker.direct.backend import Backend
 from worker.direct.config import DirectConfig, choose, host_id
 from worker.direct.parts import shaped
 from worker.direct.rendezvous import End, join
@@ -98,7 +98,7 @@ class Receiver:
 
     def _new_peer(self, invitation: m.Invitation) -> _Peer:
         def connect(epoch: int, leaving: threading.Event) -> Backend:
-            end = End(CLIENT, self.choice.address, self._device, self.config.channel)
+            end = End(self.choice.address, self._device, self.config.channel)
             return join(peer.invitation, end, leaving)
 
         def begin(action: Receive) -> None:

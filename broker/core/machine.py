@@ -144,6 +144,7 @@ class BrokerCore:
         self._send(Side.CLIENT, connection, self._welcome(self.config.window))
 
     def _client_heartbeat(self, client: ClientSession, packet: Packet, now: float) -> None:
+        client.direct = cast(m.Heartbeat, packet.message).direct
         waits = any(request_id in self.poolless for request_id in client.requests)
         self._answer(client, m.Heartbeat(0 if waits else len(self.workers)))
 
@@ -356,6 +357,7 @@ class BrokerCore:
             worker.running[request_id] = now
 
     def _worker_heartbeat(self, worker: WorkerSession, packet: Packet, now: float) -> None:
+        worker.direct = cast(m.Heartbeat, packet.message).direct
         self._send(Side.WORKER, worker.connection, m.Heartbeat(len(self.workers)))
 
     def _worker_goodbye(self, worker: WorkerSession, packet: Packet, now: float) -> None:
@@ -436,6 +438,7 @@ class BrokerCore:
         if isinstance(message, m.Reply):
             learn_speed(worker, entry.n_tokens, message.compute_s)
             self.counters["replies"] += 1
+            self.counters["direct_replies"] += message.transfer is not None
             self.counters["reply_bytes"] += packet.nbytes
             self._finish(entry, packet)
             return
@@ -464,7 +467,8 @@ class BrokerCore:
         self._drop(entry, cancel=True)
         if client is not None and client.incarnation != entry.id.incarnation:
             return
-        self.answers.put(entry.id, answer)
+        if not _comes_directly(answer):  # a transfer is not made twice
+            self.answers.put(entry.id, answer)
         if client is not None:
             self._forward(Side.CLIENT, client.connection, answer)
 
@@ -556,6 +560,10 @@ class BrokerCore:
         )
 
 
+def _comes_directly(answer: Packet) -> bool:
+    return isinstance(answer.message, m.Reply) and answer.message.transfer is not None
+
+
 def _fenced(name: str, old: Any, new: Any) -> m.Refused:
     text = (
         f"{name} said hello with incarnation {new.incarnation} here; incarnation "
@@ -568,6 +576,7 @@ _COUNTERS = (
     "requests",
     "assignments",
     "replies",
+    "direct_replies",
     "reply_bytes",
     "failures",
     "resends",

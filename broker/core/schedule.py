@@ -15,7 +15,8 @@ def choose_worker(
 ) -> WorkerSession | None:
     """A worker with a free credit for the entry; one that it has not failed on, if there is one."""
     free = [worker for worker in workers if worker.free]
-    untried = [worker for worker in free if worker.id not in entry.failed_on]
+    tried = {*entry.failed_on, entry.request.avoid}
+    untried = [worker for worker in free if worker.id not in tried]
     return min(untried or free, key=lambda w: expected_finish(w, entry, now), default=None)
 
 

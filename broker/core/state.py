@@ -26,6 +26,8 @@ class ClientSession:
     last_seen: float
     #: requests queued or running; never more than the window
     requests: set[RequestId] = field(default_factory=set)
+    #: what it last said of its direct channels
+    direct: str = ""
 
 
 @dataclass(eq=False)
@@ -48,6 +50,8 @@ class WorkerSession:
     #: when it should have finished all that it has
     busy_until: float = 0.0
     answered: int = 0
+    #: what it last said of its direct channels
+    direct: str = ""
 
     @property
     def free(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,6 +14,12 @@ WORKER, CLIENT = 0, 1
 
 class TransferError(Exception):
     """A channel could not be built, or a transfer failed or stalled."""
+
+
+def plain(error: Exception) -> str:
+    """What torch says in several lines, with source paths and advice, in one."""
+    first = str(error).strip().splitlines()[0]
+    return re.sub(r"\[/[^\]]*\]\s*", "", first).partition(" This is typically")[0]
 
 
 class Backend(Protocol):
@@ -30,5 +37,12 @@ class Backend(Protocol):
         Raises :class:`TransferError` likewise; nothing of a partial transfer is returned.
         """
 
+    @property
+    def gone(self) -> bool:
+        """The other end has left or died, as far as can be known without a transfer."""
+
     def interrupt(self) -> None:
         """Free whoever waits in :meth:`send` or :meth:`receive`; from any thread."""
+
+    def close(self) -> None:
+        """Let go of all connections; only when nobody waits any more."""

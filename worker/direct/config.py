@@ -33,7 +33,8 @@ class DirectConfig:
     #: broker. Empty: loopback if the broker is there, else no direct transfers, because tensors
     #: travel in the clear and whoever reaches the port can end a process.
     address: str = ""
-    #: What the other end is told to connect to, where that is not ``address``.
+    #: ``HOST`` or ``HOST:PORT`` that trainers connect to for the rendezvous, where that is not the
+    #: address itself: containers with mapped ports.
     advertise: str = ""
     #: First and last port for a worker's rendezvous store; 0, 0: any.
     ports: tuple[int, int] = (0, 0)
@@ -51,6 +52,8 @@ class DirectConfig:
         first, last = self.ports
         if not 0 <= first <= last < 1 << 16:
             raise ValueError(f"direct ports must be FIRST-LAST within 0-65535, got {first}-{last}")
+        if self.advertise:
+            split_address(self.advertise)
         for name in ("min_bytes", "max_staged_bytes", "idle_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -89,6 +92,18 @@ def choose(config: DirectConfig, device: torch.device | str, endpoints: Sequence
     if config.mode not in possible:
         return Choice((), "", f"--direct {config.mode} cannot move tensors on {device}")
     return Choice((config.mode,), address, f"--direct {config.mode}, {why}")
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """``HOST`` or ``HOST:PORT`` in two; port 0 where none is said. Raises ``ValueError``."""
+    try:
+        parsed = urlsplit(f"//{text}")
+        host, port = parsed.hostname, parsed.port or 0
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no HOST or HOST:PORT: {error}") from None
+    if not host:
+        raise ValueError(f"{text!r} is no HOST or HOST:PORT")
+    return host, port
 
 
 def _backends(device: str) -> tuple[str, ...]:

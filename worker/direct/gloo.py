@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, Store
+from torch.distributed import ProcessGroupGloo
 
-from worker.direct.backend import CLIENT, WORKER, TransferError
+from worker.direct.backend import CLIENT, WORKER, TransferError, plain
+from worker.direct.pair import PairStore
 from worker.direct.parts import parts
 
 #: Tags of transfers go round below this one, which is never sent: a receive on it must time out.
@@ -29,7 +30,8 @@ _SOON = timedelta(milliseconds=1)
 class GlooBackend:
     """See :class:`worker.direct.backend.Backend`."""
 
-    def __init__(self, store: Store, rank: int, address: str, limit_s: float) -> None:
+    def __init__(self, store: PairStore, rank: int, address: str, limit_s: float) -> None:
+        self._store = store
         self._peer = CLIENT if rank == WORKER else WORKER
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=limit_s)
@@ -39,7 +41,7 @@ class GlooBackend:
         try:
             self._group: Any = ProcessGroupGloo(store, rank, 2, options)
         except RuntimeError as error:
-            raise TransferError(_first_line(error)) from error
+            raise TransferError(plain(error)) from error
         self._tag = 0  # every message of an epoch has its own, counted alike at both ends
 
     def send(self, seq: int, tensors: Sequence[Tensor], limit_s: float) -> None:
@@ -48,7 +50,7 @@ class GlooBackend:
             self._send(seq, tensors, timedelta(seconds=limit_s))
         except (RuntimeError, TransferError) as error:
             self.interrupt()  # before the buffers go out of scope
-            raise TransferError(_first_line(error)) from error
+            raise TransferError(plain(error)) from error
 
     def receive(self, seq: int, sizes: Sequence[int], limit_s: float) -> list[Tensor]:
         tensors = [torch.empty(size, dtype=torch.uint8) for size in sizes]
@@ -56,7 +58,7 @@ class GlooBackend:
             self._receive(seq, tensors, timedelta(seconds=limit_s))
         except (RuntimeError, TransferError) as error:
             self.interrupt()
-            raise TransferError(_first_line(error)) from error
+            raise TransferError(plain(error)) from error
         return tensors
 
     def _send(self, seq: int, tensors: Sequence[Tensor], limit: timedelta) -> None:
@@ -99,16 +101,19 @@ class GlooBackend:
         self._tag = (self._tag + 1) % _NEVER
         return self._tag
 
+    @property
+    def gone(self) -> bool:
+        return self._store.gone
+
     def interrupt(self) -> None:
         with contextlib.suppress(RuntimeError):  # the timeout, or it was closed before
             self._group.recv([torch.zeros(1)], self._peer, _NEVER).wait(_SOON)
+
+    def close(self) -> None:
+        self._store.close()
 
 
 def _check(note: Tensor, seq: int, number: int) -> None:
     if note.tolist() != [seq, number]:
         got = tuple(note.tolist())
         raise TransferError(f"out of step: part {(seq, number)} was expected, {got} came")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

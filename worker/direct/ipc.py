@@ -1,6 +1,6 @@
 """CUDA tensors within one host: the receiver maps the sender's memory and copies out of it.
 
-The sender tells the memory handle through the channel's store and keeps the tensor until the
+The sender tells the memory handle on the channel's own connection and keeps the tensor until the
 receiver has copied and said so. A handle is rebuilt from plain fields that are checked one by one;
 nothing is unpickled.
 """
@@ -15,9 +15,9 @@ from typing import Any
 import msgpack
 import torch
 from torch import Tensor
-from torch.distributed import Store
 
 from worker.direct.backend import TransferError
+from worker.direct.pair import PairStore
 
 _POLL_S = 0.0005
 #: Types of the fields that stand for one tensor's memory, in order.
@@ -27,7 +27,7 @@ _FIELDS = (str, int, bytes, int, int, bytes, int, bytes, bool)
 class IpcBackend:
     """See :class:`worker.direct.backend.Backend`."""
 
-    def __init__(self, store: Store, rank: int, device: torch.device) -> None:
+    def __init__(self, store: PairStore, device: torch.device) -> None:
         self._store = store
         self._device = device
         self._stream = torch.cuda.Stream(device)
@@ -55,19 +55,23 @@ class IpcBackend:
         self._store.set(f"copied/{seq}", "1")
         return tensors
 
+    @property
+    def gone(self) -> bool:
+        return self._store.gone
+
+    def close(self) -> None:
+        self._store.close()
+
     def interrupt(self) -> None:
         self._interrupted.set()
 
     def _wait_for(self, key: str, limit_s: float) -> None:
         deadline = time.monotonic() + limit_s
-        try:
-            while not self._store.check([key]):
-                if self._interrupted.wait(_POLL_S):
-                    raise TransferError("the channel was dropped")
-                if time.monotonic() >= deadline:
-                    raise TransferError(f"nothing moved for {limit_s} s")
-        except RuntimeError as error:  # the store is gone, and the worker with it
-            raise TransferError(str(error).strip().splitlines()[0]) from error
+        while not self._store.check([key]):
+            if self._interrupted.wait(_POLL_S):
+                raise TransferError("the channel was dropped")
+            if time.monotonic() >= deadline:
+                raise TransferError(f"nothing moved for {limit_s:g} s")
 
 
 def _handle(tensor: Tensor) -> list[Any]:

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import Store
 
 from broker.protocol.limits import MIB
-from worker.direct.backend import CLIENT, WORKER, TransferError
+from worker.direct.backend import CLIENT, WORKER, TransferError, plain
+from worker.direct.pair import PairStore
 from worker.direct.parts import parts
 
 #: One coalesced operation: large, since each costs a kernel; its time limit is the channel's.
@@ -34,9 +34,10 @@ _constructing = threading.Lock()
 class NcclBackend:
     """See :class:`worker.direct.backend.Backend`."""
 
-    def __init__(self, store: Store, rank: int, device: torch.device, limit_s: float) -> None:
+    def __init__(self, store: PairStore, rank: int, device: torch.device, limit_s: float) -> None:
         from torch.distributed import ProcessGroupNCCL
 
+        self._store = store
         self._peer = CLIENT if rank == WORKER else WORKER
         self._device = device
         self._stream = torch.cuda.Stream(device)
@@ -48,7 +49,7 @@ class NcclBackend:
                 self._group: Any = ProcessGroupNCCL(store, rank, 2, options)
             self._group.eager_connect_single_device(device)
         except RuntimeError as error:
-            raise TransferError(str(error).strip().splitlines()[0]) from error
+            raise TransferError(plain(error)) from error
 
     def send(self, seq: int, tensors: Sequence[Tensor], limit_s: float) -> None:
         on_device = [tensor.to(self._device) for tensor in tensors]
@@ -71,6 +72,13 @@ class NcclBackend:
                 )
         return tensors
 
+    @property
+    def gone(self) -> bool:
+        return self._store.gone
+
+    def close(self) -> None:
+        self._store.close()
+
     def interrupt(self) -> None:
         if not self._interrupted.is_set():
             self._interrupted.set()
@@ -92,7 +100,7 @@ class NcclBackend:
                     raise TransferError(f"nothing moved for {limit_s} s")
         except (RuntimeError, TransferError) as error:
             self.interrupt()
-            raise TransferError(str(error).strip().splitlines()[0]) from error
+            raise TransferError(plain(error)) from error
 
 
 @contextmanager

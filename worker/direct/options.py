@@ -52,8 +52,8 @@ _WORKER_OPTIONS = (
     click.option(
         "--direct-advertise",
         default="",
-        metavar="HOST",
-        help="What trainers connect to, where it is not the address itself.",
+        metavar="HOST[:PORT]",
+        help="Where trainers reach the rendezvous, if not at the address itself.",
     ),
     click.option(
         "--direct-ports",

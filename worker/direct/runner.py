@@ -26,6 +26,9 @@ from broker.protocol.channel import (
 )
 from worker.direct.backend import Backend, TransferError
 
+#: A channel at rest looks so often whether the other end is still there.
+_LOOK_S = 0.5
+
 
 @dataclass(frozen=True)
 class Move:
@@ -122,20 +125,20 @@ class Runner:
         while not self._jobs.empty():
             if isinstance(job := self._jobs.get(), Move):
                 job.failed("the channel is closed")
-        self._backend = None
+        self._let_go(self._epoch)
 
     def _next(self) -> Connect | Drop | Move | None:
         while True:
-            with self._lock:
-                due = self.core.next_timer
-            patience_s = None if due is None else max(0.0, due - time.monotonic())
             try:
-                return self._jobs.get(timeout=patience_s)
+                return self._jobs.get(timeout=_LOOK_S)
             except queue.Empty:
                 self.tell(Tick(self.core.epoch))
+                if self._backend is not None and self._backend.gone:
+                    self._let_go(self._epoch)
+                    self.tell(Failed(self._epoch, "the other end is gone"))
 
     def _join(self, epoch: int) -> None:
-        self._backend = None
+        self._let_go(self._epoch)
         if epoch != self.core.epoch or self._leaving.is_set():
             return
         try:
@@ -147,7 +150,8 @@ class Runner:
         self.tell(Joined(epoch))
 
     def _let_go(self, epoch: int) -> None:
-        if epoch == self._epoch:
+        if epoch == self._epoch and self._backend is not None:
+            self._backend.close()
             self._backend = None
 
     def _do(self, move: Move) -> None:

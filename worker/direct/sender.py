@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from torch import Tensor
 from broker.logs import log
 from broker.protocol import messages as m
 from broker.protocol.channel import Channel, ChannelState, Open
-from worker.direct.backend import WORKER, Backend, TransferError
-from worker.direct.config import Choice, DirectConfig, choose, host_id
+from worker.direct.backend import Backend, TransferError
+from worker.direct.config import Choice, DirectConfig, choose, host_id, split_address
 from worker.direct.parts import octets
-from worker.direct.rendezvous import End, Rendezvous, join
+from worker.direct.rendezvous import End, Rendezvous
 from worker.direct.runner import Move, Runner
 
 _logger = logging.getLogger("draftmq.worker")
@@ -161,17 +161,21 @@ class Sender:
         try:
             if self._rendezvous is None:
                 self._rendezvous = Rendezvous(self.choice.address, self.config.ports)
-        except (TransferError, RuntimeError) as error:
+        except TransferError as error:
             self.choice = Choice((), "", str(error))
             log(_logger, "warning", "direct_off", {"why": str(error)})
             return Plan()
+        host, port = self._rendezvous.address, self._rendezvous.port
+        if self.config.advertise:
+            host, other = split_address(self.config.advertise)
+            port = other or port
         peer.invitation = m.Invitation(
             channel=runner.core.name,
             epoch=runner.core.epoch + 1,
             nonce=secrets.token_hex(16),
             backend=peer.backends[0],
-            host=self.config.advertise or self._rendezvous.address,
-            port=self._rendezvous.port,
+            host=host,
+            port=port,
         )
         runner.tell(Open(peer.invitation.epoch))
         return Plan(invitation=peer.invitation)
@@ -179,9 +183,8 @@ class Sender:
     def _join(self, peer: _Peer, leaving: threading.Event) -> Backend:
         assert peer.invitation is not None
         assert self._rendezvous is not None
-        end = End(WORKER, self.choice.address, self._device, self.config.channel)
-        here = replace(peer.invitation, host=self._rendezvous.address)
-        return join(here, end, leaving)
+        end = End(self.choice.address, self._device, self.config.channel)
+        return self._rendezvous.meet(peer.invitation, end, leaving)
 
     def _drop(self, client: str, why: str) -> None:
         peer = self._peers.pop(client, None)

@@ -1,0 +1,42 @@
+"""A trainer in a process of its own: ``... trainer ENDPOINT [--strike]``.
+
+It takes five batches directly and ends with 0; with ``--strike`` it kills itself in the midst of
+receiving the third.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+
+from tests.integration.direct.conftest import Trainer, settings
+from tests.integration.direct.worker import make_target
+from trainer_client.remote import RemoteEagle3TargetModel
+from worker.direct import gloo
+
+
+class Struck(gloo.GlooBackend):
+    """Kills its process when half of the third transfer is posted."""
+
+    _transfers = 0
+
+    def _receive(self, seq: int, tensors: Any, limit: Any) -> None:
+        self._transfers += 1
+        super()._receive(seq, tensors, limit)
+
+    def _post_receive(self, tensor: torch.Tensor) -> Any:
+        work = super()._post_receive(tensor)
+        if self._transfers == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return work
+
+
+if __name__ == "__main__":
+    if "--strike" in sys.argv:
+        gloo.GlooBackend = Struck  # type: ignore[misc]
+    with RemoteEagle3TargetModel.from_urls([sys.argv[1]], **settings()) as remote:
+        Trainer(remote, make_target()).until_direct(5)

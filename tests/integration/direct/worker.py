@@ -1,0 +1,108 @@
+"""A worker whose direct transfers fail where a test says, as a process.
+
+It serves a stub target whose replies have tens of megabytes. ``--strike`` says at which instant of
+which transfer, and ``--how`` what happens there: the process kills or stops itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import click
+import torch
+
+from broker.protocol.channel import ChannelConfig
+from worker.direct import gloo, rendezvous
+from worker.direct.config import DirectConfig
+from worker.service import Worker
+from worker.targets.stub import StubTarget
+
+#: A reply to 4 x 512 tokens: 24 MiB of aux states and 8 MiB of last hidden states.
+HIDDEN, BATCH, LENGTH = 1024, 4, 512
+LIMIT_S = 3.0
+INSTANTS = ("before_send", "mid_send", "after_send", "connecting")
+
+
+def make_target() -> StubTarget:
+    return StubTarget(vocab_size=64, hidden_size=HIDDEN, num_hidden_layers=8)
+
+
+def patience(limit_s: float = LIMIT_S, backoff_s: float = 0.1) -> ChannelConfig:
+    return ChannelConfig(limit_s=limit_s, connect_s=3.0, backoff_s=backoff_s, backoff_max_s=1.0)
+
+
+def strike_at(instant: str, transfer: int, how: str) -> None:
+    """Have this process do ``how`` to itself at that instant, once."""
+    done = False
+
+    def reached(seq: int, here: str) -> None:
+        nonlocal done
+        if not done and (seq, here) == (transfer, instant):
+            done = True
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+
+    class Struck(gloo.GlooBackend):
+        _seq, _posted = -1, 0
+
+        def _send(self, seq: int, tensors: Any, limit: Any) -> None:
+            self._seq, self._posted = seq, 0
+            reached(seq, "before_send")
+            super()._send(seq, tensors, limit)
+            reached(seq, "after_send")
+
+        def _post_send(self, tensor: torch.Tensor) -> Any:
+            work = super()._post_send(tensor)
+            self._posted += 1
+            if self._posted == 3:
+                reached(self._seq, "mid_send")
+            return work
+
+    def make(*arguments: Any) -> Any:
+        reached(transfer, "connecting")
+        return original(*arguments)
+
+    original = rendezvous._make
+    rendezvous._make = make
+    gloo.GlooBackend = Struck  # type: ignore[misc]
+
+
+@click.command()
+@click.option("--broker", required=True)
+@click.option("--name", required=True)
+@click.option("--strike", type=click.Choice(INSTANTS))
+@click.option("--how", type=click.Choice(("kill", "stop")), default="kill")
+@click.option("--transfer", default=2)
+@click.option("--advertise", default="")
+@click.option("--store-port", default=0)
+@click.option("--limit-s", default=LIMIT_S)
+@click.option("--backoff-s", default=0.1)
+@click.option("--min-bytes", default=DirectConfig.min_bytes)
+def main(
+    broker: str,
+    name: str,
+    strike: str | None,
+    how: str,
+    transfer: int,
+    advertise: str,
+    store_port: int,
+    limit_s: float,
+    backoff_s: float,
+    min_bytes: int,
+) -> None:
+    torch.set_num_threads(1)
+    if strike is not None:
+        strike_at(strike, transfer, how)
+    direct = DirectConfig(
+        advertise=advertise,
+        ports=(store_port, store_port),
+        min_bytes=min_bytes,
+        channel=patience(limit_s, backoff_s),
+    )
+    with Worker(make_target(), broker, name=name, direct=direct) as worker:
+        worker.wait()
+
+
+if __name__ == "__main__":
+    main()
