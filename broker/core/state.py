@@ -26,6 +26,7 @@ class ClientSession:
     last_seen: float
     #: requests queued or running; never more than the window
     requests: set[RequestId] = field(default_factory=set)
+    answered: int = 0
 
 
 @dataclass(eq=False)

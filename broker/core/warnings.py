@@ -1,0 +1,58 @@
+"""What an operator should look at, in sentences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from broker.core.machine import BrokerCore
+
+
+def warnings(core: BrokerCore, now: float) -> list[str]:
+    """What is not as it should be, the worst first; nothing when all is well."""
+    return [*_missing(core), *_waiting(core, now), *_silent(core, now)]
+
+
+def _missing(core: BrokerCore) -> list[str]:
+    if not core.workers:
+        return [f"no worker is attached; {_requests(len(core.entries))} here"]
+    if all(worker.draining for worker in core.workers.values()):
+        return ["every worker is leaving"]
+    if core.poolless:
+        wanted = {entry.request.model or "any" for entry in core.poolless.values()}
+        names = ", ".join(map(repr, sorted(wanted)))
+        return [f"{_requests(len(core.poolless))} for {names}, which no worker serves"]
+    return []
+
+
+def _waiting(core: BrokerCore, now: float) -> list[str]:
+    late = core.config.liveness_s
+    return [
+        f"{_requests(len(entries))} for the content of vocab mapping {mapping}, which no trainer "
+        "has offered"
+        for mapping, entries in sorted(core.mappingless.items())
+        if any(now - entry.accepted_at >= late for entry in entries.values())
+    ]
+
+
+def _silent(core: BrokerCore, now: float) -> list[str]:
+    """Peers that have missed their heartbeats for half the time after which they are lost."""
+    limit = core.config.liveness_s
+    found = []
+    for worker in sorted(core.workers.values(), key=lambda worker: worker.id):
+        if (silent := now - worker.last_seen) >= limit / 2:
+            found.append(f"worker {worker.id} is silent for {silent:.1f} s, lost at {limit:g} s")
+    for client in sorted(core.clients.values(), key=lambda client: client.id):
+        silent = now - client.last_seen
+        if client.connection is None:
+            found.append(f"trainer {client.id} (rank {client.rank}) is not connected")
+        elif silent >= limit / 2:
+            found.append(
+                f"trainer {client.id} (rank {client.rank}) is silent for {silent:.1f} s, lost at "
+                f"{limit:g} s"
+            )
+    return found
+
+
+def _requests(count: int) -> str:
+    return "1 request waits" if count == 1 else f"{count} requests wait"
