@@ -1,10 +1,13 @@
-"""The broker's HTTP port, for operators and probes: ``/healthz``, ``/readyz``, ``/status``."""
+"""A small HTTP port for operators and probes: it can look, never act."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import waitress
@@ -14,21 +17,28 @@ from broker.errors import BrokerError
 
 StartResponse = Callable[[str, list[tuple[str, str]]], Any]
 Page = tuple[str, str, bytes]  # status line, content type, body
+Pages = Mapping[str, Callable[[Mapping[str, Any]], Page]]  # path -> WSGI environ -> page
+
+#: Nothing is taken from elsewhere, nothing shows this in a frame, nothing is kept.
+_HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-store"),
+)
+_POLICY = (
+    "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
 
 
 class HttpServer:
-    """Serves what ``snapshot`` tells of the broker. It can look, never act.
+    """Serves ``pages`` on ``HOST:PORT`` in threads of its own.
 
     Raises :class:`BrokerError` when the address is taken or is none.
     """
 
-    def __init__(self, address: str, snapshot: Callable[[], dict[str, Any]]) -> None:
-        self._snapshot = snapshot
-        self._pages: dict[str, Callable[[], Page]] = {
-            "/healthz": lambda: ("200 OK", "text/plain", b"ok\n"),
-            "/readyz": self._readyz,
-            "/status": self._status,
-        }
+    def __init__(self, address: str, pages: Pages) -> None:
+        self._pages = pages
         try:
             self._server: BaseWSGIServer = waitress.create_server(
                 self._application, listen=address, threads=2, connection_limit=100, ident="draftmq"
@@ -44,6 +54,8 @@ class HttpServer:
         self._thread.start()
 
     def stop(self) -> None:
+        """Finish the answers that are being made, then close."""
+        self._server.task_dispatcher.shutdown(timeout=1)
         self._server.close()
         self._thread.join(timeout=5)
 
@@ -54,16 +66,28 @@ class HttpServer:
         elif environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             status, kind, body = "405 Method Not Allowed", "text/plain", b"GET only\n"
         else:
-            status, kind, body = page()
-        start(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+            status, kind, body = page(environ)
+        policy = _POLICY + _inline(body) if kind.startswith("text/html") else _POLICY
+        headers = [("Content-Type", kind), ("Content-Length", str(len(body)))]
+        start(status, [*headers, ("Content-Security-Policy", policy), *_HEADERS])
         return [body]
 
-    def _readyz(self) -> Page:
-        """Ready once a worker is there: requests sent now will be served."""
-        if self._snapshot()["workers"]:
-            return "200 OK", "text/plain", b"ready\n"
-        return "503 Service Unavailable", "text/plain", b"no worker is attached\n"
 
-    def _status(self) -> Page:
-        body = json.dumps(self._snapshot(), indent=1).encode()
-        return "200 OK", "application/json", body
+def text(body: str, status: str = "200 OK") -> Page:
+    """A line of plain text."""
+    return status, "text/plain; charset=utf-8", body.encode() + b"\n"
+
+
+def as_json(value: Any) -> Page:
+    """A value as JSON."""
+    return "200 OK", "application/json", json.dumps(value).encode()
+
+
+def _inline(html: bytes) -> str:
+    """What a page's own script and style need of the policy: their hashes, so nothing else runs."""
+    allowed = ""
+    for tag in ("script", "style"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
+        allowed += f"; {tag}-src 'sha256-{digest}'"
+    return allowed
