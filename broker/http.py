@@ -62,9 +62,9 @@ class HttpServer:
     def _application(self, environ: dict[str, Any], start: StartResponse) -> Iterable[bytes]:
         page = self._pages.get(environ["PATH_INFO"])
         if page is None:
-            status, kind, body = "404 Not Found", "text/plain", b"nothing here\n"
+            status, kind, body = text("nothing here", "404 Not Found")
         elif environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            status, kind, body = "405 Method Not Allowed", "text/plain", b"GET only\n"
+            status, kind, body = text("GET only", "405 Method Not Allowed")
         else:
             status, kind, body = page(environ)
         policy = _POLICY + _inline(body) if kind.startswith("text/html") else _POLICY

@@ -15,7 +15,8 @@ def warnings(core: BrokerCore, now: float) -> list[str]:
 
 def _missing(core: BrokerCore) -> list[str]:
     if not core.workers:
-        return [f"no worker is attached; {_requests(len(core.entries))} here"]
+        waiting = f"; {_requests(len(core.entries))}" if core.entries else ""
+        return [f"no worker is attached{waiting}"]
     if all(worker.draining for worker in core.workers.values()):
         return ["every worker is leaving"]
     if core.poolless:
