@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import waitress
+from waitress import wasyncore
 from waitress.server import BaseWSGIServer
 
 from broker.errors import BrokerError
@@ -39,24 +40,33 @@ class HttpServer:
 
     def __init__(self, address: str, pages: Pages) -> None:
         self._pages = pages
+        #: all that waitress waits for: what listens, what is connected, what wakes it
+        self._sockets: dict[int, Any] = {}
         try:
-            self._server: BaseWSGIServer = waitress.create_server(
-                self._application, listen=address, threads=2, connection_limit=100, ident="draftmq"
+            self._server = waitress.create_server(
+                self._application,
+                self._sockets,
+                listen=address,
+                threads=2,
+                connection_limit=100,
+                ident="draftmq",
             )
         except (OSError, ValueError) as error:
             raise BrokerError(
                 f"cannot serve HTTP on {address!r}: {error}; give --http HOST:PORT, or --http off"
             ) from error
-        self.address = f"{self._server.effective_host}:{self._server.effective_port}"
+        listening = [one for one in self._sockets.values() if isinstance(one, BaseWSGIServer)]
+        self.address = f"{listening[0].effective_host}:{listening[0].effective_port}"
+        self._trigger = listening[0].trigger
         self._thread = threading.Thread(target=self._server.run, name="draftmq-http", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish the answers that are being made, then close."""
+        """Finish the answers that are being made, then close, also what browsers keep open."""
         self._server.task_dispatcher.shutdown(timeout=1)
-        self._server.close()
+        self._trigger.pull_trigger(lambda: wasyncore.close_all(self._sockets))
         self._thread.join(timeout=5)
 
     def _application(self, environ: dict[str, Any], start: StartResponse) -> Iterable[bytes]:
@@ -85,7 +95,7 @@ def as_json(value: Any) -> Page:
 
 def _inline(html: bytes) -> str:
     """What a page's own script and style need of the policy: their hashes, so nothing else runs."""
-    allowed = ""
+    allowed = "; img-src data:"
     for tag in ("script", "style"):
         (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), html, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(content).digest()).decode()

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -100,15 +101,24 @@ def test_the_page_is_one_file_and_the_policy_admits_only_its_own_script_and_styl
     assert not re.search(r"""\son\w+=|\sstyle=""", html)  # the policy would stop these
 
 
-def test_a_server_leaves_nothing_behind() -> None:
-    import threading
-
+def test_a_server_leaves_nothing_behind_though_a_browser_keeps_its_connection() -> None:
     before = threading.active_count()
     server = HttpServer("127.0.0.1:0", {"/": lambda environ: text("here")})
     server.start()
-    assert get(server.address, "/")[0] == 200
+    kept = http.client.HTTPConnection(server.address, timeout=10)
+    kept.request("GET", "/")
+    assert kept.getresponse().read() == b"here\n"
     server.stop()
     assert threading.active_count() == before
+    assert kept.sock.recv(1) == b""
+    kept.close()
+
+
+def test_a_name_with_several_addresses_is_listened_on() -> None:
+    server = HttpServer("127.0.0.1:0 127.0.0.2:0", {"/": lambda environ: text("here")})
+    server.start()
+    assert get(server.address, "/")[0] == 200
+    server.stop()
 
 
 def test_a_page_that_breaks_is_an_error_and_the_next_is_served() -> None:
