@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 from broker.exposition import Metric, Sample, Snapshot, one
 
-_PREFIX = "draftmq_broker_"
 _STATES = ("idle", "busy", "draining")
 #: What the core's counters count. One that is not told of here is exposed with its name alone.
 _COUNTED = {
@@ -35,8 +33,8 @@ def metrics(counters: tuple[str, ...]) -> list[Metric]:
 
 def _counter(name: str) -> Metric:
     text = _COUNTED.get(name, f"The core's counter {name!r}.")
-    total = f"{_PREFIX}{name}_total"
-    return Metric(total, "counter", text, lambda snapshot: one(snapshot["counters"][name]))
+    full = f"draftmq_broker_{name}_total"
+    return Metric(full, "counter", text, lambda snapshot: one(snapshot["counters"][name]))
 
 
 def _of_models(key: str) -> Callable[[Snapshot], Iterator[Sample]]:
@@ -90,119 +88,135 @@ def _bytes(direction: str) -> Callable[[Snapshot], Iterator[Sample]]:
     return read
 
 
-def _metric(
-    name: str,
-    kind: Literal["counter", "gauge", "histogram"],
-    text: str,
-    read: Callable[[Snapshot], Iterator[Sample] | list[Sample]],
-    *labels: str,
-) -> Metric:
-    return Metric(_PREFIX + name, kind, text, read, labels)
-
-
 _METRICS = (
-    _metric("uptime_seconds", "gauge", "Since this broker began.", lambda s: one(s["uptime_s"])),
-    _metric(
-        "queue_depth", "gauge", "Requests that wait for a worker.", _of_models("queued"), "model"
+    Metric(
+        "draftmq_broker_uptime_seconds",
+        "gauge",
+        "Since this broker began.",
+        lambda s: one(s["uptime_s"]),
     ),
-    _metric("in_flight", "gauge", "Requests that workers have.", _of_models("running"), "model"),
-    _metric(
-        "stuck_requests",
+    Metric(
+        "draftmq_broker_queue_depth",
+        "gauge",
+        "Requests that wait for a worker.",
+        _of_models("queued"),
+        ("model",),
+    ),
+    Metric(
+        "draftmq_broker_in_flight",
+        "gauge",
+        "Requests that workers have.",
+        _of_models("running"),
+        ("model",),
+    ),
+    Metric(
+        "draftmq_broker_stuck_requests",
         "gauge",
         "Requests that no worker could be given: none serves their model, or nobody has offered "
         "their vocab mapping.",
         _waiting,
-        "why",
+        ("why",),
     ),
-    _metric(
-        "queue_wait_seconds",
+    Metric(
+        "draftmq_broker_queue_wait_seconds",
         "histogram",
         "From a request's acceptance to its first worker.",
         _measured("queue_wait_s"),
-        "model",
+        ("model",),
     ),
-    _metric(
-        "service_seconds",
+    Metric(
+        "draftmq_broker_service_seconds",
         "histogram",
         "From a request's assignment to its reply: transfers, waiting at the worker, computing.",
         _measured("service_s"),
-        "model",
+        ("model",),
     ),
-    _metric(
-        "compute_seconds",
+    Metric(
+        "draftmq_broker_compute_seconds",
         "histogram",
         "Computing one request, as the workers say.",
         _measured("compute_s"),
-        "model",
+        ("model",),
     ),
-    _metric(
-        "tokens_total",
+    Metric(
+        "draftmq_broker_tokens_total",
         "counter",
         "Tokens of the requests replied to.",
         _measured("tokens"),
-        "model",
+        ("model",),
     ),
-    _metric("workers", "gauge", "Workers attached.", _workers_by_state, "model", "state"),
-    _metric(
-        "worker_answers_total",
+    Metric(
+        "draftmq_broker_workers",
+        "gauge",
+        "Workers attached.",
+        _workers_by_state,
+        ("model", "state"),
+    ),
+    Metric(
+        "draftmq_broker_worker_answers_total",
         "counter",
         "Answers of one worker since it connected.",
         _of_workers("answered"),
-        *("model", "worker"),
+        ("model", "worker"),
     ),
-    _metric(
-        "worker_in_flight",
+    Metric(
+        "draftmq_broker_worker_in_flight",
         "gauge",
         "Requests that one worker has.",
         _of_workers("running"),
-        *("model", "worker"),
+        ("model", "worker"),
     ),
-    _metric(
-        "worker_tokens_per_second",
+    Metric(
+        "draftmq_broker_worker_tokens_per_second",
         "gauge",
         "Speed of one worker while it computes, learned from its answers.",
         _of_workers("tokens_per_s"),
-        *("model", "worker"),
+        ("model", "worker"),
     ),
-    _metric(
-        "worker_silent_seconds",
+    Metric(
+        "draftmq_broker_worker_silent_seconds",
         "gauge",
         "Since one worker last said anything.",
         _of_workers("silent_s"),
-        *("model", "worker"),
+        ("model", "worker"),
     ),
-    _metric("clients", "gauge", "Trainer ranks known.", _clients, "state"),
-    _metric(
-        "held_answers",
+    Metric("draftmq_broker_clients", "gauge", "Trainer ranks known.", _clients, ("state",)),
+    Metric(
+        "draftmq_broker_held_answers",
         "gauge",
         "Answers kept until acknowledged.",
         lambda s: one(s["held_answers"]),
     ),
-    _metric(
-        "held_answer_bytes",
+    Metric(
+        "draftmq_broker_held_answer_bytes",
         "gauge",
         "Bytes of held answers.",
         lambda s: one(s["held_answer_bytes"]),
     ),
-    _metric(
-        "held_mapping_bytes",
+    Metric(
+        "draftmq_broker_held_mapping_bytes",
         "gauge",
         "Bytes of held vocab mappings.",
         lambda s: one(s["held_mapping_bytes"]),
     ),
-    _metric(
-        "received_bytes_total",
+    Metric(
+        "draftmq_broker_received_bytes_total",
         "counter",
         "Bytes of all messages that came, by the side they came from.",
         _bytes("received"),
-        "side",
+        ("side",),
     ),
-    _metric(
-        "sent_bytes_total",
+    Metric(
+        "draftmq_broker_sent_bytes_total",
         "counter",
         "Bytes of all messages that went, by the side they went to.",
         _bytes("sent"),
-        "side",
+        ("side",),
     ),
-    _metric("warnings", "gauge", "Warnings that /status shows.", lambda s: one(len(s["warnings"]))),
+    Metric(
+        "draftmq_broker_warnings",
+        "gauge",
+        "Warnings that /status shows.",
+        lambda s: one(len(s["warnings"])),
+    ),
 )

@@ -1,12 +1,13 @@
-"""What the broker's HTTP port serves: a page for people, the rest for probes and tools."""
+"""What HTTP ports serve: the broker a page for people, all of them what probes and tools read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from broker import exposition
+from broker.exposition import Metric
 from broker.http import Page, Pages, as_json, text
 from broker.metrics import metrics
 
@@ -34,4 +35,13 @@ def pages(snapshot: Callable[[], Values], trace: Callable[[], Values]) -> Pages:
         "/status": lambda environ: as_json(snapshot()),
         "/metrics": exposed,
         "/trace": lambda environ: as_json(trace()),
+    }
+
+
+def peer_pages(metrics: Sequence[Metric], snapshot: Callable[[], Values]) -> Pages:
+    """The pages of a worker or a trainer."""
+    return {
+        "/healthz": lambda environ: text("ok"),
+        "/status": lambda environ: as_json(snapshot()),
+        "/metrics": lambda environ: exposition.page(metrics, snapshot(), environ),
     }

@@ -70,8 +70,11 @@ class Answerer:
     def forget(self, mapping_id: str) -> None:
         self.mappings.pop(mapping_id, None)
 
-    def answer(self, packet: Packet, limits: Limits) -> Packet:
-        """The reply to a request; whatever goes wrong becomes a :class:`Failure`."""
+    def answer(self, packet: Packet, limits: Limits, waited_s: float = 0.0) -> Packet:
+        """The reply to a request; whatever goes wrong becomes a :class:`Failure`.
+
+        ``waited_s`` is how long the request has been here; the reply says it, for a trace.
+        """
         request = packet.message
         assert isinstance(request, m.Request)
         began = time.perf_counter()
@@ -89,7 +92,7 @@ class Answerer:
                 mapping_id=request.mapping_id,
                 encoding=request.encoding,
                 compute_s=time.perf_counter() - began,
-                info_json=info,
+                info_json=info or json.dumps({"waited_s": waited_s}),
                 manifest=manifest,
             )
             return encode(reply, payload, limits)

@@ -45,6 +45,9 @@ class _Layers(click.ParamType[tuple[int, ...]]):
 )
 @click.option("--drain-s", default=30.0, show_default=True, help="Seconds to finish on SIGTERM.")
 @click.option("--name", help="This worker's own name (default: host, pid, random).")
+@click.option(
+    "--http", help="Serve /metrics, /status and /healthz on HOST:PORT (default: nowhere)."
+)
 @logs.options
 def worker(
     broker: tuple[str, ...],
@@ -60,6 +63,7 @@ def worker(
     credits: int,
     drain_s: float,
     name: str | None,
+    http: str | None,
 ) -> None:
     """Serve a frozen target until SIGTERM, which drains: finish what is held, take nothing new.
 
@@ -87,7 +91,15 @@ def worker(
         )
     else:
         served = load_factory(str(target_factory), name=model_name)
-    service = Worker(served, broker, model=model_name, name=name, credits=credits, drain_s=drain_s)
+    service = Worker(
+        served,
+        broker,
+        model=model_name,
+        name=name,
+        credits=credits,
+        drain_s=drain_s,
+        http=http,
+    )
 
     def leave(number: int, frame: object) -> None:
         if number == signal.SIGTERM and not service.leaving:
