@@ -76,6 +76,17 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--job", default="", help="Groups ranks in the broker (default: the output path).")
 @click.option("--timeout-s", default=120.0, help="Patience with one request, before retries.")
 @click.option("--retries", default=3, help="A request's deadline is timeout x (retries + 1).")
+@click.option("--http", help="Serve /metrics on HOST:PORT, each rank on PORT plus its rank.")
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write where the last requests spent their time, as a Chrome trace.",
+)
+@click.option(
+    "--trace-broker",
+    multiple=True,
+    help="HTTP address of a broker whose times belong in the trace; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON at the end.")
 @logs.options
 def train(
@@ -87,6 +98,9 @@ def train(
     job: str,
     timeout_s: float,
     retries: int,
+    http: str | None,
+    trace: Path | None,
+    trace_broker: tuple[str, ...],
     as_json: bool,
     **settings_: Any,
 ) -> None:
@@ -94,6 +108,7 @@ def train(
     import torch
     from transformers import AutoTokenizer
 
+    from trainer_client.observed import Observed
     from trainer_client.remote import RemoteEagle3TargetModel
     from worker.targets import resolve
 
@@ -106,6 +121,7 @@ def train(
         local = os.environ.get("LOCAL_RANK", "0")
         device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     job = job or str(settings.output.resolve())
+    observed = Observed(ranks.rank, http, trace, trace_broker)
     target = RemoteEagle3TargetModel(
         list(broker),
         device=device,
@@ -115,9 +131,10 @@ def train(
         encoding=encoding,
         job=job,
         rank=ranks.rank,
+        trace=observed.trace,
     )
     try:
-        with target, _Progress(ranks, quiet=as_json) as progress:
+        with target, observed.of(target), _Progress(ranks, quiet=as_json) as progress:
             name = tokenizer or target.model_info()["tokenizer"]
             if not name:
                 raise TrainerClientError("the target names no tokenizer; say --tokenizer")
@@ -128,7 +145,7 @@ def train(
                 ranks=ranks,
                 device=torch.device(device),
                 on_plan=progress.plan,
-                on_step=progress.step,
+                on_step=lambda step: (observed.step(step), progress.step(step)),
             )
             summary |= {"requests": target.counters()} if ranks.first else {}
     finally:

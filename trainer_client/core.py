@@ -55,10 +55,15 @@ Event = Union[  # noqa: UP007
 
 @dataclass(frozen=True)
 class Deliver:
-    """The answer, verified: hand it to the caller."""
+    """The answer, verified: hand it to the caller. The times are on the core's clock."""
 
     id: m.RequestId
     packet: Packet
+    request: m.Request
+    submitted_at: float
+    #: when it was first sent
+    sent_at: float
+    arrived_at: float
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ class _Ticket:
     deadline: float
     #: which broker has it; None while it waits for a window
     endpoint: str | None = None
+    sent_at: float = 0.0
     resend_at: float = 0.0
     resend_wait_s: float = 0.0
     sends: int = 0
@@ -122,6 +128,18 @@ class _Ticket:
     def request(self) -> m.Request:
         assert isinstance(self.packet.message, m.Request)
         return self.packet.message
+
+
+#: What a client counts, since it began.
+COUNTERS: Mapping[str, str] = {
+    "requests": "Requests submitted.",
+    "replies": "Replies delivered.",
+    "reply_bytes": "Bytes of these replies.",
+    "failures": "Requests that ended without a result.",
+    "resends": "Requests sent again.",
+    "duplicates": "Answers dropped because their request had already ended.",
+    "damaged": "Replies dropped because a checksum was wrong.",
+}
 
 
 class ClientCore:
@@ -151,9 +169,7 @@ class ClientCore:
         self.mappings: dict[str, Packet] = {}
         #: model -> fingerprint and aux layer ids of its first reply; later ones must have the same
         self.identities: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self.counters = dict.fromkeys(
-            ("requests", "replies", "failures", "resends", "duplicates", "damaged"), 0
-        )
+        self.counters = dict.fromkeys(COUNTERS, 0)
         self._noticed_at = now
         self._actions: list[Action] = []
 
@@ -250,8 +266,10 @@ class ClientCore:
         else:
             self.identities.setdefault(answer.model, (answer.fingerprint, answer.aux_layer_ids))
             self.counters["replies"] += 1
+            self.counters["reply_bytes"] += packet.nbytes
             self._finish(answer.id)
-            self._actions.append(Deliver(answer.id, packet))
+            times = (ticket.submitted_at, ticket.sent_at, now)
+            self._actions.append(Deliver(answer.id, packet, ticket.request, *times))
 
     def _failed(self, link: Link, ticket: _Ticket, failure: m.Failure, now: float) -> None:
         if failure.code != "over_window":
@@ -337,6 +355,7 @@ class ClientCore:
             self._dispatch(self.tickets[request_id], endpoint, now)
 
     def _dispatch(self, ticket: _Ticket, endpoint: str, now: float) -> None:
+        ticket.sent_at = ticket.sent_at if ticket.sends else now
         ticket.sends += 1
         if ticket.endpoint != endpoint:
             ticket.endpoint, ticket.resend_wait_s = endpoint, self.config.resend_s

@@ -19,6 +19,7 @@ from trainer_client.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.core import ClientConfig
 from trainer_client.errors import BadRequestError
 from trainer_client.service import Answer, Client, PendingReply
+from trainer_client.trace import Trace
 from worker.mapping import VocabMapping
 
 _logger = logging.getLogger("draftmq.client")
@@ -74,12 +75,13 @@ class RemoteEagle3TargetModel:
         job: str = "",
         rank: int = 0,
         config: ClientConfig | None = None,
+        trace: Trace | None = None,
     ) -> None:
         if timeout <= 0 or max_retries < 0:
             raise ValueError(
                 f"timeout must be above 0 and max_retries at least 0, got {timeout}, {max_retries}"
             )
-        self._client = Client(list(urls), name=name, job=job, rank=rank, config=config)
+        self._client = Client(list(urls), name=name, job=job, rank=rank, config=config, trace=trace)
         self._device = torch.device(device)
         self._deadline_s = float(timeout) * (max_retries + 1)
         self._model = model
@@ -208,6 +210,10 @@ class RemoteEagle3TargetModel:
     def counters(self) -> dict[str, int]:
         """Requests, replies, resends and the like of this client."""
         return self._client.counters()
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a trainer's ``/status`` shows of this client."""
+        return self._client.snapshot()
 
     def close(self) -> None:
         """End this client only; the broker, its workers and other clients go on."""
