@@ -135,6 +135,11 @@ def train(
     )
     try:
         with target, observed.of(target), _Progress(ranks, quiet=as_json) as progress:
+
+            def on_step(step: StepMetrics) -> None:
+                observed.step(step)
+                progress.step(step)
+
             name = tokenizer or target.model_info()["tokenizer"]
             if not name:
                 raise TrainerClientError("the target names no tokenizer; say --tokenizer")
@@ -145,7 +150,7 @@ def train(
                 ranks=ranks,
                 device=torch.device(device),
                 on_plan=progress.plan,
-                on_step=lambda step: (observed.step(step), progress.step(step)),
+                on_step=on_step,
             )
             summary |= {"requests": target.counters()} if ranks.first else {}
     finally:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from broker.errors import BrokerError
 from broker.logs import log
 from broker.look import fetch
+from trainer_client.errors import TrainerClientError
 from trainer_client.metrics import Measures, served
 from trainer_client.trace import Trace
 
@@ -25,7 +26,8 @@ _logger = logging.getLogger("draftmq.client")
 class Observed:
     """One rank as others see it: on ``http`` while it trains, in the file ``trace`` afterwards.
 
-    ``brokers`` are the HTTP addresses of those whose times belong in the trace.
+    ``brokers`` are the HTTP addresses of those whose times belong in the trace. Raises
+    :class:`TrainerClientError` at once where the file cannot be written.
     """
 
     def __init__(
@@ -38,6 +40,12 @@ class Observed:
         self._brokers = brokers
         #: the first rank's file is as asked for, the others' say their rank
         self._path = trace.with_stem(f"{trace.stem}-rank{rank}") if trace and rank else trace
+        if self._path is not None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.touch()
+            except OSError as error:
+                raise TrainerClientError(f"cannot write the trace: {error}") from error
 
     def step(self, step: StepMetrics) -> None:
         """An optimizer step is done."""

@@ -88,7 +88,6 @@ class Trace:
 
     def write(self, path: Path, brokers: Iterable[Seen] = ()) -> None:
         """Write the trace as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.chrome(brokers)), encoding="utf-8")
 
 
