@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from broker.core.warnings import warnings
@@ -46,7 +47,8 @@ def validate(core: BrokerCore) -> None:
 def snapshot(core: BrokerCore, now: float) -> dict[str, Any]:
     """What ``/status`` and ``draftmq status`` show: plain values, nothing of any tensor.
 
-    ``now_s`` is the clock that all its rates should be taken over.
+    ``now_s`` is the clock that all its rates should be taken over. A client's ``step`` is that
+    of its first unfinished request.
     """
     running = Counter(entry.pool for entry in core.entries.values() if entry.workers)
     return {
@@ -104,13 +106,13 @@ def _worker(worker: WorkerSession, now: float) -> dict[str, Any]:
 
 
 def _client(core: BrokerCore, client: ClientSession, now: float) -> dict[str, Any]:
-    steps = (core.entries[request_id].step for request_id in client.requests)
+    first = min(client.requests, key=attrgetter("number"), default=None)
     return {
         "client": client.id,
         "job": client.job,
         "rank": client.rank,
         "requests": len(client.requests),
-        "step": min(steps, default=None),
+        "step": None if first is None else core.entries[first].step,
         "answered": client.answered,
         "connected": client.connection is not None,
         "silent_s": round(now - client.last_seen, 3),
