@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -151,7 +152,8 @@ class Broker:
     def trace(self) -> dict[str, Any]:
         """What ``/trace`` shows: when the last requests passed through; from any thread."""
         with self._lock:
-            return {"broker": self.core.incarnation, "requests": self.core.measures.trace()}
+            last = list(self.core.measures.last)
+        return {"broker": self.core.incarnation, "requests": [asdict(times) for times in last]}
 
     def __repr__(self) -> str:
         with self._lock:

@@ -158,7 +158,7 @@ def _spans(trainer: str, one: _Passed, at: _AtBroker | None) -> list[_Span]:
     received_at = begin + slack_s / 2
     computing_at = received_at + waited_s
     ended_at = computing_at + compute_s
-    args |= {"placed_within_ms": 500 * slack_s}
+    args = args | {"placed_within_ms": 500 * slack_s}
     inner = (("waiting", received_at, computing_at), ("computing", computing_at, ended_at))
     worker = f"worker {one.reply.worker}"
     return [*spans, _Span(worker, "requests", name, received_at, ended_at, args, inner)]

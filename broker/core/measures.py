@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from broker.core.state import Entry, WorkerSession
 from broker.measures import Histogram
@@ -60,7 +59,3 @@ class Measures:
         model.compute_s.observe(max(0.0, compute_s))
         model.tokens += entry.n_tokens
         self.last.append(Times(entry.id, worker.id, entry.accepted_at, since, now))
-
-    def trace(self) -> list[dict[str, Any]]:
-        """The last requests that were replied to, oldest first, as plain values."""
-        return [asdict(times) for times in self.last]

@@ -94,9 +94,7 @@ def test_the_times_of_the_last_requests_are_remembered_and_no_more(rig: Rig) -> 
     rig.core.measures.last = deque(maxlen=2)
     for number in (1, 2, 3):
         rig.reply("w", rig.ask("a", number))
-    trace = rig.core.measures.trace()
-    assert [times["id"]["number"] for times in trace] == [2, 3]
-    assert trace[0]["worker"] == "w"
+    assert [times.id.number for times in rig.core.measures.last] == [2, 3]
 
 
 # -- what is exposed ----------------------------------------------------------------------------
