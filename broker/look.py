@@ -24,13 +24,16 @@ Values = dict[str, Any]
 
 def fetch(http: str, path: str) -> Values:
     """The JSON that a broker's HTTP port serves. Raises :class:`BrokerError` where none answers."""
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"http://{http}{path}", timeout=5) as response:
+        with directly.open(f"http://{http}{path}", timeout=5) as response:
             shown: Values = json.load(response)
     except (OSError, ValueError, urllib.error.URLError) as error:
         raise BrokerError(
             f"no broker answers at http://{http} ({error}); is it running, and with --http {http}?"
         ) from error
+    if not isinstance(shown, dict) or "broker" not in shown:
+        raise BrokerError(f"what answers at http://{http} is no broker; name a broker's --http")
     return shown
 
 
@@ -66,7 +69,7 @@ def top(http: tuple[str, ...], interval: float, once: bool, as_json: bool) -> No
     """Watch brokers live: workers, ranks, queue and rates. 'q' or Ctrl-C ends it."""
     brokers = [_Watched(address) for address in http]
     with contextlib.suppress(KeyboardInterrupt), _keys() as quit_within:
-        if as_json or once:
+        if as_json or once or not sys.stdout.isatty():
             _print(brokers, interval, quit_within, once, as_json)
         else:
             _live(brokers, interval, quit_within)

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from broker.core.inspect import snapshot
+from broker.http import HttpServer, as_json
 from broker.look import status, top
 from broker.rates import rates
 from broker.screen import duration, screen, short, size
@@ -177,6 +178,23 @@ def test_top_of_a_broker_that_is_not_there_says_so(address: str) -> None:
     assert result.exit_code == 1
     assert f"no broker answers at http://{nobody}" in str(result.exception)
     assert "draftmq broker" in result.stdout  # the other is shown all the same
+
+
+def test_what_is_no_broker_is_told_apart() -> None:
+    server = HttpServer("127.0.0.1:0", {"/status": lambda environ: as_json({"worker": "w"})})
+    server.start()
+    try:
+        result = CliRunner().invoke(status, ["--http", server.address])
+    finally:
+        server.stop()
+    assert "is no broker" in str(result.exception)
+
+
+def test_a_proxy_for_the_internet_is_not_asked_for_a_broker(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert CliRunner().invoke(status, ["--http", address]).exit_code == 0
 
 
 @pytest.mark.parametrize("key", [b"q", b"xq", b"\x03"], ids=["q", "any-then-q", "ctrl-c"])
