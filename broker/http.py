@@ -53,7 +53,7 @@ class HttpServer:
             )
         except (OSError, ValueError) as error:
             raise BrokerError(
-                f"cannot serve HTTP on {address!r}: {error}; give --http HOST:PORT, or --http off"
+                f"cannot serve HTTP on {address!r}: {error}; give another --http HOST:PORT, or none"
             ) from error
         listening = [one for one in self._sockets.values() if isinstance(one, BaseWSGIServer)]
         self.address = f"{listening[0].effective_host}:{listening[0].effective_port}"

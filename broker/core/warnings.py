@@ -8,9 +8,15 @@ if TYPE_CHECKING:
     from broker.core.machine import BrokerCore
 
 
+#: More than these nobody reads; a network that is gone silences all peers at once.
+_SHOWN = 20
+
+
 def warnings(core: BrokerCore, now: float) -> list[str]:
     """What is not as it should be, the worst first; nothing when all is well."""
-    return [*_missing(core), *_waiting(core, now), *_silent(core, now)]
+    found = [*_missing(core), *_waiting(core, now), *_silent(core, now)]
+    more = len(found) - _SHOWN
+    return [*found[:_SHOWN], *([f"and {more} more"] if more > 0 else ())]
 
 
 def _missing(core: BrokerCore) -> list[str]:
@@ -20,9 +26,9 @@ def _missing(core: BrokerCore) -> list[str]:
     if all(worker.draining for worker in core.workers.values()):
         return ["every worker is leaving"]
     if core.poolless:
-        wanted = {entry.request.model or "any" for entry in core.poolless.values()}
-        names = ", ".join(map(repr, sorted(wanted)))
-        return [f"{_requests(len(core.poolless))} for {names}, which no worker serves"]
+        wanted = {entry.request.model for entry in core.poolless.values()}
+        names = ", ".join(repr(name) if name else "no model by name" for name in sorted(wanted))
+        return [f"{_requests(len(core.poolless))} for {names}: no worker serves that"]
     return []
 
 

@@ -172,7 +172,7 @@ def test_a_model_that_nobody_serves_is_warned_of(rig: Rig) -> None:
     rig.client("a")
     rig.worker("w")
     rig.ask("a", 1, model="nowhere")
-    assert seen(rig)["warnings"] == ["1 request waits for 'nowhere', which no worker serves"]
+    assert seen(rig)["warnings"] == ["1 request waits for 'nowhere': no worker serves that"]
 
 
 def test_a_mapping_that_nobody_offers_is_warned_of_after_a_while(rig: Rig) -> None:
@@ -194,3 +194,13 @@ def test_workers_that_all_leave_and_peers_gone_silent_are_warned_of(rig: Rig) ->
     assert every == "every worker is leaving"
     assert worker == "worker w is silent for 3.0 s, lost at 5 s"
     assert trainer.startswith("trainer a (rank 0) is silent for 3.0 s")
+
+
+def test_a_thousand_warnings_are_counted_and_not_shown(rig: Rig) -> None:
+    rig.worker("w")
+    for number in range(1000):
+        rig.client(f"rank{number}")
+        rig.cut(Side.CLIENT, f"rank{number}")
+    found = seen(rig)["warnings"]
+    assert len(found) == 21
+    assert found[-1] == "and 980 more"
