@@ -1,29 +1,27 @@
-"""``draftmq broker`` and ``draftmq status``."""
+"""``draftmq broker``."""
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
-import urllib.error
-import urllib.request
-from typing import Any
 
 import click
 
 from broker import logs
 from broker.core import BrokerConfig
 from broker.errors import BrokerError
+from broker.look import HTTP_ADDRESS
 
 _DEFAULTS = BrokerConfig()
-HTTP_ADDRESS = "127.0.0.1:9555"
 
 
 @click.command()
 @click.option("--clients", default="tcp://127.0.0.1:5555", help="Listen here for trainers.")
 @click.option("--workers", default="tcp://127.0.0.1:5556", help="Listen here for workers.")
 @click.option(
-    "--http", default=HTTP_ADDRESS, help="Serve /healthz, /readyz and /status here; 'off' for none."
+    "--http",
+    default=HTTP_ADDRESS,
+    help="Serve a live page, /metrics, /status, /healthz, /readyz here; 'off' for none.",
 )
 @click.option(
     "--insecure", is_flag=True, help="Allow addresses that other machines reach, unencrypted."
@@ -74,61 +72,3 @@ def broker(
         notify("STOPPING=1")
     if service.failed:
         raise BrokerError("the broker ended on an error of its own; see the log above")
-
-
-@click.command()
-@click.option("--http", default=HTTP_ADDRESS, help="The broker's HTTP address.")
-@click.option("--json", "as_json", is_flag=True, help="Print what the broker says as JSON.")
-def status(http: str, as_json: bool) -> None:
-    """Show what the broker sees: models, workers, trainers, requests."""
-    shown = fetch_status(http)
-    if as_json:
-        click.echo(json.dumps(shown, indent=1))
-        return
-    from rich.console import Console
-
-    console = Console()
-    for table in _tables(shown):
-        console.print(table)
-
-
-def fetch_status(http: str) -> dict[str, Any]:
-    """The broker's ``/status``. Raises :class:`BrokerError` where none answers."""
-    try:
-        with urllib.request.urlopen(f"http://{http}/status", timeout=5) as response:
-            shown: dict[str, Any] = json.load(response)
-    except (OSError, ValueError, urllib.error.URLError) as error:
-        raise BrokerError(
-            f"no broker answers at http://{http} ({error}); is it running, and with --http {http}?"
-        ) from error
-    return shown
-
-
-def _tables(shown: dict[str, Any]) -> list[Any]:
-    from rich.table import Table
-
-    counts = ", ".join(f"{count} {state}" for state, count in shown["requests"].items())
-    summary = Table(title=f"broker {shown['broker']}: {counts}")
-    for column in ("model", "workers", "queued", "encodings"):
-        summary.add_column(column)
-    for name, model in shown["models"].items():
-        encodings = ", ".join(model["encodings"])
-        summary.add_row(name, str(model["workers"]), str(model["queued"]), encodings)
-    return [summary, _rows("workers", shown["workers"]), _rows("trainers", shown["clients"])]
-
-
-def _rows(title: str, rows: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"{len(rows)} {title}")
-    for column in rows[0] if rows else ():
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    return table
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)

@@ -1,69 +1,103 @@
-"""The broker's HTTP port, for operators and probes: ``/healthz``, ``/readyz``, ``/status``."""
+"""A small HTTP port for operators and probes: it can look, never act."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import waitress
+from waitress import wasyncore
 from waitress.server import BaseWSGIServer
 
 from broker.errors import BrokerError
 
 StartResponse = Callable[[str, list[tuple[str, str]]], Any]
 Page = tuple[str, str, bytes]  # status line, content type, body
+Pages = Mapping[str, Callable[[Mapping[str, Any]], Page]]  # path -> WSGI environ -> page
+
+#: Nothing is taken from elsewhere, nothing shows this in a frame, nothing is kept.
+_HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-store"),
+)
+_POLICY = (
+    "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
 
 
 class HttpServer:
-    """Serves what ``snapshot`` tells of the broker. It can look, never act.
+    """Serves ``pages`` on ``HOST:PORT`` in threads of its own.
 
     Raises :class:`BrokerError` when the address is taken or is none.
     """
 
-    def __init__(self, address: str, snapshot: Callable[[], dict[str, Any]]) -> None:
-        self._snapshot = snapshot
-        self._pages: dict[str, Callable[[], Page]] = {
-            "/healthz": lambda: ("200 OK", "text/plain", b"ok\n"),
-            "/readyz": self._readyz,
-            "/status": self._status,
-        }
+    def __init__(self, address: str, pages: Pages) -> None:
+        self._pages = pages
+        #: all that waitress waits for: what listens, what is connected, what wakes it
+        self._sockets: dict[int, Any] = {}
         try:
-            self._server: BaseWSGIServer = waitress.create_server(
-                self._application, listen=address, threads=2, connection_limit=100, ident="draftmq"
+            self._server = waitress.create_server(
+                self._application,
+                self._sockets,
+                listen=address,
+                threads=2,
+                connection_limit=100,
+                ident="draftmq",
             )
         except (OSError, ValueError) as error:
             raise BrokerError(
-                f"cannot serve HTTP on {address!r}: {error}; give --http HOST:PORT, or --http off"
+                f"cannot serve HTTP on {address!r}: {error}; give another --http HOST:PORT, or none"
             ) from error
-        self.address = f"{self._server.effective_host}:{self._server.effective_port}"
+        listening = [one for one in self._sockets.values() if isinstance(one, BaseWSGIServer)]
+        self.address = f"{listening[0].effective_host}:{listening[0].effective_port}"
+        self._trigger = listening[0].trigger
         self._thread = threading.Thread(target=self._server.run, name="draftmq-http", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        self._server.close()
+        """Finish the answers that are being made, then close, also what browsers keep open."""
+        self._server.task_dispatcher.shutdown(timeout=1)
+        self._trigger.pull_trigger(lambda: wasyncore.close_all(self._sockets))
         self._thread.join(timeout=5)
 
     def _application(self, environ: dict[str, Any], start: StartResponse) -> Iterable[bytes]:
         page = self._pages.get(environ["PATH_INFO"])
         if page is None:
-            status, kind, body = "404 Not Found", "text/plain", b"nothing here\n"
+            status, kind, body = text("nothing here", "404 Not Found")
         elif environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            status, kind, body = "405 Method Not Allowed", "text/plain", b"GET only\n"
+            status, kind, body = text("GET only", "405 Method Not Allowed")
         else:
-            status, kind, body = page()
-        start(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+            status, kind, body = page(environ)
+        policy = _POLICY + _inline(body) if kind.startswith("text/html") else _POLICY
+        headers = [("Content-Type", kind), ("Content-Length", str(len(body)))]
+        start(status, [*headers, ("Content-Security-Policy", policy), *_HEADERS])
         return [body]
 
-    def _readyz(self) -> Page:
-        """Ready once a worker is there: requests sent now will be served."""
-        if self._snapshot()["workers"]:
-            return "200 OK", "text/plain", b"ready\n"
-        return "503 Service Unavailable", "text/plain", b"no worker is attached\n"
 
-    def _status(self) -> Page:
-        body = json.dumps(self._snapshot(), indent=1).encode()
-        return "200 OK", "application/json", body
+def text(body: str, status: str = "200 OK") -> Page:
+    """A line of plain text."""
+    return status, "text/plain; charset=utf-8", body.encode() + b"\n"
+
+
+def as_json(value: Any) -> Page:
+    """A value as JSON."""
+    return "200 OK", "application/json", json.dumps(value).encode()
+
+
+def _inline(html: bytes) -> str:
+    """What a page's own script and style need of the policy: their hashes, so nothing else runs."""
+    allowed = "; img-src data:"
+    for tag in ("script", "style"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
+        allowed += f"; {tag}-src 'sha256-{digest}'"
+    return allowed

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ from broker.core.inspect import snapshot
 from broker.errors import BrokerError
 from broker.http import HttpServer
 from broker.logs import log
+from broker.pages import pages
 from broker.protocol import RemoteProtocolError, VersionMismatchError, decode
 from broker.protocol.sockets import Monitor, Wakeup, configure, poll
 
@@ -62,6 +64,7 @@ class Broker:
         self._http_address = http
         self._insecure = insecure
         self.core = BrokerCore(uuid.uuid4().hex[:12], config)
+        self._began_at = time.monotonic()
         self._lock = threading.Lock()  # the core belongs to the loop; HTTP only looks, under it
         #: the loop ended on an error of its own; it is in the log
         self.failed = False
@@ -86,7 +89,7 @@ class Broker:
             for side, address in self._addresses.items():
                 self._ports[side] = _Port(self._context, side, address, self.core.config)
             if self._http_address is not None:
-                self._http = HttpServer(self._http_address, self.snapshot)
+                self._http = HttpServer(self._http_address, pages(self.snapshot, self.trace))
                 self._http.start()
         except BrokerError:
             self._close()
@@ -139,7 +142,18 @@ class Broker:
     def snapshot(self) -> dict[str, Any]:
         """What ``/status`` shows; from any thread."""
         with self._lock:
-            return snapshot(self.core, time.monotonic())
+            seen = snapshot(self.core, time.monotonic())
+        traffic = {
+            side.value: {"received": port.received_bytes, "sent": port.sent_bytes}
+            for side, port in self._ports.items()
+        }
+        return seen | {"uptime_s": seen["now_s"] - self._began_at, "bytes": traffic}
+
+    def trace(self) -> dict[str, Any]:
+        """What ``/trace`` shows: when the last requests passed through; from any thread."""
+        with self._lock:
+            last = list(self.core.measures.last)
+        return {"broker": self.core.incarnation, "requests": [asdict(times) for times in last]}
 
     def __repr__(self) -> str:
         with self._lock:
@@ -215,6 +229,8 @@ class _Port:
         self.socket.backlog = 4096
         self.monitor = Monitor(self.socket, zmq.EVENT_DISCONNECTED)
         self._by_descriptor: dict[int, bytes] = {}
+        self.received_bytes = 0
+        self.sent_bytes = 0
         try:
             self.socket.bind(address)
         except zmq.ZMQError as error:
@@ -236,6 +252,7 @@ class _Port:
                 name, *frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
+            self.received_bytes += sum(map(len, frames))
             events.append(self._event(name.bytes, frames))
         return events
 
@@ -257,6 +274,7 @@ class _Port:
             if error.errno == zmq.EHOSTUNREACH:
                 return False
             raise
+        self.sent_bytes += sum(map(len, action.frames))
         return True
 
     def close(self) -> None:

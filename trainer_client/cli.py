@@ -20,7 +20,8 @@ _COMMANDS = {
     "demo": "trainer_client.demo:demo",
     "eval": "trainer_client.commands:evaluate",
     "export": "trainer_client.commands:export",
-    "status": "broker.cli:status",
+    "status": "broker.look:status",
+    "top": "broker.look:top",
     "train": "trainer_client.commands:train",
     "worker": "worker.cli:worker",
 }

@@ -78,6 +78,17 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--job", default="", help="Groups ranks in the broker (default: the output path).")
 @click.option("--timeout-s", default=120.0, help="Patience with one request, before retries.")
 @click.option("--retries", default=3, help="A request's deadline is timeout x (retries + 1).")
+@click.option("--http", help="Serve /metrics on HOST:PORT, each rank on PORT plus its rank.")
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write where the last requests spent their time, as a Chrome trace.",
+)
+@click.option(
+    "--trace-broker",
+    multiple=True,
+    help="HTTP address of a broker whose times belong in the trace; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON at the end.")
 @direct_options.options(worker=False)
 @logs.options
@@ -90,6 +101,9 @@ def train(
     job: str,
     timeout_s: float,
     retries: int,
+    http: str | None,
+    trace: Path | None,
+    trace_broker: tuple[str, ...],
     as_json: bool,
     direct: DirectConfig,
     **settings_: Any,
@@ -98,6 +112,7 @@ def train(
     import torch
     from transformers import AutoTokenizer
 
+    from trainer_client.observed import Observed
     from trainer_client.remote import RemoteEagle3TargetModel
     from worker.targets import resolve
 
@@ -110,6 +125,7 @@ def train(
         local = os.environ.get("LOCAL_RANK", "0")
         device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     job = job or str(settings.output.resolve())
+    observed = Observed(ranks.rank, http, trace, trace_broker)
     target = RemoteEagle3TargetModel(
         list(broker),
         device=device,
@@ -120,9 +136,15 @@ def train(
         job=job,
         rank=ranks.rank,
         direct=direct,
+        trace=observed.trace,
     )
     try:
-        with target, _Progress(ranks, quiet=as_json) as progress:
+        with target, observed.of(target), _Progress(ranks, quiet=as_json) as progress:
+
+            def on_step(step: StepMetrics) -> None:
+                observed.step(step)
+                progress.step(step)
+
             name = tokenizer or target.model_info()["tokenizer"]
             if not name:
                 raise TrainerClientError("the target names no tokenizer; say --tokenizer")
@@ -133,7 +155,7 @@ def train(
                 ranks=ranks,
                 device=torch.device(device),
                 on_plan=progress.plan,
-                on_step=progress.step,
+                on_step=on_step,
             )
             summary |= {"requests": target.counters()} if ranks.first else {}
     finally:

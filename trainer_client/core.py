@@ -65,10 +65,16 @@ Event = Union[  # noqa: UP007
 
 @dataclass(frozen=True)
 class Deliver:
-    """The answer, verified: hand it to the caller. ``tensors`` are those that came directly."""
+    """The answer, verified: hand it to the caller. The times are on the core's clock."""
 
     id: m.RequestId
     packet: Packet
+    request: m.Request
+    submitted_at: float
+    #: when it was first sent
+    sent_at: float
+    arrived_at: float
+    #: those that came directly
     tensors: Any = None
 
 
@@ -146,6 +152,7 @@ class _Ticket:
     deadline: float
     #: which broker has it; None while it waits for a window
     endpoint: str | None = None
+    sent_at: float = 0.0
     resend_at: float = 0.0
     resend_wait_s: float = 0.0
     sends: int = 0
@@ -163,6 +170,20 @@ class _Ticket:
         if self.request.direct is not None or changes:
             request = replace(self.request, direct=None, **changes)
             self.packet = encode(request, self.packet.payload)
+
+
+#: What a client counts, since it began.
+COUNTERS: Mapping[str, str] = {
+    "requests": "Requests submitted.",
+    "replies": "Replies delivered.",
+    "reply_bytes": "Bytes of these replies.",
+    "failures": "Requests that ended without a result.",
+    "resends": "Requests sent again.",
+    "duplicates": "Answers dropped because their request had already ended.",
+    "damaged": "Replies dropped because a checksum was wrong.",
+    "direct": "Replies whose tensors came directly.",
+    "direct_failed": "Direct transfers that failed; their requests were asked again by wire.",
+}
 
 
 class ClientCore:
@@ -199,19 +220,7 @@ class ClientCore:
         self.mappings: dict[str, Packet] = {}
         #: model -> fingerprint and aux layer ids of its first reply; later ones must have the same
         self.identities: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self.counters = dict.fromkeys(
-            (
-                "requests",
-                "replies",
-                "failures",
-                "resends",
-                "duplicates",
-                "damaged",
-                "direct",
-                "direct_failed",
-            ),
-            0,
-        )
+        self.counters = dict.fromkeys(COUNTERS, 0)
         self._noticed_at = now
         self._actions: list[Action] = []
 
@@ -321,13 +330,18 @@ class ClientCore:
             if answer.transfer is not None:
                 self._await_tensors(ticket, packet)
             else:
-                self._deliver(answer.id, packet)
+                self._deliver(answer.id, packet, now)
 
-    def _deliver(self, request_id: m.RequestId, packet: Packet, tensors: Any = None) -> None:
+    def _deliver(
+        self, request_id: m.RequestId, packet: Packet, now: float, tensors: Any = None
+    ) -> None:
         ticket = self._finish(request_id)
         assert ticket is not None
+        assert isinstance(packet.message, m.Reply)
         self.counters["replies"] += 1
-        self._actions.append(Deliver(ticket.id, packet, tensors))
+        self.counters["reply_bytes"] += sum(spec.nbytes for spec in packet.message.manifest)
+        times = (ticket.submitted_at, ticket.sent_at, now)
+        self._actions.append(Deliver(ticket.id, packet, ticket.request, *times, tensors))
 
     # -- direct transfers -----------------------------------------------------------------------
 
@@ -352,7 +366,7 @@ class ClientCore:
         assert reply is not None
         if event.tensors is not None:
             self.counters["direct"] += 1
-            self._deliver(event.id, reply, event.tensors)
+            self._deliver(event.id, reply, now, event.tensors)
         else:
             self._ask_by_wire(event.id, ticket, reply, event.error)
 
@@ -458,6 +472,7 @@ class ClientCore:
             self._dispatch(self.tickets[request_id], endpoint, now)
 
     def _dispatch(self, ticket: _Ticket, endpoint: str, now: float) -> None:
+        ticket.sent_at = ticket.sent_at if ticket.sends else now
         ticket.sends += 1
         if ticket.endpoint != endpoint:
             ticket.endpoint, ticket.resend_wait_s = endpoint, self.config.resend_s

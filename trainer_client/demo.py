@@ -152,6 +152,7 @@ def _train(
     arguments = ["broker", "--clients", any_port, "--workers", any_port]
     processes.start("broker", [*arguments, "--http", "127.0.0.1:0", "--log-format", "json"])
     listening = _listening(processes)
+    say(f"watch it live: http://{listening['http']}/")
     for number in range(workers):
         arguments = ["worker", "--broker", listening["workers"], "--target", "embedded"]
         processes.start(f"worker{number}", [*arguments, "--threads", 1, "--name", f"w{number}"])

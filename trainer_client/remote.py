@@ -20,6 +20,7 @@ from trainer_client.core import ClientConfig
 from trainer_client.direct import Receiver
 from trainer_client.errors import BadRequestError
 from trainer_client.service import Answer, Client, PendingReply
+from trainer_client.trace import Trace
 from worker.direct.config import DirectConfig
 from worker.mapping import VocabMapping
 
@@ -78,6 +79,7 @@ class RemoteEagle3TargetModel:
         rank: int = 0,
         config: ClientConfig | None = None,
         direct: DirectConfig | str = "auto",
+        trace: Trace | None = None,
     ) -> None:
         if timeout <= 0 or max_retries < 0:
             raise ValueError(
@@ -93,6 +95,7 @@ class RemoteEagle3TargetModel:
             rank=rank,
             config=config,
             direct=Receiver(direct, device, urls),
+            trace=trace,
         )
         self._device = torch.device(device)
         self._deadline_s = float(timeout) * (max_retries + 1)
@@ -222,6 +225,10 @@ class RemoteEagle3TargetModel:
     def counters(self) -> dict[str, int]:
         """Requests, replies, resends and the like of this client."""
         return self._client.counters()
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a trainer's ``/status`` shows of this client."""
+        return self._client.snapshot()
 
     def close(self) -> None:
         """End this client only; the broker, its workers and other clients go on."""

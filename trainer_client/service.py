@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from broker.logs import log
+from broker.measures import Histogram
 from broker.protocol import Limits, Packet, encode
 from broker.protocol import messages as m
 from broker.protocol.peer import PeerLoop
@@ -34,6 +35,7 @@ from trainer_client.core import (
     Submit,
 )
 from trainer_client.errors import ClientClosedError, request_error
+from trainer_client.trace import Trace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +81,7 @@ class Client:
     ``name`` identifies this client for ever and must be its own; a second process with the same
     name fences the first off, which is what a restarted rank wants. ``job`` groups the ranks of one
     training run, whose ``step`` numbers order their requests. ``direct`` moves tensors past the
-    brokers where it can; without it everything comes by wire.
+    brokers where it can; without it everything comes by wire. A ``trace`` is told of each reply.
 
     It may be used from several threads. After a fork the child must make a client of its own: the
     parent's raises :class:`ClientClosedError` there and does nothing else.
@@ -94,6 +96,7 @@ class Client:
         rank: int = 0,
         config: ClientConfig | None = None,
         direct: Receiver | None = None,
+        trace: Trace | None = None,
     ) -> None:
         if not endpoints:
             raise ValueError("a client needs at least one broker endpoint, like tcp://host:5555")
@@ -109,6 +112,9 @@ class Client:
             note=direct.summary if direct is not None else str,
         )
         self._direct = direct
+        #: from submission to arrival
+        self.reply_s = Histogram()
+        self._trace = trace
         self._pending: dict[m.RequestId, PendingReply] = {}
         self._lock = threading.Lock()
         self._closed = ""
@@ -170,6 +176,17 @@ class Client:
     def counters(self) -> dict[str, int]:
         """Requests, replies, resends and the like, since the client began."""
         return dict(self.core.counters)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What ``/status`` and ``/metrics`` of a trainer show of its client; from any thread."""
+        return {
+            "client": self.name,
+            "brokers": {endpoint: link.state.value for endpoint, link in self.core.links.items()},
+            "unfinished": len(self.core.tickets),
+            "unsent": len(self.core.waiting),
+            "counters": self.counters(),
+            "reply_s": self.reply_s.plain(),
+        }
 
     # -- ending ---------------------------------------------------------------------------------
 
@@ -246,6 +263,9 @@ class Client:
             pending.set_exception(request_error(action.code, f"request {action.id}: {action.text}"))
         else:
             pending.set_result(_answer(action.packet, action.tensors))
+            self.reply_s.observe(action.arrived_at - action.submitted_at)
+            if self._trace is not None:
+                self._trace.delivered(action, time.monotonic())
 
     def _fail_all(self, error: Exception) -> None:
         self._end(f"this client's I/O thread broke: {error!r}; make a new client")

@@ -75,9 +75,10 @@ class Answerer:
     def forget(self, mapping_id: str) -> None:
         self.mappings.pop(mapping_id, None)
 
-    def answer(self, packet: Packet, limits: Limits) -> Packet:
+    def answer(self, packet: Packet, limits: Limits, waited_s: float = 0.0) -> Packet:
         """The reply to a request; whatever goes wrong becomes a :class:`Failure`.
 
+        ``waited_s`` is how long the request has been here; the reply says it, for a trace.
         A reply whose tensors go directly has no payload; they are on their way when this returns.
         """
         request = packet.message
@@ -101,7 +102,7 @@ class Answerer:
                 mapping_id=request.mapping_id,
                 encoding=request.encoding,
                 compute_s=time.perf_counter() - began,
-                info_json=info,
+                info_json=info or json.dumps({"waited_s": waited_s}),
                 manifest=manifest,
                 transfer=plan.transfer,
                 invitation=plan.invitation,

@@ -48,6 +48,9 @@ class _Layers(click.ParamType[tuple[int, ...]]):
 @click.option("--drain-s", default=30.0, show_default=True, help="Seconds to finish on SIGTERM.")
 @click.option("--name", help="This worker's own name (default: host, pid, random).")
 @direct_options.options(worker=True)
+@click.option(
+    "--http", help="Serve /metrics, /status and /healthz on HOST:PORT (default: nowhere)."
+)
 @logs.options
 def worker(
     broker: tuple[str, ...],
@@ -64,6 +67,7 @@ def worker(
     drain_s: float,
     name: str | None,
     direct: DirectConfig,
+    http: str | None,
 ) -> None:
     """Serve a frozen target until SIGTERM, which drains: finish what is held, take nothing new.
 
@@ -99,6 +103,7 @@ def worker(
         credits=credits,
         drain_s=drain_s,
         direct=direct,
+        http=http,
     )
 
     def leave(number: int, frame: object) -> None:

@@ -44,9 +44,10 @@ Event = Union[Connected, Disconnected, Arrived, Computed, Drain, Tick]  # noqa: 
 
 @dataclass(frozen=True)
 class Compute:
-    """Give this request to the target."""
+    """Give this request, which came at ``received_at``, to the target."""
 
     packet: Packet
+    received_at: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class _Held:
 
     endpoint: str
     packet: Packet
+    received_at: float
     cancelled: bool = False
     #: set when the target is done while the broker cannot be reached
     answer: Packet | None = None
@@ -172,7 +174,7 @@ class WorkerCore:
         was_ready = link.ready
         self._actions += link.received(message, now)
         if isinstance(message, m.Request):
-            self._request(link, message, packet)
+            self._request(link, message, packet, now)
         elif isinstance(message, m.Cancel):
             self._cancel(message.id)
         elif isinstance(message, m.MappingOffer):
@@ -190,7 +192,7 @@ class WorkerCore:
             if held.endpoint == link.endpoint and held.answer is not None:
                 self._answer(request_id, held.answer)
 
-    def _request(self, link: Link, request: m.Request, packet: Packet) -> None:
+    def _request(self, link: Link, request: m.Request, packet: Packet, now: float) -> None:
         if request.id in self.held:
             return
         if request.mapping_id and request.mapping_id not in self.mappings:
@@ -200,7 +202,7 @@ class WorkerCore:
             return
         if request.mapping_id:
             self.mappings.move_to_end(request.mapping_id)
-        self.held[request.id] = _Held(link.endpoint, packet)
+        self.held[request.id] = _Held(link.endpoint, packet, now)
 
     def _cancel(self, request_id: m.RequestId) -> None:
         held = self.held.get(request_id)
@@ -253,7 +255,7 @@ class WorkerCore:
         for request_id, held in self.held.items():
             if held.answer is None:
                 self.computing = request_id
-                self._actions.append(Compute(held.packet))
+                self._actions.append(Compute(held.packet, held.received_at))
                 return
 
     # -- leaving --------------------------------------------------------------------------------

@@ -18,7 +18,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from broker.errors import BrokerError
+from broker.http import HttpServer
 from broker.logs import log
+from broker.pages import peer_pages
 from broker.protocol import Limits, Packet
 from broker.protocol import messages as m
 from broker.protocol.peer import PeerLoop
@@ -27,6 +30,7 @@ from worker.core import Compute, Computed, Drain, Exit, Forget, Learn, Log, Work
 from worker.direct.config import DirectConfig
 from worker.direct.sender import Sender
 from worker.errors import WorkerError
+from worker.metrics import METRICS, Measures
 from worker.targets.contract import Target, describe
 
 _logger = logging.getLogger("draftmq.worker")
@@ -39,7 +43,8 @@ class Worker:
     ``credits`` is how many requests a broker may give it at once: with 2 the next one is already
     here when one ends. :meth:`drain` (what SIGTERM does to the command) finishes what is held and
     leaves; :meth:`stop` leaves at once, and the broker gives its requests to others. ``direct``
-    says how tensors may go to clients past the broker.
+    says how tensors may go to clients past the broker. ``http`` is ``HOST:PORT`` of ``/metrics``,
+    ``/status`` and ``/healthz``, or None.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Worker:
         credits: int = 2,
         drain_s: float = 30.0,
         direct: DirectConfig | None = None,
+        http: str | None = None,
     ) -> None:
         if credits < 1:
             raise ValueError(f"credits must be at least 1, got {credits}")
@@ -71,6 +77,9 @@ class Worker:
             drain_s=drain_s,
             note=self._sender.summary,
         )
+        self.measures = Measures()
+        self._http_address = http
+        self._http: HttpServer | None = None
         #: what the compute thread is to do, in order; None ends it
         self._work: queue.SimpleQueue[Compute | Learn | Forget | None] = queue.SimpleQueue()
         #: asked to drain
@@ -85,7 +94,13 @@ class Worker:
         )
 
     def start(self) -> Worker:
-        """Connect and serve."""
+        """Connect and serve. Raises :class:`WorkerError` when the HTTP port is not to be had."""
+        if self._http_address is not None:
+            try:
+                self._http = HttpServer(self._http_address, peer_pages(METRICS, self.snapshot))
+            except BrokerError as error:
+                raise WorkerError(str(error)) from error
+            self._http.start()
         _workers.add(self)
         self._compute_thread.start()
         self._loop.start()
@@ -112,6 +127,9 @@ class Worker:
 
     def stop(self) -> None:
         """Leave now. A running forward is waited for; its answer is not sent."""
+        if self._http is not None:
+            self._http.stop()
+            self._http = None
         if self._loop.running:
             self._loop.stop()
         self._work.put(None)
@@ -119,6 +137,23 @@ class Worker:
         if self._compute_thread.is_alive():
             self._compute_thread.join()
         self._sender.close()
+
+    @property
+    def http_address(self) -> str | None:
+        """``HOST:PORT`` of the HTTP server, if there is one."""
+        return self._http.address if self._http else None
+
+    def snapshot(self) -> dict[str, Any]:
+        """What ``/status`` and ``/metrics`` show; from any thread."""
+        return {
+            "worker": self.name,
+            "model": self.facts.model,
+            "brokers": {endpoint: link.state.value for endpoint, link in self.core.links.items()},
+            "held": len(self.core.held),
+            "computing": self.core.computing is not None,
+            "draining": self.core.leave_at is not None,
+            **self.measures.plain(),
+        }
 
     def __enter__(self) -> Worker:
         return self.start()
@@ -150,8 +185,10 @@ class Worker:
     def _compute(self) -> None:
         while (work := self._work.get()) is not None:
             if isinstance(work, Compute):
-                answer = self._answerer.answer(work.packet, self._limits())
+                waited_s = time.monotonic() - work.received_at
+                answer = self._answerer.answer(work.packet, self._limits(), waited_s)
                 assert isinstance(work.packet.message, m.Request)
+                self.measures.answered(work.packet, answer, waited_s)
                 self._loop.post(Computed(work.packet.message.id, answer))
             elif isinstance(work, Learn):
                 self._learn(work.packet)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
+
+from broker.core.warnings import warnings
 
 if TYPE_CHECKING:
     from broker.core.machine import BrokerCore
+    from broker.core.measures import ModelMeasures
+    from broker.core.state import ClientSession, WorkerSession
 
 
 def validate(core: BrokerCore) -> None:
@@ -39,50 +45,77 @@ def validate(core: BrokerCore) -> None:
 
 
 def snapshot(core: BrokerCore, now: float) -> dict[str, Any]:
-    """What ``/status`` and ``draftmq status`` show: plain values, nothing of any tensor."""
-    running = sum(1 for entry in core.entries.values() if entry.workers)
+    """What ``/status`` and ``draftmq status`` show: plain values, nothing of any tensor.
+
+    ``now_s`` is the clock that all its rates should be taken over. A client's ``step`` is that
+    of its first unfinished request.
+    """
+    running = Counter(entry.pool for entry in core.entries.values() if entry.workers)
     return {
         "broker": core.incarnation,
+        "now_s": now,
         "requests": {
-            "running": running,
+            "running": running.total(),
             "queued": sum(len(pool.queue) for pool in core.pools.values()),
             "without_worker": len(core.poolless),
             "without_mapping": sum(len(waiting) for waiting in core.mappingless.values()),
         },
-        "models": {
-            name: {
-                "fingerprint": pool.description.fingerprint,
-                "encodings": list(pool.description.encodings),
-                "workers": len(pool.workers),
-                "queued": len(pool.queue),
-            }
-            for name, pool in sorted(core.pools.items())
-        },
-        "workers": [
-            {
-                "worker": worker.id,
-                "model": worker.model,
-                "state": "draining" if worker.draining else "busy" if worker.running else "idle",
-                "running": len(worker.running),
-                "credits": worker.credits,
-                "answered": worker.answered,
-                "tokens_per_s": 1 / worker.seconds_per_token if worker.seconds_per_token else None,
-                "silent_s": round(now - worker.last_seen, 3),
-            }
-            for worker in sorted(core.workers.values(), key=lambda worker: worker.id)
-        ],
-        "clients": [
-            {
-                "client": client.id,
-                "job": client.job,
-                "rank": client.rank,
-                "requests": len(client.requests),
-                "connected": client.connection is not None,
-                "silent_s": round(now - client.last_seen, 3),
-            }
-            for client in sorted(core.clients.values(), key=lambda client: client.id)
-        ],
+        "models": {name: _model(core, name, running[name]) for name in sorted(core.pools)},
+        "measures": {name: _measured(of) for name, of in sorted(core.measures.models.items())},
+        "workers": [_worker(worker, now) for _, worker in sorted(core.workers.items())],
+        "clients": [_client(core, client, now) for _, client in sorted(core.clients.items())],
         "held_answers": len(core.answers),
         "held_answer_bytes": core.answers.held_bytes,
+        "held_mapping_bytes": core.mappings.held_bytes,
         "counters": dict(core.counters),
+        "warnings": warnings(core, now),
+    }
+
+
+def _model(core: BrokerCore, name: str, running: int) -> dict[str, Any]:
+    pool = core.pools[name]
+    return {
+        "fingerprint": pool.description.fingerprint,
+        "encodings": list(pool.description.encodings),
+        "workers": len(pool.workers),
+        "queued": len(pool.queue),
+        "running": running,
+    }
+
+
+def _measured(of: ModelMeasures) -> dict[str, Any]:
+    return {
+        "tokens": of.tokens,
+        "queue_wait_s": of.queue_wait_s.plain(),
+        "service_s": of.service_s.plain(),
+        "compute_s": of.compute_s.plain(),
+    }
+
+
+def _worker(worker: WorkerSession, now: float) -> dict[str, Any]:
+    return {
+        "worker": worker.id,
+        "model": worker.model,
+        "state": "draining" if worker.draining else "busy" if worker.running else "idle",
+        "running": len(worker.running),
+        "credits": worker.credits,
+        "answered": worker.answered,
+        "direct": worker.direct,
+        "tokens_per_s": 1 / worker.seconds_per_token if worker.seconds_per_token else None,
+        "silent_s": round(now - worker.last_seen, 3),
+    }
+
+
+def _client(core: BrokerCore, client: ClientSession, now: float) -> dict[str, Any]:
+    first = min(client.requests, key=attrgetter("number"), default=None)
+    return {
+        "client": client.id,
+        "job": client.job,
+        "rank": client.rank,
+        "requests": len(client.requests),
+        "step": None if first is None else core.entries[first].step,
+        "answered": client.answered,
+        "direct": client.direct,
+        "connected": client.connection is not None,
+        "silent_s": round(now - client.last_seen, 3),
     }

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from broker.core.config import BrokerConfig
 from broker.core.events import Action, BadBytes, ConnectionLost, Event, Log, Received, Send, Side
+from broker.core.measures import Measures
 from broker.core.schedule import choose_worker, expected_finish, learn_speed
 from broker.core.state import ClientSession, Entry, PacketStore, Pool, WorkerSession
 from broker.protocol import Packet, encode, mapping_id
@@ -43,6 +44,7 @@ class BrokerCore:
         self.mappings: PacketStore[str] = PacketStore(self.config.held_mapping_bytes)
         self.answers: PacketStore[m.RequestId] = PacketStore(self.config.held_answer_bytes)
         self.counters: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
+        self.measures = Measures()
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._timer_numbers = itertools.count()
         self._actions: list[Action] = []
@@ -437,6 +439,7 @@ class BrokerCore:
         message = packet.message
         if isinstance(message, m.Reply):
             learn_speed(worker, entry.n_tokens, message.compute_s)
+            self.measures.replied(entry, worker, since, message.compute_s, now)
             self.counters["replies"] += 1
             self.counters["direct_replies"] += message.transfer is not None
             self.counters["reply_bytes"] += packet.nbytes
@@ -470,6 +473,7 @@ class BrokerCore:
         if not _comes_directly(answer):  # a transfer is not made twice
             self.answers.put(entry.id, answer)
         if client is not None:
+            client.answered += 1
             self._forward(Side.CLIENT, client.connection, answer)
 
     def _drop(self, entry: Entry, *, cancel: bool) -> None:
@@ -511,6 +515,7 @@ class BrokerCore:
             self._forward(Side.WORKER, worker.connection, cast(Packet, self.mappings.get(mapping)))
             worker.mappings.add(mapping)
         worker.busy_until = expected_finish(worker, entry, now)
+        self.measures.assigned(entry, now)
         worker.running[entry.id] = now
         entry.workers.add(worker.id)
         self.counters["assignments"] += 1

@@ -28,6 +28,7 @@ class ClientSession:
     requests: set[RequestId] = field(default_factory=set)
     #: what it last said of its direct channels
     direct: str = ""
+    answered: int = 0
 
 
 @dataclass(eq=False)

@@ -237,7 +237,8 @@ class Request:
 class Reply:
     """The answer, with its identity, which the client checks before anyone sees a tensor.
 
-    ``tokens_hash`` is that of the request's payload; ``info_json`` answers ``model_info``. The
+    ``tokens_hash`` is that of the request's payload. ``info_json`` answers ``model_info``; with
+    other operations it has ``waited_s``, from the request's arrival until it was computed. The
     tensors are the payload, or with ``transfer`` there is none and they come directly. An
     ``invitation`` begins a direct channel for later replies.
     """

@@ -128,9 +128,9 @@ def test_the_brokers_image_has_all_that_the_broker_imports(tmp_path: Path) -> No
         "for command in ('broker', 'status'):\n"
         "    cli.main([command, '--help'], standalone_mode=False)\n"
         "from broker.service import Broker\n"
-        "from broker.cli import _tables\n"
+        "from broker.screen import screen\n"
         "with Broker(http='127.0.0.1:0') as broker:\n"
-        "    _tables(broker.snapshot())\n"
+        "    screen(broker.snapshot())\n"
     )
     names = json.dumps([*modules, "broker", "worker", "trainer_client"])
     run = [sys.executable, "-I", "-c", program, names, str(tmp_path)]

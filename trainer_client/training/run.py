@@ -223,7 +223,7 @@ def train(
     )
     for last in steps:
         if log is not None:
-            log.write(asdict(last))
+            log.write(asdict(last) | _counted(backend))
         on_step(last)
         every = settings.checkpoint_every
         done = last.step == plan.total_steps
@@ -277,6 +277,12 @@ def _finish(
 def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
     """Write ``summary.json``."""
     (output / "summary.json").write_text(json.dumps(dict(summary), indent=1) + "\n")
+
+
+def _counted(backend: TargetBackend) -> dict[str, int]:
+    """What a remote target has counted so far of this rank's requests."""
+    counters: Mapping[str, int] = getattr(backend, "counters", dict)()
+    return {name: counters[name] for name in ("requests", "resends") if name in counters}
 
 
 def _micro_batches(plan: Plan, first: int, ranks: Ranks) -> Iterator[MicroBatch]:

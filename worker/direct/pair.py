@@ -24,7 +24,7 @@ _MAX_KEY_BYTES, _MAX_VALUE_BYTES = 1024, 1 << 20
 _SLICE_S = 0.05
 
 
-class PairStore(Store): 
+class PairStore(Store):
     """A store of two: a key that one end sets is sent to the other.
 
     Every wait ends after ``limit_s``, or when ``leaving`` is set, with :class:`TransferError`.

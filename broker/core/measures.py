@@ -1,0 +1,61 @@
+"""What the broker measures of each model's requests, and what it remembers of the last ones."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+
+from broker.core.state import Entry, WorkerSession
+from broker.measures import Histogram
+from broker.protocol.messages import RequestId
+
+#: Requests whose times are kept for a trace; about 1 MB.
+_REMEMBERED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """When one request passed through here; monotonic seconds of this broker."""
+
+    id: RequestId
+    worker: str
+    accepted_at: float
+    assigned_at: float
+    answered_at: float
+
+
+@dataclass(eq=False)
+class ModelMeasures:
+    """Of one model's requests, since this broker began."""
+
+    #: from acceptance to the first worker
+    queue_wait_s: Histogram = field(default_factory=Histogram)
+    #: from a worker's assignment to its reply: transfers, waiting behind others there, computing
+    service_s: Histogram = field(default_factory=Histogram)
+    #: computing, as the worker says
+    compute_s: Histogram = field(default_factory=Histogram)
+    #: tokens (B*T) of the requests that were replied to
+    tokens: int = 0
+
+
+class Measures:
+    """Told of each assignment and each reply, by the core."""
+
+    def __init__(self) -> None:
+        self.models: defaultdict[str, ModelMeasures] = defaultdict(ModelMeasures)
+        self.last: deque[Times] = deque(maxlen=_REMEMBERED)
+
+    def assigned(self, entry: Entry, now: float) -> None:
+        """A worker is given the entry; only its first wait counts."""
+        if not entry.workers and not entry.failed_on:
+            self.models[entry.pool].queue_wait_s.observe(now - entry.accepted_at)
+
+    def replied(
+        self, entry: Entry, worker: WorkerSession, since: float, compute_s: float, now: float
+    ) -> None:
+        """The entry's reply came from the worker that has had it ``since``."""
+        model = self.models[entry.pool]
+        model.service_s.observe(now - since)
+        model.compute_s.observe(max(0.0, compute_s))
+        model.tokens += entry.n_tokens
+        self.last.append(Times(entry.id, worker.id, entry.accepted_at, since, now))

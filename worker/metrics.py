@@ -1,0 +1,121 @@
+"""What a worker measures of its requests, and how Prometheus reads it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from broker.exposition import Metric, one
+from broker.measures import Histogram
+from broker.protocol import Packet
+from broker.protocol import messages as m
+
+
+class Measures:
+    """Told of each answer by the thread that computes; others may look."""
+
+    def __init__(self) -> None:
+        self.replies = 0
+        #: failure code -> how many
+        self.failures: Counter[str] = Counter()
+        #: from arrival until the target is free for it
+        self.wait_s = Histogram()
+        #: the target's forward, the supervision made from it, and their copies to the CPU
+        self.compute_s = Histogram()
+        self.tokens = 0
+        self.request_bytes = 0
+        self.answer_bytes = 0
+
+    def answered(self, packet: Packet, answer: Packet, waited_s: float) -> None:
+        """The target is done with a request."""
+        assert isinstance(packet.message, m.Request)
+        self.wait_s.observe(waited_s)
+        self.request_bytes += packet.nbytes
+        self.answer_bytes += answer.nbytes
+        if isinstance(answer.message, m.Reply):
+            self.replies += 1
+            self.tokens += packet.message.n_tokens
+            self.compute_s.observe(answer.message.compute_s)
+        elif isinstance(answer.message, m.Failure):
+            self.failures[answer.message.code] += 1
+
+    def plain(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return {
+            "replies": self.replies,
+            "failures": dict(self.failures),
+            "tokens": self.tokens,
+            "request_bytes": self.request_bytes,
+            "answer_bytes": self.answer_bytes,
+            "wait_s": self.wait_s.plain(),
+            "compute_s": self.compute_s.plain(),
+        }
+
+
+METRICS = (
+    Metric(
+        "draftmq_worker_replies_total", "counter", "Requests computed.", lambda s: one(s["replies"])
+    ),
+    Metric(
+        "draftmq_worker_failures_total",
+        "counter",
+        "Requests that ended without a result, by the reason.",
+        lambda s: [((code,), count) for code, count in sorted(s["failures"].items())],
+        ("code",),
+    ),
+    Metric(
+        "draftmq_worker_wait_seconds",
+        "histogram",
+        "From a request's arrival until the target is free for it.",
+        lambda s: one(s["wait_s"]),
+    ),
+    Metric(
+        "draftmq_worker_compute_seconds",
+        "histogram",
+        "Computing one request; the rate of its sum is the share of time that the target works.",
+        lambda s: one(s["compute_s"]),
+    ),
+    Metric(
+        "draftmq_worker_tokens_total",
+        "counter",
+        "Tokens (B*T) computed.",
+        lambda s: one(s["tokens"]),
+    ),
+    Metric(
+        "draftmq_worker_request_bytes_total",
+        "counter",
+        "Bytes of the requests.",
+        lambda s: one(s["request_bytes"]),
+    ),
+    Metric(
+        "draftmq_worker_answer_bytes_total",
+        "counter",
+        "Bytes of the answers.",
+        lambda s: one(s["answer_bytes"]),
+    ),
+    Metric(
+        "draftmq_worker_held",
+        "gauge",
+        "Requests here: computing, waiting, or answered while no broker can be reached.",
+        lambda s: one(s["held"]),
+    ),
+    Metric(
+        "draftmq_worker_computing",
+        "gauge",
+        "1 while the target works.",
+        lambda s: one(s["computing"]),
+    ),
+    Metric(
+        "draftmq_worker_draining",
+        "gauge",
+        "1 once the worker leaves.",
+        lambda s: one(s["draining"]),
+    ),
+    Metric(
+        "draftmq_worker_broker_attached",
+        "gauge",
+        "1 while this broker is attached.",
+        lambda s: [((e,), state == "ready") for e, state in s["brokers"].items()],
+        ("endpoint",),
+    ),
+)
