@@ -184,8 +184,8 @@ def _free_port() -> int:
 
 
 def test_a_channel_is_cut_50_times_in_one_run(scene: Scene) -> None:
-    worker = scene.worker("worker", "--backoff-s", 0.01)
-    trainer = scene.trainer()
+    worker = scene.worker("worker", "--backoff-s", 0.01, "--min-bytes", 1)
+    trainer = scene.trainer(shape=(1, 16))
     for cuts in range(50):
         trainer.until_direct(1)
         scene.cut()
