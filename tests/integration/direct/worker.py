@@ -15,7 +15,9 @@ import torch
 
 from broker.protocol.channel import ChannelConfig
 from worker.direct import gloo, rendezvous
+from worker.direct.backend import TransferError
 from worker.direct.config import DirectConfig
+from worker.direct.parts import parts
 from worker.service import Worker
 from worker.targets.stub import StubTarget
 
@@ -46,20 +48,27 @@ def strike_at(instant: str, transfer: int, how: str) -> None:
     class Struck(gloo.GlooBackend):
         def _send(self, seq: int, tensors: Any, limit: Any) -> None:
             reached(seq, "before_send")
+            if (seq, "mid_send") == (transfer, instant):
+                self._send_first_part(seq, tensors, limit)
+                reached(seq, "mid_send")
+                raise TransferError("stopped in mid-send, and continued")
             super()._send(seq, tensors, limit)
             reached(seq, "after_send")
 
-    def check(note: torch.Tensor, seq: int, number: int) -> None:
-        checked(note, seq, number)
-        if number == 0:  # the client has the first part, and waits for the second
-            reached(seq, "mid_send")
+        def _send_first_part(self, seq: int, tensors: Any, limit: Any) -> None:
+            """As the backend does it, until the client has the part and waits for the next."""
+            for piece in parts([tensor.numel() for tensor in tensors])[0]:
+                self._post_send(tensors[piece.tensor][piece.start : piece.stop])
+            trailer, ack = torch.tensor([seq, 0]), torch.zeros(2, dtype=torch.int64)
+            self._post_send(trailer)
+            self._post_receive(ack).wait(limit)
 
     def make(*arguments: Any) -> Any:
         reached(transfer, "connecting")
         return original(*arguments)
 
-    original, checked = rendezvous._make, gloo._check
-    rendezvous._make, gloo._check = make, check
+    original = rendezvous._make
+    rendezvous._make = make
     gloo.GlooBackend = Struck  # type: ignore[misc]
 
 
