@@ -14,9 +14,9 @@ from torch import Tensor
 from broker.logs import log
 from broker.protocol import messages as m
 from broker.protocol.channel import Announced, Channel, Open, Receive, Reject
+from broker.protocol.tensors import shaped
 from worker.direct.backend import Backend
 from worker.direct.config import DirectConfig, choose, host_id
-from worker.direct.parts import shaped
 from worker.direct.rendezvous import End, join
 from worker.direct.runner import Move, Runner
 
@@ -118,7 +118,8 @@ class Receiver:
 
         def run(backend: Backend) -> None:
             received = backend.receive(action.seq, sizes, self.config.channel.limit_s)
-            done(shaped(reply.manifest, received), "")
+            pairs = zip(reply.manifest, received, strict=True)
+            done({spec.name: shaped(octets, spec) for spec, octets in pairs}, "")
 
         return Move(action.epoch, run, lambda why: done(None, why))
 

@@ -13,6 +13,7 @@ import torch
 
 from broker.protocol.errors import LocalProtocolError
 from broker.protocol.limits import MIB
+from broker.protocol.memory import POOL
 from broker.protocol.messages import DTYPE_BYTES, TensorSpec
 from broker.protocol.wire import Buffer
 
@@ -21,7 +22,8 @@ from broker.protocol.wire import Buffer
 FRAME_BYTES = 1 * MIB
 
 _TORCH: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
-_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in _TORCH.items()}
+#: What travels, by its name in a manifest.
+NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in _TORCH.items()}
 
 
 def to_frames(
@@ -33,14 +35,14 @@ def to_frames(
     """
     manifest, payload = [], []
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
+        if tensor.dtype not in NAMES:
             raise LocalProtocolError(
                 f"tensor {name!r} has dtype {tensor.dtype}; what travels is {', '.join(_TORCH)}"
             )
         flat = tensor.detach().cpu().contiguous().view(-1)
         octets = memoryview(flat.view(torch.uint8).numpy().data)
         frames = [octets[at : at + frame_bytes] for at in range(0, octets.nbytes, frame_bytes)]
-        manifest.append(TensorSpec(name, _NAMES[tensor.dtype], tuple(tensor.shape), len(frames)))
+        manifest.append(TensorSpec(name, NAMES[tensor.dtype], tuple(tensor.shape), len(frames)))
         payload += frames
     return tuple(manifest), payload
 
@@ -57,10 +59,16 @@ def from_frames(
 
 
 def _tensor(spec: TensorSpec, frames: Sequence[Buffer]) -> torch.Tensor:
-    octets = torch.empty(spec.nbytes, dtype=torch.uint8)
-    into, at = octets.numpy(), 0
+    into, at = POOL.take(spec.nbytes), 0
     for frame in frames:
         part = np.frombuffer(frame, dtype=np.uint8)
         into[at : at + part.size] = part
         at += part.size
+    return shaped(torch.from_numpy(into), spec)
+
+
+def shaped(octets: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """Bytes, uint8 [nbytes], as the tensor that the manifest says they are."""
+    if not spec.nbytes:
+        return torch.empty(spec.shape, dtype=_TORCH[spec.dtype], device=octets.device)
     return octets.view(_TORCH[spec.dtype]).view(spec.shape)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroupGloo
 
+from broker.protocol.memory import POOL
 from worker.direct.backend import CLIENT, WORKER, TransferError, plain
 from worker.direct.pair import PairStore
 from worker.direct.parts import parts
@@ -53,7 +54,7 @@ class GlooBackend:
             raise TransferError(plain(error)) from error
 
     def receive(self, seq: int, sizes: Sequence[int], limit_s: float) -> list[Tensor]:
-        tensors = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        tensors = [torch.from_numpy(POOL.take(size)) for size in sizes]
         try:
             self._receive(seq, tensors, timedelta(seconds=limit_s))
         except (RuntimeError, TransferError) as error:

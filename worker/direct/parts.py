@@ -10,6 +10,7 @@ from torch import Tensor
 
 from broker.protocol import messages as m
 from broker.protocol.limits import MIB
+from broker.protocol.tensors import NAMES
 
 #: A part is what is waited for at once, with the channel's limit: 16 MiB in 5 s is a slow network.
 PART_BYTES = 16 * MIB
@@ -49,17 +50,6 @@ def octets(tensor: Tensor) -> Tensor:
 def specs(tensors: Mapping[str, Tensor]) -> tuple[m.TensorSpec, ...]:
     """The manifest of a direct transfer. Raises ``KeyError`` for a dtype that does not travel."""
     return tuple(
-        m.TensorSpec(name, _NAMES[tensor.dtype], tuple(tensor.shape), 0)
+        m.TensorSpec(name, NAMES[tensor.dtype], tuple(tensor.shape), 0)
         for name, tensor in tensors.items()
     )
-
-
-def shaped(manifest: Sequence[m.TensorSpec], received: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Received bytes as the tensors that the manifest says they are."""
-    return {
-        spec.name: flat.view(getattr(torch, spec.dtype)).view(spec.shape)
-        for spec, flat in zip(manifest, received, strict=True)
-    }
-
-
-_NAMES = {getattr(torch, name): name for name in m.DTYPE_BYTES}

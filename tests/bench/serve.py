@@ -1,0 +1,44 @@
+"""The worker process of transfer benchmarks: for each size a model whose embeddings have it.
+
+``python -m tests.bench.serve BROKER MODE MIB...`` Nothing is computed: what is measured is the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from types import SimpleNamespace
+
+import torch
+
+from worker.direct.config import DirectConfig
+from worker.service import Worker
+from worker.targets.stub import StubTarget
+
+
+class Ready(StubTarget):
+    """Has a weight of ``mib`` MiB at hand."""
+
+    def __init__(self, mib: int) -> None:
+        super().__init__(name=f"{mib}MiB")
+        self._weight = torch.randn(mib << 8, 1024)
+
+    def get_input_embeddings(self) -> SimpleNamespace:
+        return SimpleNamespace(weight=self._weight)
+
+
+def main(broker: str, mode: str, *sizes: str) -> None:
+    torch.set_num_threads(1)
+    leaving = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: leaving.set())
+    with contextlib.ExitStack() as stack:
+        for mib in sizes:
+            target, direct = Ready(int(mib)), DirectConfig(mode=mode)
+            stack.enter_context(Worker(target, broker, name=f"{mode}-{mib}", direct=direct))
+        leaving.wait()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

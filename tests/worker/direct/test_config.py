@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+
+from broker.protocol.channel import Channel, Failed, Open
+from worker.direct.config import DirectConfig, choose, split_address
+
+LOCAL, REMOTE = ["tcp://127.0.0.1:5556"], ["tcp://10.1.2.3:5556"]
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "brokers", "backends", "why"),
+    [
+        ({}, "cpu", LOCAL, ("gloo",), "brokers on this machine"),
+        ({}, "cpu", ["ipc:///tmp/x", "tcp://[::1]:1", "tcp://localhost:2"], ("gloo",), "machine"),
+        ({}, "cpu", REMOTE, (), "--direct-address auto, or an address, allows it"),
+        ({}, "cpu", [*LOCAL, *REMOTE], (), "the broker at 10.1.2.3 is on a network"),
+        ({"address": "10.1.2.9"}, "cpu", REMOTE, ("gloo",), "--direct-address 10.1.2.9"),
+        ({"mode": "off"}, "cpu", LOCAL, (), "--direct off"),
+        ({"mode": "gloo"}, "cuda:0", LOCAL, ("gloo",), "--direct gloo"),
+        ({"mode": "nccl"}, "cpu", LOCAL, (), "--direct nccl cannot move tensors on cpu"),
+        ({"mode": "ipc"}, "cuda:1", LOCAL, ("ipc",), "--direct ipc"),
+    ],
+)
+def test_the_choice_says_why(
+    config: dict, device: str, brokers: list[str], backends: tuple[str, ...], why: str
+) -> None:
+    choice = choose(DirectConfig(**config), device, brokers)
+    assert choice.backends == backends
+    assert why in choice.why
+    assert str(choice).startswith(",".join(backends) or "off")
+
+
+def test_a_gpu_comes_first_and_gloo_last() -> None:
+    backends = choose(DirectConfig(), "cuda", LOCAL).backends
+    assert (backends[0], backends[-1]) == ("ipc", "gloo")
+
+
+def test_auto_takes_the_interface_that_reaches_the_broker() -> None:
+    choice = choose(DirectConfig(address="auto"), "cpu", ["tcp://127.0.0.1:1", "tcp://127.0.0.9:2"])
+    assert choice.address == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"mode": "rdma"}, "direct must be one of auto, ipc, nccl, gloo, off, got 'rdma'"),
+        ({"ports": (9, 3)}, "FIRST-LAST within 0-65535, got 9-3"),
+        ({"ports": (1, 70000)}, "got 1-70000"),
+        ({"min_bytes": 0}, "min_bytes must be above 0, got 0"),
+        ({"advertise": "host:port"}, "'host:port' is no HOST or HOST:PORT"),
+        ({"advertise": ":90"}, "is no HOST or HOST:PORT"),
+    ],
+)
+def test_settings_that_cannot_be_are_errors(settings: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        DirectConfig(**settings)
+
+
+def test_addresses_are_read_in_all_forms() -> None:
+    assert split_address("gpu-7") == ("gpu-7", 0)
+    assert split_address("10.0.0.7:9000") == ("10.0.0.7", 9000)
+    assert split_address("[fe80::1]:9000") == ("fe80::1", 9000)
+
+
+def test_the_summary_counts_channels_and_says_what_ails_them() -> None:
+    channels = [Channel("a"), Channel("b")]
+    channels[1].handle(Open(1), 0.0)
+    channels[1].handle(Failed(1, "connection refused"), 0.0)
+    choice = choose(DirectConfig(), "cpu", LOCAL)
+    assert choice.summary(channels) == f"{choice}; 1 broken; 1 idle; connection refused"

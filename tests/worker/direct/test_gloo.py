@@ -1,0 +1,114 @@
+"""A backend's promises, with Gloo; the GPU's backends are held to the same in tests/gpu."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from broker.protocol.messages import DTYPE_BYTES, TensorSpec
+from broker.protocol.tensors import shaped
+from tests.worker.direct.pairs import both, pair
+from worker.direct import gloo
+from worker.direct.backend import TransferError
+from worker.direct.parts import PART_BYTES, octets, specs
+
+
+def tensors_of_all_kinds() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 2, (3, 5, 8), generator=draw)
+    made = {name: bits.to(getattr(torch, name)) for name in DTYPE_BYTES}
+    strided = torch.arange(24.0).view(4, 6).T
+    return made | {"empty": torch.empty(0, 4), "scalar": torch.tensor(7), "strided": strided}
+
+
+def test_every_dtype_and_shape_arrives_as_it_was() -> None:
+    sent = tensors_of_all_kinds()
+    manifest = specs(sent)
+    with pair() as (worker, client):
+        flat = [octets(tensor) for tensor in sent.values()]
+        sizes = [spec.nbytes for spec in manifest]
+        _, got = both(lambda: worker.send(0, flat, 5.0), lambda: client.receive(0, sizes, 5.0))
+    for spec, flat, (name, tensor) in zip(manifest, got, sent.items(), strict=True):
+        received = shaped(flat, spec)
+        assert (spec.name, received.dtype) == (name, tensor.dtype)
+        assert torch.equal(received, tensor)
+
+
+def test_many_transfers_in_several_parts() -> None:
+    sizes = [PART_BYTES + 7, 0, 3 * PART_BYTES, 5]
+    with pair() as (worker, client):
+        for seq in range(4):
+            sent = [torch.full((size,), seq, dtype=torch.uint8) for size in sizes]
+            send = lambda seq=seq, sent=sent: worker.send(seq, sent, 5.0)  # noqa: E731
+            _, got = both(send, lambda seq=seq: client.receive(seq, sizes, 5.0))
+            assert all(torch.equal(a, b) for a, b in zip(sent, got, strict=True))
+
+
+def test_ends_that_are_out_of_step_notice() -> None:
+    sent = [torch.ones(100, dtype=torch.uint8)]
+    with pair() as (worker, client):
+        sending = threading.Thread(target=lambda: _suppressed(lambda: worker.send(4, sent, 1.0)))
+        sending.start()
+        with pytest.raises(TransferError, match=r"part \(5, 0\) was expected, \(4, 0\) came"):
+            client.receive(5, [100], 1.0)
+        sending.join()
+
+
+def _suppressed(call: object) -> None:
+    with pytest.raises(TransferError):
+        call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("side", ["send", "receive"])
+def test_a_peer_that_does_nothing_is_waited_for_no_longer_than_the_limit(side: str) -> None:
+    with pair() as (worker, client):
+        calls = {
+            "send": lambda: worker.send(0, [torch.ones(8, dtype=torch.uint8)], 0.2),
+            "receive": lambda: client.receive(0, [8], 0.2),
+        }
+        with pytest.raises(TransferError, match=r"(?i)timed out"):
+            calls[side]()
+
+
+@pytest.mark.parametrize("interrupter", ["itself", "its peer"])
+def test_a_waiter_is_freed_at_once(interrupter: str) -> None:
+    with pair() as (worker, client):
+        failed = threading.Event()
+
+        def wait() -> None:
+            _suppressed(lambda: client.receive(0, [1 << 20], 60.0))
+            failed.set()
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        (client if interrupter == "itself" else worker).interrupt()
+        assert failed.wait(10.0)
+        waiting.join()
+
+
+def test_a_peer_that_left_is_known_without_a_transfer() -> None:
+    with pair() as (worker, client):
+        assert not worker.gone
+        client.close()
+        for _ in range(1000):
+            if worker.gone:
+                break
+        assert worker.gone
+
+
+def test_tags_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gloo, "_NEVER", 11)
+    with pair() as (worker, client):
+        for seq in range(10):
+            sent = [torch.full((9,), seq, dtype=torch.uint8)]
+            send = lambda seq=seq, sent=sent: worker.send(seq, sent, 5.0)  # noqa: E731
+            _, got = both(send, lambda seq=seq: client.receive(seq, [9], 5.0))
+            assert torch.equal(got[0], sent[0])
+
+
+def test_a_dtype_that_does_not_travel_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        specs({"complex": torch.zeros(2, dtype=torch.complex64)})
+    assert specs({"a": torch.zeros(2, 3)}) == (TensorSpec("a", "float32", (2, 3), 0),)
