@@ -21,6 +21,9 @@ _SLICE_S = 0.05
 #: What a gracefully cut connection has to take the peers' last bytes and close.
 _FIN_S = 0.5
 
+#: Chunks under way, each with the time when it may go out.
+Queue = asyncio.Queue[tuple[float, bytes]]
+
 
 class Weather(Protocol):
     """What a connection asks of the proxy, each for one of its two ways."""
@@ -77,8 +80,13 @@ class Connection:
 
         Raises ``OSError`` or ``TimeoutError`` when the upstream cannot be reached.
         """
+        connecting = asyncio.create_task(connect(host, port))
         try:
-            upstream = await connect(host, port)
+            await asyncio.wait((connecting, self._over), return_when=asyncio.FIRST_COMPLETED)
+            if self._over.done() and not connecting.done():
+                connecting.cancel()
+                return close(self._client, self._over.result())
+            upstream = connecting.result()
         except BaseException:
             close(self._client, How.RST)
             raise
@@ -95,9 +103,9 @@ class Connection:
     async def _copy(self) -> None:
         tasks = []
         for way in self._ends:
-            queue = asyncio.Queue[tuple[float, bytes]](_CHUNKS)
-            tasks.append(asyncio.create_task(self._guarded(self._read(way, queue))))
-            tasks.append(asyncio.create_task(self._guarded(self._write(way, queue))))
+            queue: Queue = asyncio.Queue(_CHUNKS)
+            tasks.append(asyncio.create_task(self._guarded(self._read, way, queue)))
+            tasks.append(asyncio.create_task(self._guarded(self._write, way, queue)))
         how = How.RST
         try:
             how = await self._over
@@ -110,13 +118,15 @@ class Connection:
             for end in self._ends[Direction.UP]:
                 close(end, how)
 
-    async def _guarded(self, pump: Awaitable[None]) -> None:
+    async def _guarded(
+        self, pump: Callable[[Direction, Queue], Awaitable[None]], way: Direction, queue: Queue
+    ) -> None:
         try:
-            await pump
+            await pump(way, queue)
         except OSError:  # a peer reset its end; the other learns it the same way
             self.cut(How.RST)
 
-    async def _read(self, way: Direction, queue: asyncio.Queue[tuple[float, bytes]]) -> None:
+    async def _read(self, way: Direction, queue: Queue) -> None:
         loop, source = asyncio.get_running_loop(), self._ends[way][0]
         due = 0.0
         while True:
@@ -126,7 +136,7 @@ class Connection:
             if not chunk:
                 return
 
-    async def _write(self, way: Direction, queue: asyncio.Queue[tuple[float, bytes]]) -> None:
+    async def _write(self, way: Direction, queue: Queue) -> None:
         loop = asyncio.get_running_loop()
         while True:
             due, chunk = await queue.get()

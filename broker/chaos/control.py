@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable
+from types import NoneType
 from typing import Any
 
 import waitress
@@ -77,7 +78,7 @@ class Control:
 
     def _inject(self, said: dict[str, Any]) -> dict[str, Any]:
         connection = said.pop("connection", None)
-        if connection is not None and not isinstance(connection, int):
+        if isinstance(connection, bool) or not isinstance(connection, (int, NoneType)):
             raise ChaosError(f"'connection' is {connection!r}; it must be a number from /status")
         return {"struck": self._proxy.inject(read_fault(said), connection)}
 

@@ -75,9 +75,9 @@ class Bench:
         proxy = ChaosProxy("tcp://127.0.0.1:0", self.echo.endpoint, rules=rules, seed=seed)
         return self._stack.enter_context(proxy)
 
-    def client(self, proxy: ChaosProxy, endpoint: str = "") -> socket.socket:
-        address = parse_endpoint(endpoint or proxy.endpoint)
-        client = socket.create_connection(address, timeout=PATIENCE_S)
+    def client(self, where: ChaosProxy | str) -> socket.socket:
+        endpoint = where if isinstance(where, str) else where.endpoint
+        client = socket.create_connection(parse_endpoint(endpoint), timeout=PATIENCE_S)
         return self._stack.enter_context(contextlib.closing(client))
 
     def talking(self, proxy: ChaosProxy) -> socket.socket:

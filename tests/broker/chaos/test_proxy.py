@@ -183,7 +183,7 @@ def test_an_upstream_that_is_not_there_is_counted_and_waited_for(bench: Bench) -
 def test_two_pairs_in_one_proxy_and_a_rule_for_one(bench: Bench) -> None:
     ends = [bench.echo.endpoint] * 2
     with ChaosProxy(["tcp://127.0.0.1:0"] * 2, ends) as proxy:
-        first, second = (bench.client(proxy, endpoint) for endpoint in proxy.endpoints)
+        first, second = (bench.client(endpoint) for endpoint in proxy.endpoints)
         assert ask(first, b"1") + ask(second, b"2") == b"12"
         assert proxy.cut(how=How.FIN, pair=2) == 1
         assert second.recv(1) == b""
