@@ -77,6 +77,9 @@ class Answerer:
         began = time.perf_counter()
         try:
             packet.verify()
+        except RemoteProtocolError as error:
+            return _failure(request, "damaged", error)
+        try:
             info, tensors = self._serve(request, packet)
             manifest, payload = to_frames(tensors)
             reply = m.Reply(
