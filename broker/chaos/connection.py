@@ -85,7 +85,8 @@ class Connection:
             await asyncio.wait((connecting, self._over), return_when=asyncio.FIRST_COMPLETED)
             if self._over.done() and not connecting.done():
                 connecting.cancel()
-                return close(self._client, self._over.result())
+                close(self._client, self._over.result())
+                return
             upstream = connecting.result()
         except BaseException:
             close(self._client, How.RST)

@@ -85,7 +85,7 @@ def cluster() -> Iterator[Cluster]:
         {"kind": "stall", "for": 0.8},
         {"kind": "blackhole", "for": 0.8},
         {"kind": "delay", "delay_s": 0.05, "for": 0.5},
-        {"kind": "throttle", "bytes_per_s": 200_000, "for": 0.5},
+        {"kind": "throttle", "bytes_per_s": 1_000_000, "for": 0.5},
     ],
     ids=lambda said: "-".join(str(value) for value in said.values()),
 )
