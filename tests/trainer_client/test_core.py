@@ -239,6 +239,26 @@ def test_a_request_that_was_damaged_on_its_way_is_sent_again() -> None:
     assert rig.core.counters["damaged"] == 1
 
 
+def test_a_socket_that_never_connects_is_opened_anew() -> None:
+    rig = Rig()
+    rig.pass_time(4.5)
+    assert rig.reopened == []
+    rig.pass_time(6)
+    assert rig.reopened == [A, A]
+
+
+def test_a_connection_that_ends_before_its_handshake_is_opened_anew_at_once() -> None:
+    rig = Rig()
+    rig.handle(Disconnected(A))
+    rig.handle(Disconnected(A))
+    rig.pass_time(0.5)
+    assert rig.reopened == [A]
+    rig.welcome()
+    assert rig.core.links[A].ready
+    rig.pass_time(4, A)
+    assert rig.reopened == [A]
+
+
 def test_a_damaged_reply_counts_as_lost() -> None:
     rig = Rig()
     rig.welcome()

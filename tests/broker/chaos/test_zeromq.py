@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -30,9 +31,9 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
 def test_a_dealer_comes_back_after_each_cut(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     with context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as dealer:
         port = router.bind_to_random_port("tcp://127.0.0.1")
-        for socket in (router, dealer):
-            socket.linger = 0
-            socket.rcvtimeo = 10_000
+        for peer in (router, dealer):
+            peer.linger = 0
+            peer.rcvtimeo = 10_000
         dealer.reconnect_ivl = 10
         with ChaosProxy(upstream=f"tcp://127.0.0.1:{port}") as proxy:
             dealer.connect(proxy.endpoint)
@@ -97,6 +98,22 @@ def test_requests_are_answered_through_a_fault(
     for pending in [cluster.ask() for _ in range(4)]:
         cluster.expect(pending)
     assert sum(cluster.proxy.snapshot()["injected"].values()) > 0
+
+
+def test_a_handshake_that_was_damaged_is_begun_again() -> None:
+    """A greeting with a flipped bit looks like ZMTP 1: libzmq then waits for ever, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        client = Client([f"tcp://127.0.0.1:{port}"])
+        stranger, _ = listener.accept()
+        stranger.sendall(b"\x01\x00")
+    with contextlib.closing(client), contextlib.closing(stranger):
+        pending = client.submit("model_info", timeout_s=PATIENCE_S)
+        with (
+            Broker(clients=f"tcp://127.0.0.1:{port}") as broker,
+            Worker(StubTarget(), broker.worker_endpoint),
+        ):
+            assert pending.result(PATIENCE_S)
 
 
 def test_peers_wait_out_a_proxy_that_refuses(cluster: Cluster) -> None:
