@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import click
@@ -27,15 +27,22 @@ _MAX_STALL_S = 30.0
 @click.option("--cuts", type=int, default=0, help="Only cut connections, so often, in one round.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("build/chaos.json"))
 def main(minutes: float, seed: int, cuts: int, output: Path) -> None:
-    """Train a draft under faults, and see that it is the draft of an undisturbed run."""
-    with tempfile.TemporaryDirectory() as directory:
-        run = Run(Path(directory), seed, cuts * _STEPS_A_CUT or _ROUND_STEPS)
-        try:
-            run.prepare()
-            run.cuts(cuts, _CUT_EVERY_S) if cuts else run.chaos(60 * minutes)
-            result = run.finish()
-        finally:
-            run.cluster.close()
+    """Train a draft under faults, and see that it is the draft of an undisturbed run.
+
+    Logs, checkpoints and drafts stay in the directory ``chaos`` beside the output.
+    """
+    directory = output.parent / "chaos"
+    shutil.rmtree(directory, ignore_errors=True)
+    run = Run(directory, seed, cuts * _STEPS_A_CUT or _ROUND_STEPS)
+    try:
+        run.prepare()
+        if cuts:
+            run.cuts(cuts, _CUT_EVERY_S)
+        else:
+            run.chaos(60 * minutes)
+        result = run.finish()
+    finally:
+        run.cluster.close()
     limit_s = _MAX_CUT_STALL_S if cuts else _MAX_STALL_S
     if result.longest_stall_s > limit_s:
         result.broken.append(f"a stall of {result.longest_stall_s:.2f} s, allowed are {limit_s} s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.chaos.proxy import ChaosProxy
+from broker.logs import _Formatter as LogFormatter
 from trainer_client.demo import Processes
 from worker.targets.embedded import heldout
 
@@ -79,6 +81,11 @@ class Cluster:
         self._stack = contextlib.ExitStack()
         logs = directory / "logs"
         logs.mkdir(parents=True)
+        proxy_log = logging.FileHandler(logs / "proxy.log")
+        proxy_log.setFormatter(LogFormatter("logfmt"))
+        logging.getLogger("draftmq.chaos").addHandler(proxy_log)
+        logging.getLogger("draftmq.chaos").setLevel("INFO")
+        self._stack.callback(logging.getLogger("draftmq.chaos").removeHandler, proxy_log)
         self._processes = self._stack.enter_context(Processes(logs))
         self.data = directory / "data.txt"
         self.data.write_text(heldout()[:60_000])

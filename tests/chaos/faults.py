@@ -90,6 +90,19 @@ def _stop(cluster: Cluster, process: Process | None, seconds: float) -> bool:
     return True
 
 
+def _limit(process: Process, kind: int, limit: int) -> Callable[[], None]:
+    """Set a soft resource limit of a process; what lifts it again."""
+    pid = process.child.pid
+    before = resource.prlimit(pid, kind)
+    resource.prlimit(pid, kind, (limit, before[1]))
+
+    def lift() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(pid, kind, before)
+
+    return lift
+
+
 def _worker(cluster: Cluster, luck: Random) -> Process | None:
     """One of the workers, unless one of them is away already."""
     if any(name in cluster.claimed for name in cluster.workers):
@@ -158,7 +171,7 @@ def _disk_full(cluster: Cluster, luck: Random) -> bool:
     trainer = cluster.trainer
     if trainer is None or not cluster.stepping or not _free(cluster, trainer, 8.0):
         return False
-    resource.prlimit(trainer.child.pid, resource.RLIMIT_FSIZE, (1 << 20, -1))
+    _limit(trainer, resource.RLIMIT_FSIZE, 1 << 20)
     trainer.may_end |= {1}
     trainer.wants = "cannot write the checkpoint"
     return True
@@ -170,21 +183,14 @@ def _no_file_descriptors(cluster: Cluster, luck: Random) -> bool:
     broker = cluster.broker
     if broker is None or not _free(cluster, broker, 3.0):
         return False
-    limit = broker.n_files() + 4
-    resource.prlimit(broker.child.pid, resource.RLIMIT_NOFILE, (limit, 65536))
+    lift = _limit(broker, resource.RLIMIT_NOFILE, broker.n_files() + 4)
     crowd = contextlib.ExitStack()
     address = parse_endpoint(cluster.proxy.endpoints[CLIENTS - 1])
     for _ in range(12):
         crowd.enter_context(socket.create_connection(address))
     cluster.proxy.inject(read_fault({"kind": "cut", "connections": "one", "pair": 2}))
-    pid = broker.child.pid
-
-    def restore() -> None:
-        crowd.close()
-        with contextlib.suppress(ProcessLookupError):
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (65536, 65536))
-
-    cluster.later(1.5, restore)
+    cluster.later(1.5, crowd.close)
+    cluster.later(1.5, lift)
     return True
 
 

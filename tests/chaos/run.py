@@ -42,7 +42,7 @@ class Steps:
         size = metrics.stat().st_size if metrics.exists() else 0
         if size != self._size:
             self._size = size
-            steps = metrics.read_bytes().count(b"\n")
+            steps = metrics.read_bytes().count(b"\n") if size else 0
             if steps > self._steps and self._seen_at is not None:
                 self.gaps_s.append(now - self._seen_at)
             self._steps, self._seen_at = steps, now
@@ -87,6 +87,7 @@ class Run:
         self.directory = directory
         self.result = Result()
         self.steps = Steps()
+        self.hung = False
         self._status_at = 0.0
 
     def prepare(self) -> None:
@@ -121,7 +122,7 @@ class Run:
                 name = network_fault(self.cluster, self.luck)
             self.result.faults[name] += bool(name)
 
-        while time.monotonic() < began + seconds:
+        while time.monotonic() < began + seconds and not self.hung:
             self.compared(strike)
         self.result.seconds = time.monotonic() - began
 
@@ -146,7 +147,12 @@ class Run:
     def compared(self, strike: Callable[[], None]) -> None:
         """A round whose weights must be those of the undisturbed one."""
         self.result.rounds += 1
-        self.round(f"round{self.result.rounds}", strike)
+        try:
+            self.round(f"round{self.result.rounds}", strike)
+        except TimeoutError as error:
+            self._broken(str(error))
+            self.hung = True
+            return
         if weights(self.cluster.output) != self.wanted:
             self.result.weights_identical = False
             self._broken(f"round {self.result.rounds} trained other weights")
@@ -159,10 +165,9 @@ class Run:
         self.steps.interrupted()
         while not self._trained():
             if time.monotonic() > end:
-                raise TimeoutError(f"{name} hangs: {cluster.broken} {cluster.status()}")
-            cluster.stepping = 0 < self.steps.look(
-                cluster.output / "metrics.jsonl", time.monotonic()
-            )
+                raise TimeoutError(f"{name} has hung: {cluster.status()}")
+            seen = self.steps.look(cluster.output / "metrics.jsonl", time.monotonic())
+            cluster.stepping = seen > 0
             strike()
             self._turn()
         cluster.finish_round()
@@ -174,7 +179,10 @@ class Run:
         end = time.monotonic() + 60
         while not cluster.settled and time.monotonic() < end:
             self._turn()
-        cluster.wait_for_workers(N_WORKERS)
+        try:
+            cluster.wait_for_workers(N_WORKERS)
+        except TimeoutError as error:
+            self._broken(f"after all faults were healed, {error}")
         self._measure_leaks()
         result.counters = self._counters()
         result.longest_stall_s = max(0.0, self.steps.longest_stall_s - result.median_step_s)
@@ -252,5 +260,9 @@ def weights(output: Path) -> str:
 
 def as_json(result: Result, **more: Any) -> dict[str, Any]:
     """The result as ``build/chaos.json`` has it."""
-    shown = {name: value for name, value in vars(result).items()}
-    return {**more, **shown, "n_faults": sum(result.faults.values()), "holds": not result.broken}
+    return {
+        **more,
+        **vars(result),
+        "n_faults": sum(result.faults.values()),
+        "holds": not result.broken,
+    }
