@@ -29,9 +29,9 @@ _MAX_STALL_S = 30.0
 def main(minutes: float, seed: int, cuts: int, output: Path) -> None:
     """Train a draft under faults, and see that it is the draft of an undisturbed run.
 
-    Logs, checkpoints and drafts stay in the directory ``chaos`` beside the output.
+    Logs, checkpoints and drafts stay in a directory beside the output, with its name.
     """
-    directory = output.parent / "chaos"
+    directory = output.with_suffix("")
     shutil.rmtree(directory, ignore_errors=True)
     run = Run(directory, seed, cuts * _STEPS_A_CUT or _ROUND_STEPS)
     try:

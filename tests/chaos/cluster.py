@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from broker.chaos.proxy import ChaosProxy
-from broker.logs import _Formatter as LogFormatter
 from trainer_client.demo import Processes
 from worker.targets.embedded import heldout
 
@@ -82,10 +81,12 @@ class Cluster:
         logs = directory / "logs"
         logs.mkdir(parents=True)
         proxy_log = logging.FileHandler(logs / "proxy.log")
-        proxy_log.setFormatter(LogFormatter("logfmt"))
-        logging.getLogger("draftmq.chaos").addHandler(proxy_log)
-        logging.getLogger("draftmq.chaos").setLevel("INFO")
-        self._stack.callback(logging.getLogger("draftmq.chaos").removeHandler, proxy_log)
+        proxy_log.setFormatter(logging.Formatter("%(asctime)s %(message)s %(fields)s"))
+        logger = logging.getLogger("draftmq.chaos")
+        logger.addHandler(proxy_log)
+        logger.setLevel("INFO")
+        self._stack.callback(logger.removeHandler, proxy_log)
+        self._stack.callback(proxy_log.close)
         self._processes = self._stack.enter_context(Processes(logs))
         self.data = directory / "data.txt"
         self.data.write_text(heldout()[:60_000])
