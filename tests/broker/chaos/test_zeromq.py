@@ -101,7 +101,7 @@ def test_requests_are_answered_through_a_fault(
 
 
 def test_a_handshake_that_was_damaged_is_begun_again() -> None:
-    """A greeting with a flipped bit looks like ZMTP 1: libzmq then waits for ever, and says nothing."""
+    """A greeting with a flipped bit looks like ZMTP 1: libzmq then waits for ever."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         client = Client([f"tcp://127.0.0.1:{port}"])
