@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterable
@@ -14,6 +15,7 @@ from broker.chaos.events import Action, Flip, Swallow, Truncate
 from broker.chaos.faults import Direction, How
 from broker.chaos.plan import Conditions
 
+_logger = logging.getLogger("draftmq.chaos")
 #: Read at once; and how many such chunks may be under way when they are delayed (4 MiB).
 _CHUNK_BYTES, _CHUNKS = 1 << 16, 64
 #: A throttled way sends what it may in so much time, then waits.
@@ -92,7 +94,8 @@ class Connection:
             close(self._client, How.RST)
             raise
         for end in (self._client, upstream):
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):  # it is gone already, as reading will tell
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._ends = {
             Direction.UP: (self._client, upstream),
             Direction.DOWN: (upstream, self._client),
@@ -125,6 +128,9 @@ class Connection:
         try:
             await pump(way, queue)
         except OSError:  # a peer reset its end; the other learns it the same way
+            self.cut(How.RST)
+        except Exception:
+            _logger.exception("connection_failed")
             self.cut(How.RST)
 
     async def _read(self, way: Direction, queue: Queue) -> None:

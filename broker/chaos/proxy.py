@@ -83,6 +83,8 @@ class ChaosProxy:
         self._numbers = itertools.count(1)
         self._connections: dict[int, tuple[Connection, dict[str, Any]]] = {}
         self._listeners: list[socket.socket] = []
+        #: where peers connect, one for each pair
+        self.endpoints: list[str] = []
         self._loop = asyncio.new_event_loop()
         self._thread: threading.Thread | None = None
 
@@ -96,6 +98,7 @@ class ChaosProxy:
         except ChaosError:
             self._close()
             raise
+        self.endpoints = [endpoint_of(listener) for listener in self._listeners]
         self._plan = ChaosPlan(self._rules, self._seed, self._loop.time())
         self._stopping: asyncio.Future[None] = self._loop.create_future()
         self._changed = asyncio.Event()
@@ -126,10 +129,9 @@ class ChaosProxy:
         """Where peers connect, of the first pair."""
         return self.endpoints[0]
 
-    @property
-    def endpoints(self) -> list[str]:
-        """Where peers connect, one for each pair."""
-        return [endpoint_of(listener) for listener in self._listeners]
+    def __repr__(self) -> str:
+        injected = sum(self._plan.injected.values()) if self._thread else 0
+        return f"<ChaosProxy connections={len(self._connections)} injected={injected}>"
 
     # -- faults, from any thread ------------------------------------------------------------------
 
