@@ -17,7 +17,7 @@ from broker.chaos.plan import Conditions
 
 _logger = logging.getLogger("draftmq.chaos")
 #: Read at once; and how many such chunks may be under way when they are delayed (4 MiB).
-_CHUNK_BYTES, _CHUNKS = 1 << 16, 64
+_CHUNK_BYTES, _CHUNKS = 1 << 18, 16
 #: A throttled way sends what it may in so much time, then waits.
 _SLICE_S = 0.05
 #: What a gracefully cut connection has to take the peers' last bytes and close.
