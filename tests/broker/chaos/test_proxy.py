@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import time
@@ -201,13 +202,8 @@ def test_the_same_seed_corrupts_the_same_bits(bench: Bench) -> None:
 def test_many_connections_that_come_and_go_leave_nothing_behind(bench: Bench) -> None:
     proxy = bench.proxy({"kind": "cut", "every": 0.01, "connections": "one"})
     for _ in range(200):
-        client = bench.client(proxy)
-        try:
+        with contextlib.suppress(OSError), contextlib.closing(bench.client(proxy)) as client:
             ask(client, b"x" * 100)
-        except OSError:
-            continue
-        finally:
-            client.close()
     eventually(lambda: not proxy.snapshot()["connections"])
     assert proxy.snapshot()["counters"]["accepted"] == 200
     assert not proxy._plan.connections
