@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+MINUTES ?= 10
+SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check test-engines clean
+.PHONY: help venv demo test check chaos test-engines clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed 's/:.*## /\t/' | column -ts '	'
@@ -28,6 +30,10 @@ check: venv ## Lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+chaos: venv ## Train a draft through ten minutes of faults, then through 500 cut connections
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED)
+	$(BIN)/python -m tests.chaos --cuts 500 --seed $(SEED) --output build/chaos-cuts.json
 
 test-engines: venv ## Load an exported draft in speculators and vLLM (an environment of its own)
 	tests/engines/run.sh

@@ -17,6 +17,7 @@ import click
 
 _COMMANDS = {
     "broker": "broker.cli:broker",
+    "chaos": "broker.chaos.cli:chaos",
     "demo": "trainer_client.demo:demo",
     "eval": "trainer_client.commands:evaluate",
     "export": "trainer_client.commands:export",

@@ -387,7 +387,11 @@ class ClientCore:
         self.waiting.move_to_end(asked, last=False)
 
     def _failed(self, link: Link, ticket: _Ticket, failure: m.Failure, now: float) -> None:
-        if failure.code != "over_window":
+        if failure.code == "damaged":
+            self.counters["damaged"] += 1
+            ticket.story.append(f"the request was damaged on its way: {failure.text}")
+            ticket.resend_at = now
+        elif failure.code != "over_window":
             self._fail(failure.id, failure.code, failure.text)
         elif ticket.endpoint == link.endpoint:
             ticket.story.append(f"broker {link.broker}: {failure.text}")

@@ -86,6 +86,9 @@ class Answerer:
         began = time.perf_counter()
         try:
             packet.verify()
+        except RemoteProtocolError as error:
+            return _failure(request, "damaged", error)
+        try:
             info, tensors = self._serve(request, packet)
             plan = self._sender.plan(request, tensors) if self._sender else Plan()
             if plan.transfer is None:

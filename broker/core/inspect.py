@@ -35,11 +35,15 @@ def validate(core: BrokerCore) -> None:
         places = {
             "running": bool(entry.workers),
             "without a pool": request_id in core.poolless,
+            "suspected": request_id in core.suspected,
             "without its mapping": request_id in core.mappingless.get(entry.request.mapping_id, {}),
             "queued": entry in queue,
         }
         assert sum(places.values()) == 1, f"{entry} is in these places: {places}"
         assert all(request_id in core.workers[worker].running for worker in entry.workers)
+    assert {id_ for id_, e in core.entries.items() if e.suspects} <= set(core.bereft)
+    assert core.bereft.items() <= core.entries.items()
+    assert core.suspected.keys() <= core.bereft.keys()
     core.mappings.validate()
     core.answers.validate()
 

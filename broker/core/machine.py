@@ -16,7 +16,7 @@ from broker.core.config import BrokerConfig
 from broker.core.events import Action, BadBytes, ConnectionLost, Event, Log, Received, Send, Side
 from broker.core.measures import Measures
 from broker.core.schedule import choose_worker, expected_finish, learn_speed
-from broker.core.state import ClientSession, Entry, PacketStore, Pool, WorkerSession
+from broker.core.state import Blame, ClientSession, Entry, PacketStore, Pool, WorkerSession
 from broker.protocol import Packet, encode, mapping_id
 from broker.protocol import messages as m
 
@@ -39,6 +39,10 @@ class BrokerCore:
         self.entries: dict[m.RequestId, Entry] = {}
         #: requests that no pool can take yet, in order of arrival
         self.poolless: dict[m.RequestId, Entry] = {}
+        #: requests that have lost a worker which may come back
+        self.bereft: dict[m.RequestId, Entry] = {}
+        #: requests that may have taken down too many workers -> when these had time to return
+        self.suspected: dict[m.RequestId, float] = {}
         #: mapping -> requests that wait for its content
         self.mappingless: dict[str, dict[m.RequestId, Entry]] = {}
         self.mappings: PacketStore[str] = PacketStore(self.config.held_mapping_bytes)
@@ -63,6 +67,9 @@ class BrokerCore:
             self._log("warning", "bad_message", side=event.side.value, error=event.error)
             if event.other_version:
                 self._send(event.side, event.connection, m.Refused("version", event.error))
+            elif event.connection in self._sessions(event.side):
+                # what it said is lost: both begin again from what each still has
+                self._send(event.side, event.connection, m.HelloWanted(self.incarnation))
         while self._timers and self._timers[0][0] <= now:
             heapq.heappop(self._timers)[2](now)
         return self._actions
@@ -94,21 +101,21 @@ class BrokerCore:
         if isinstance(message, (m.ClientHello, m.WorkerHello)):
             handler(self, event.connection, event.packet, now)
             return
-        connections: dict[bytes, Any] = (
-            self.client_connections if event.side is Side.CLIENT else self.worker_connections
-        )
-        session = connections.get(event.connection)
+        session = self._sessions(event.side).get(event.connection)
         if session is None:
             self._send(event.side, event.connection, m.HelloWanted(self.incarnation))
             return
         session.last_seen = now
         handler(self, session, event.packet, now)
 
+    def _sessions(self, side: Side) -> dict[bytes, Any]:
+        return self.client_connections if side is Side.CLIENT else self.worker_connections
+
     def _connection_lost(self, side: Side, connection: bytes, now: float) -> None:
         if side is Side.WORKER:
             worker = self.worker_connections.get(connection)
             if worker is not None:
-                self._lose_worker(worker, "its connection closed", now)
+                self._lose_worker(worker, "its connection closed", now, Blame.SUSPECT)
             return
         client = self.client_connections.pop(connection, None)
         if client is not None:
@@ -312,6 +319,7 @@ class BrokerCore:
         self._log(
             "info", "worker_joined", worker=worker.id, model=worker.model, credits=worker.credits
         )
+        self._acquit(worker, now)
         self._adopt(worker, hello.held, now)
         self._watch_worker(worker)
         for entry in list(self.poolless.values()):
@@ -337,13 +345,14 @@ class BrokerCore:
         """The same worker again: on a new connection, or in a new life."""
         if hello.incarnation > before.incarnation:
             self._send(Side.WORKER, before.connection, _fenced(before.id, before, hello))
-            self._lose_worker(before, "a newer life of it said hello", now)
+            self._lose_worker(before, "a newer life of it said hello", now, Blame.GUILTY)
             return
         for request_id in hello.held:  # still its own: not lost, and adopted below
             before.running.pop(request_id, None)
             if (entry := self.entries.get(request_id)) is not None:
                 entry.workers.discard(before.id)
-        self._lose_worker(before, "it reconnected and no longer has the request", now)
+        reason = "it reconnected and no longer has the request"
+        self._lose_worker(before, reason, now, Blame.NONE)
 
     def _adopt(self, worker: WorkerSession, held: Iterable[m.RequestId], now: float) -> None:
         """Take over what a worker still works on from before a reconnect or a restart of ours."""
@@ -363,7 +372,7 @@ class BrokerCore:
         self._send(Side.WORKER, worker.connection, m.Heartbeat(len(self.workers)))
 
     def _worker_goodbye(self, worker: WorkerSession, packet: Packet, now: float) -> None:
-        self._lose_worker(worker, cast(m.Goodbye, packet.message).reason, now)
+        self._lose_worker(worker, cast(m.Goodbye, packet.message).reason, now, Blame.NONE)
 
     def _draining(self, worker: WorkerSession, packet: Packet, now: float) -> None:
         worker.draining = True
@@ -376,12 +385,16 @@ class BrokerCore:
             if now < worker.last_seen + self.config.liveness_s:
                 self._watch_worker(worker)
             else:
-                self._lose_worker(worker, f"silent for {now - worker.last_seen:.1f} s", now)
+                reason = f"silent for {now - worker.last_seen:.1f} s"
+                self._lose_worker(worker, reason, now, Blame.SUSPECT)
 
         self._at(worker.last_seen + self.config.liveness_s, check)
 
-    def _lose_worker(self, worker: WorkerSession, reason: str, now: float) -> None:
-        """Forget a worker; what it was working on goes back to the head of the queue."""
+    def _lose_worker(self, worker: WorkerSession, reason: str, now: float, blame: Blame) -> None:
+        """Forget a worker; what it was working on goes back to the head of the queue.
+
+        ``blame`` says whether its requests may have taken it down.
+        """
         del self.workers[worker.id]
         del self.worker_connections[worker.connection]
         pool = self.pools[worker.model]
@@ -395,24 +408,52 @@ class BrokerCore:
                 continue
             entry.workers.discard(worker.id)
             entry.story.append(f"worker {worker.id} had it for {now - since:.1f} s: {reason}")
-            self._retry(entry, worker.id, "lost_workers", now)
+            if blame is Blame.SUSPECT:
+                entry.suspects[worker.id] = worker.incarnation
+                self.bereft[entry.id] = entry
+            self._retry(entry, "" if blame is Blame.NONE else worker.id, "lost_workers", now)
         if not pool.workers and all(e.pool != worker.model for e in self.entries.values()):
             del self.pools[worker.model]
 
-    def _retry(self, entry: Entry, worker: str, code: str, now: float) -> None:
-        """Queue an entry again after an attempt that failed, unless it has failed too often."""
+    def _retry(self, entry: Entry, failed_on: str, code: str, now: float) -> None:
+        """Queue an entry again after an attempt that failed, unless it has failed too often.
+
+        ``failed_on`` is the worker, or nothing when the attempt is not the request's fault.
+        """
+        if failed_on:
+            entry.failed_on.append(failed_on)
         if entry.workers:
             return  # it still runs elsewhere
         if entry.packet is None:
             self._drop(entry, cancel=False)
-            return
-        entry.failed_on.append(worker)
-        if len(entry.failed_on) >= self.config.max_losses:
-            story = f"given up after {len(entry.failed_on)} attempts: " + "; ".join(entry.story)
-            self._finish(entry, encode(m.Failure(entry.id, code, story)))
-            return
-        self.counters["requeues"] += 1
-        self._route(entry, now, again=True)
+        elif len(entry.failed_on) < self.config.max_losses:
+            self.counters["requeues"] += 1
+            self._route(entry, now, again=True)
+        elif entry.suspects:
+            due = self.suspected[entry.id] = now + self.config.liveness_s
+            self._at(due, lambda now: self._judge(entry, due, code))
+        else:
+            self._give_up(entry, code)
+
+    def _judge(self, entry: Entry, due: float, code: str) -> None:
+        """Whoever was cut off has had the time to come back."""
+        if self.suspected.get(entry.id) == due:
+            self._give_up(entry, code)
+
+    def _acquit(self, worker: WorkerSession, now: float) -> None:
+        """The worker is back in the same life, so no request has taken it down."""
+        for entry in list(self.bereft.values()):
+            if entry.suspects.pop(worker.id, None) != worker.incarnation:
+                continue
+            entry.failed_on.remove(worker.id)
+            if entry.id in self.suspected and len(entry.failed_on) < self.config.max_losses:
+                del self.suspected[entry.id]
+                self.counters["requeues"] += 1
+                self._route(entry, now, again=True)
+
+    def _give_up(self, entry: Entry, code: str) -> None:
+        story = f"given up after {len(entry.failed_on)} attempts: " + "; ".join(entry.story)
+        self._finish(entry, encode(m.Failure(entry.id, code, story)))
 
     def _reply(self, worker: WorkerSession, packet: Packet, now: float) -> None:
         """A reply or a failure came: the worker has a credit again, the client its answer."""
@@ -479,6 +520,7 @@ class BrokerCore:
     def _drop(self, entry: Entry, *, cancel: bool) -> None:
         """Forget a request wherever it is; workers that run it are told if ``cancel``."""
         del self.entries[entry.id]
+        self.bereft.pop(entry.id, None)
         self._unqueue(entry)
         if (client := self.clients.get(entry.client)) is not None:
             client.requests.discard(entry.id)
@@ -488,6 +530,7 @@ class BrokerCore:
 
     def _unqueue(self, entry: Entry) -> None:
         self.poolless.pop(entry.id, None)
+        self.suspected.pop(entry.id, None)
         mapping = entry.request.mapping_id
         if waiting := self.mappingless.get(mapping):
             waiting.pop(entry.id, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -75,6 +76,9 @@ class Entry:
     workers: set[str] = field(default_factory=set)
     #: workers on which it failed or which it took down; others are tried first
     failed_on: list[str] = field(default_factory=list)
+    #: those of them, with their incarnations, that fell silent or lost their connection; who comes
+    #: back in the same life was not taken down
+    suspects: dict[str, int] = field(default_factory=dict)
     story: list[str] = field(default_factory=list)
 
     @property
@@ -92,6 +96,14 @@ class Entry:
     @property
     def n_tokens(self) -> int:
         return self.request.n_tokens
+
+
+class Blame(enum.Enum):
+    """Whether a worker was lost because of what it was working on."""
+
+    NONE = "it left on purpose, or is still there"
+    SUSPECT = "it fell silent or lost its connection, and may come back"
+    GUILTY = "it began a new life"
 
 
 @dataclass(eq=False)

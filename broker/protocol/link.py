@@ -5,6 +5,7 @@ it tells it what happened and carries out what it asks for.
 
     down --connected--> greeting --Welcome--> ready
     greeting, ready --disconnected or silent--> down (the socket is opened anew)
+    down --disconnected or no connection for long--> down (the socket is opened anew)
     any --Refused--> refused (nothing more is tried)
 """
 
@@ -23,6 +24,9 @@ from broker.protocol.wire import Packet, encode
 _HEARTBEAT_S, _LIVENESS_S = 1.0, 5.0
 #: Wait before a socket is opened anew, doubled from the first to the last while nobody welcomes us.
 _REOPEN_FIRST_S, _REOPEN_LAST_S = 0.05, 1.0
+#: A socket without a connection for so long is opened anew: libzmq gives up for ever, and says
+#: nothing, where the bytes of a handshake were damaged.
+_CONNECT_S = 5.0
 
 
 class LinkState(enum.Enum):
@@ -108,7 +112,7 @@ class Link:
         self._note = note
         self._heard_at = now
         self._spoke_at = now
-        self._reopen_at: float | None = None
+        self._reopen_at: float | None = now + _CONNECT_S
         self._reopen_wait_s = _REOPEN_FIRST_S
 
     @property
@@ -125,7 +129,9 @@ class Link:
 
     def disconnected(self, now: float) -> list[LinkAction]:
         """The transport lost the connection; a new socket is opened after a moment."""
-        if self.state in (LinkState.REFUSED, LinkState.DOWN):
+        if self.state is LinkState.REFUSED:
+            return []
+        if self._reopen_at is not None and self._reopen_at <= now + self._reopen_wait_s:
             return []
         return self._down(now)
 
@@ -156,7 +162,7 @@ class Link:
     def tick(self, now: float) -> list[LinkAction]:
         """Do what is due."""
         if self._reopen_at is not None and now >= self._reopen_at:
-            self._reopen_at = None
+            self._reopen_at = now + _CONNECT_S
             return [Reopen(self.endpoint)]
         if self.state in (LinkState.DOWN, LinkState.REFUSED):
             return []
@@ -188,8 +194,9 @@ class Link:
         return [SendTo(self.endpoint, encode(self._hello()))]
 
     def _down(self, now: float) -> list[LinkAction]:
+        if self.state is not LinkState.DOWN:
+            self.down_since = now
         self.state = LinkState.DOWN
-        self.down_since = now
         self.workers = -1
         self._reopen_at = now + self._reopen_wait_s
         self._reopen_wait_s = min(2 * self._reopen_wait_s, _REOPEN_LAST_S)

@@ -129,7 +129,8 @@ class PeerLoop:
             except RemoteProtocolError as error:
                 fields = {"endpoint": endpoint, "error": str(error)}
                 self._logger.warning("bad_message", extra={"fields": fields})
-                continue
+                self._handle(Disconnected(endpoint))  # what it said is lost: begin again
+                return
             self._handle(Arrived(endpoint, packet))
 
     def _handle(self, event: Any) -> None:

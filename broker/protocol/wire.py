@@ -148,6 +148,9 @@ def _decode(frames: Sequence[Buffer], limits: Limits) -> Packet:
     magic, version, kind, reserved, count, body_bytes, payload_bytes = _PRELUDE.unpack_from(header)
     if magic != MAGIC:
         raise SchemaError(f"it begins with {magic!r}, not {MAGIC!r}")
+    (checksum,) = _CHECKSUM.unpack_from(header, len(header) - _CHECKSUM.size)
+    if xxhash.xxh3_64_intdigest(memoryview(header)[: -_CHECKSUM.size]) != checksum:
+        raise SchemaError("the header's checksum is wrong")
     if version != VERSION:
         raise VersionMismatchError(
             f"the peer speaks version {version}, this side speaks version {VERSION}; "
@@ -156,9 +159,6 @@ def _decode(frames: Sequence[Buffer], limits: Limits) -> Packet:
     expected = _PRELUDE.size + count * _ENTRY.size + body_bytes + _CHECKSUM.size
     if len(header) != expected:
         raise SchemaError(f"the header has {len(header)} bytes and says that it has {expected}")
-    (checksum,) = _CHECKSUM.unpack_from(header, len(header) - _CHECKSUM.size)
-    if xxhash.xxh3_64_intdigest(memoryview(header)[: -_CHECKSUM.size]) != checksum:
-        raise SchemaError("the header's checksum is wrong")
     if reserved != 0:
         raise SchemaError(f"reserved bits are set: {reserved:#06x}")
     if kind not in KINDS:

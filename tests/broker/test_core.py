@@ -301,12 +301,81 @@ def test_a_request_that_took_down_three_workers_is_refused_with_its_story(rig: R
     rig.ask("a", 1)
     for name in ("w1", "w2", "w3"):
         rig.worker(name)
-        rig.now += 2.0
+        rig.pass_time(2, (CLIENT, "a"))
         rig.cut(WORKER, name)
+    assert rig.got("a", m.Failure) == []  # they may come back
+    rig.worker("w4")
+    assert rig.requests("w4") == []
+    rig.pass_time(6, (CLIENT, "a"))
     (failure,) = rig.got("a", m.Failure)
     assert failure.code == "lost_workers"
     for name in ("w1", "w2", "w3"):
         assert f"worker {name} had it for 2.0 s: its connection closed" in failure.text
+
+
+def test_a_worker_that_comes_back_clears_the_request_that_it_had(rig: Rig) -> None:
+    """A switch that blinks cuts all workers off at once, and takes none of them down."""
+    rig.client("a")
+    names = ("w1", "w2", "w3")
+    for name in names:
+        rig.worker(name)
+    one = rig.ask("a", 1)
+    for name in names:
+        rig.cut(WORKER, name)
+    rig.worker("w4")
+    assert rig.requests("w4") == []
+    rig.worker("w2", connection="again")
+    assert [*rig.requests("w4"), *rig.requests("again")] == ["a#1"]
+    rig.pass_time(20, (CLIENT, "a"), (WORKER, "w4"), (WORKER, "again"))
+    assert rig.got("a", m.Failure) == []
+    assert rig.core.entries[one].failed_on == ["w1", "w3"]
+
+
+def test_a_worker_that_comes_back_in_a_new_life_was_taken_down(rig: Rig) -> None:
+    rig.client("a")
+    for life in (1, 2, 3, 4):
+        rig.worker("w", incarnation=life, connection=f"w{life}")
+        if life == 1:
+            rig.ask("a", 1)
+        if life < 4:
+            rig.cut(WORKER, f"w{life}")
+    rig.pass_time(6, (CLIENT, "a"))
+    (failure,) = rig.got("a", m.Failure)
+    assert failure.code == "lost_workers"
+
+
+def test_any_number_of_cuts_of_a_healthy_worker_fails_no_request(rig: Rig) -> None:
+    rig.client("a")
+    rig.worker("w", connection="w0")
+    one = rig.ask("a", 1)
+    for number in range(10):
+        rig.cut(WORKER, f"w{number}")
+        rig.now += 0.1
+        rig.worker("w", connection=f"w{number + 1}", held=(one,) if number % 2 else ())
+    rig.reply("w10", one)
+    assert [reply.id for reply in rig.got("a", m.Reply)] == [one]
+
+
+@pytest.mark.parametrize("side", [CLIENT, WORKER])
+def test_a_peer_whose_message_was_damaged_is_asked_to_begin_again(rig: Rig, side: Side) -> None:
+    rig.client("peer")
+    rig.worker("peer")
+    rig.got("peer")
+    rig.garbage(side, "peer")
+    assert [type(message) for message in rig.got("peer")] == [m.HelloWanted]
+    rig.garbage(side, "stranger")
+    assert rig.got("stranger") == []
+
+
+def test_a_reply_that_was_damaged_on_its_way_is_made_again(rig: Rig) -> None:
+    rig.client("a")
+    rig.worker("w")
+    one = rig.ask("a", 1)
+    rig.garbage(WORKER, "w")
+    rig.worker("w")
+    assert rig.requests("w") == ["a#1", "a#1"]
+    rig.reply("w", one)
+    assert [reply.id for reply in rig.got("a", m.Reply)] == [one]
 
 
 def test_a_target_that_raises_is_tried_elsewhere_first(rig: Rig) -> None:

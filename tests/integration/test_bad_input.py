@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+import xxhash
 import zmq
 
 from broker.core import BrokerConfig
@@ -205,6 +206,12 @@ def test_garbage_on_a_port_hurts_nobody(
     remote.generate_batch(*tokens())
 
 
+def in_the_next_version(header: bytes) -> bytes:
+    later = bytearray(header[:-8])
+    later[4] = wire.VERSION + 1
+    return bytes(later) + struct.pack("<Q", xxhash.xxh3_64_intdigest(later))
+
+
 def test_another_protocol_version_is_refused_with_both_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -216,9 +223,7 @@ def test_another_protocol_version_is_refused_with_both_numbers(
             pending = remote._client.submit("model_info", timeout_s=20.0)
             name, header = router.recv_multipart()
             assert isinstance(decode([header]).message, m.ClientHello)
-            later = bytearray(header)
-            later[4] = wire.VERSION + 1
-            router.send_multipart([name, bytes(later)])
+            router.send_multipart([name, in_the_next_version(header)])
             with pytest.raises(RefusedError, match="speaks version 2, this side speaks version 1"):
                 pending.result(20)
 
@@ -227,9 +232,7 @@ def test_the_broker_tells_a_peer_of_another_version(cluster: Cluster) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.linger = 0
         dealer.connect(cluster.broker.client_endpoint)
-        later = bytearray(encode(m.Heartbeat(-1)).frames[0])
-        later[4] = wire.VERSION + 1
-        dealer.send(bytes(later))
+        dealer.send(in_the_next_version(bytes(encode(m.Heartbeat(-1)).frames[0])))
         refused = decode(dealer.recv_multipart()).message
         assert isinstance(refused, m.Refused)
         assert "speaks version 2, this side speaks version 1" in refused.text

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,21 @@ def test_a_full_disk_leaves_the_older_checkpoints(
     with pytest.raises(CheckpointError, match=r"step-000002: .*No space left.*older checkpoints"):
         write(tmp_path, 2)
     assert [found.step for found in complete(tmp_path)] == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+@pytest.mark.parametrize("name", ["draft.safetensors", "optimizer.pt"])
+def test_a_file_that_cannot_be_written_whole_is_said(tmp_path: Path, name: str) -> None:
+    """By a real limit: what safetensors and torch make of it is their own."""
+    write(tmp_path, 1)
+    size = (tmp_path / "step-000001" / name).stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"step-000002: .*older checkpoints"):
+            write(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 

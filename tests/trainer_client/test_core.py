@@ -227,6 +227,38 @@ def test_a_model_that_changes_in_mid_run_is_an_error() -> None:
     assert "fingerprint is 'f1' where 'f0' was expected" in rig.ended[1].text
 
 
+def test_a_request_that_was_damaged_on_its_way_is_sent_again() -> None:
+    rig = Rig()
+    rig.welcome()
+    request = rig.submit(1)
+    assert rig.requests() == [1]
+    rig.arrive(m.Failure(m.RequestId("me", 7, 1), "damaged", "payload frame 0 is damaged"))
+    assert rig.requests() == [1]
+    rig.reply(request)
+    assert [type(ended) for ended in rig.ended] == [Deliver]
+    assert rig.core.counters["damaged"] == 1
+
+
+def test_a_socket_that_never_connects_is_opened_anew() -> None:
+    rig = Rig()
+    rig.pass_time(4.5)
+    assert rig.reopened == []
+    rig.pass_time(6)
+    assert rig.reopened == [A, A]
+
+
+def test_a_connection_that_ends_before_its_handshake_is_opened_anew_at_once() -> None:
+    rig = Rig()
+    rig.handle(Disconnected(A))
+    rig.handle(Disconnected(A))
+    rig.pass_time(0.5)
+    assert rig.reopened == [A]
+    rig.welcome()
+    assert rig.core.links[A].ready
+    rig.pass_time(4, A)
+    assert rig.reopened == [A]
+
+
 def test_a_damaged_reply_counts_as_lost() -> None:
     rig = Rig()
     rig.welcome()

@@ -207,3 +207,17 @@ def test_it_beats_its_heart_while_the_target_computes() -> None:
         rig.arrive(m.Heartbeat(1))
         rig.handle(Tick())
     assert [type(x).__name__ for _, x in rig.sent] == ["Heartbeat"] * 3
+
+
+def test_a_mapping_that_was_damaged_on_its_way_is_not_learned() -> None:
+    rig = Rig()
+    rig.welcome()
+    offer = mapping_offer(1, 2, 3)
+    header, payload = offer.frames
+    rig.arrive(Packet(offer.message, (header, bytes(payload)[:-1] + b"\1"), offer.checksums))
+    assert isinstance(offer.message, m.MappingOffer)
+    rig.request(1, mapping_id=offer.message.mapping_id)
+    assert rig.answers() == ["Failure 1 unknown_mapping"]
+    rig.arrive(offer)
+    rig.request(2, mapping_id=offer.message.mapping_id)
+    assert rig.computing() == [2]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trainer_client.eagle3.draft import Eagle3Draft
@@ -77,7 +78,7 @@ def save(
         if final.exists():
             shutil.rmtree(final)
         unfinished.rename(final)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk is turned into
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
             f"cannot write the checkpoint {final}: {error}; older checkpoints are untouched"

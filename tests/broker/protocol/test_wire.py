@@ -168,6 +168,14 @@ def test_payload_frames_that_are_not_those_of_the_header_are_refused(change: str
         decode(changed)
 
 
+def test_a_flipped_bit_of_the_version_is_damage_and_not_another_version() -> None:
+    header = bytearray(sealed([1]))
+    header[4] ^= 1
+    with pytest.raises(RemoteProtocolError, match="checksum") as error:
+        decode([bytes(header)])
+    assert not isinstance(error.value, VersionMismatchError)
+
+
 def test_a_damaged_payload_frame_passes_the_broker_and_is_found_at_the_end() -> None:
     header, _, b = octets(offer({"a": torch.arange(3), "b": torch.arange(3)}))
     packet = decode([header, b[:-1] + b"\x01", b])

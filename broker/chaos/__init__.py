@@ -1,0 +1,1 @@
+"""``draftmq chaos``: a TCP proxy that injects faults between real peers, by seed or by script."""
