@@ -467,12 +467,23 @@ class BrokerCore:
         entry = self.entries.get(message.id)
         if entry is None:
             self.counters["late_answers"] += 1
+            self._pass_on_transfer(packet)
         else:
             entry.workers.discard(worker.id)
             self._conclude(entry, worker, packet, since, now)
         if not worker.running:
             worker.busy_until = now
         self._dispatch(self.pools[worker.model], now)
+
+    def _pass_on_transfer(self, packet: Packet) -> None:
+        """Tell a client also of a transfer that it no longer wants: it must take it, to stay in
+        step with the worker.
+        """
+        message = packet.message
+        if _comes_directly(packet) and isinstance(message, m.Reply):
+            client = self.clients.get(message.id.client)
+            if client is not None and client.incarnation == message.id.incarnation:
+                self._forward(Side.CLIENT, client.connection, packet)
 
     def _conclude(
         self, entry: Entry, worker: WorkerSession, packet: Packet, since: float, now: float

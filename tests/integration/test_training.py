@@ -18,6 +18,7 @@ from trainer_client.export import read_draft
 from trainer_client.training import metrics
 from trainer_client.training.run import TrainSettings, train
 from trainer_client.training.trainer import StepMetrics
+from worker.direct.config import DirectConfig
 
 
 class ByteTokenizer:
@@ -89,6 +90,20 @@ def test_hidden_gives_the_same_losses_to_1e_4(
     cluster.worker()
     through = run(cluster.trainer(encoding="auto"), settings(tmp_path, "through"))
     assert losses(through) == pytest.approx(losses(colocated), abs=1e-4)
+
+
+def test_direct_transfers_are_bit_identical_to_the_wire(
+    cluster: Cluster, tmp_path: Path, colocated: Path
+) -> None:
+    direct = DirectConfig(mode="gloo", min_bytes=1)
+    for _ in range(2):
+        cluster.worker(make_target(), direct=direct)
+    remote = cluster.trainer(encoding="probs", direct=direct)
+    assert_same(colocated, run(remote, settings(tmp_path, "direct")))
+    wire = cluster.trainer(encoding="probs", direct="off")
+    assert_same(tmp_path / "direct", run(wire, settings(tmp_path, "wire")))
+    assert remote.counters()["direct"] > 25
+    assert wire.counters()["direct"] == 0
 
 
 def test_full_logits_give_the_losses_of_probs(tmp_path: Path, colocated: Path) -> None:

@@ -221,3 +221,29 @@ def test_a_mapping_that_was_damaged_on_its_way_is_not_learned() -> None:
     rig.arrive(offer)
     rig.request(2, mapping_id=offer.message.mapping_id)
     assert rig.computing() == [2]
+
+
+def direct_answer(request_id: m.RequestId) -> Computed:
+    transfer = m.Transfer("w/c", 1, 0)
+    reply = (request_id, "w", "tiny", "f0", (1, 3, 4), 0, "", "probs", 1.0, "", (), transfer)
+    return Computed(request_id, encode(m.Reply(*reply)))
+
+
+def test_a_cancelled_request_whose_tensors_are_on_their_way_is_answered() -> None:
+    rig = Rig()
+    rig.welcome()
+    request_id = rig.request(1)
+    rig.arrive(m.Cancel(request_id))
+    rig.handle(direct_answer(request_id))
+    assert rig.answers() == ["Reply 1"]
+
+
+def test_news_of_a_transfer_do_not_wait_for_the_broker() -> None:
+    rig = Rig()
+    rig.welcome()
+    request_id = rig.request(1)
+    rig.handle(Disconnected(A))
+    rig.handle(direct_answer(request_id))
+    assert rig.core.held == {}
+    rig.welcome()
+    assert rig.answers() == []

@@ -95,18 +95,22 @@ class PairStore(Store):
                 self._read(_SLICE_S)
 
     def _read(self, patience_s: float) -> None:
-        """Take what has come. Raises :class:`TransferError` when nothing ever will."""
+        """Take what has come. Raises :class:`TransferError` when nothing more ever will."""
+        ended = ""
         try:
-            while select.select([self._connection], [], [], patience_s)[0]:
+            while not ended and select.select([self._connection], [], [], patience_s)[0]:
                 octets = self._connection.recv(1 << 16)
-                if not octets:
-                    raise TransferError("the other end is gone")
                 self._unread += octets
+                ended = "" if octets else "the other end is gone"
                 patience_s = 0.0
         except (OSError, ValueError) as error:  # ValueError: this end has closed it
-            raise TransferError(f"the other end is gone: {error}") from error
+            ended = f"the other end is gone: {error}"
+        news = False
         while (message := self._next()) is not None:
             self._values[message[0]] = message[1]
+            news = True
+        if ended and not news:
+            raise TransferError(ended)
 
     def _next(self) -> tuple[str, bytes] | None:
         if len(self._unread) < _HEAD.size:

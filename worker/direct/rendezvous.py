@@ -7,11 +7,13 @@ neither end begins to construct before both are known to be there.
 from __future__ import annotations
 
 import errno
+import math
+import secrets
 import select
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,8 +22,10 @@ from broker.protocol.messages import BACKENDS, Invitation
 from worker.direct.backend import CLIENT, WORKER, Backend, TransferError, plain
 from worker.direct.pair import PairStore
 
-#: A stranger's connection is closed after so long, and beyond so many the oldest goes.
-_STRANGER_S, _MAX_STRANGERS = 5.0, 64
+#: 128 bits, in hexadecimal.
+_NONCE_BYTES = 32
+#: A connection that nobody met is closed after so long, and beyond so many the oldest goes.
+_CALLER_S, _MAX_CALLERS = 5.0, 64
 _SLICE_S = 0.05
 
 
@@ -34,6 +38,19 @@ class End:
     patience: ChannelConfig
 
 
+@dataclass(eq=False)
+class _Caller:
+    """A connection that has not met anybody yet."""
+
+    connection: socket.socket
+    since: float
+    nonce: bytearray = field(default_factory=bytearray)
+
+    @property
+    def said_all(self) -> bool:
+        return len(self.nonce) == _NONCE_BYTES
+
+
 class Rendezvous:
     """A worker's listening port, one for all of its channels, on one interface.
 
@@ -44,9 +61,9 @@ class Rendezvous:
         self._listener = _listen(address, ports)
         self.address = address
         self.port: int = self._listener.getsockname()[1]
-        #: nonce -> the connection that brought it, once it has come
-        self._expected: dict[bytes, socket.socket | None] = {}
-        self._arrived = threading.Condition()
+        #: in the order in which they came
+        self._callers: list[_Caller] = []
+        self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="draftmq-rendezvous", daemon=True)
         self._thread.start()
@@ -56,75 +73,72 @@ class Rendezvous:
 
         Raises :class:`TransferError` when it does not come in time, or ``leaving`` is set.
         """
-        nonce = invitation.nonce.encode()
         limit_s = end.patience.connect_s
         deadline = time.monotonic() + limit_s
-        with self._arrived:
-            self._expected[nonce] = None
-            try:
-                while (connection := self._expected[nonce]) is None:
-                    if leaving.is_set() or self._closing:
-                        raise TransferError("this end leaves")
-                    if time.monotonic() >= deadline:
-                        raise TransferError(f"the client did not come within {limit_s:g} s")
-                    self._arrived.wait(_SLICE_S)
-            finally:
-                del self._expected[nonce]
-        return _build(connection, WORKER, invitation, end, leaving)
+        with self._changed:
+            while (caller := self._called(invitation.nonce.encode())) is None:
+                if leaving.is_set() or self._closing:
+                    raise TransferError("this end leaves")
+                if time.monotonic() >= deadline:
+                    raise TransferError(f"the client did not come within {limit_s:g} s")
+                self._changed.wait(_SLICE_S)
+            self._callers.remove(caller)
+        return _build(caller.connection, WORKER, invitation, end, leaving)
 
     def close(self) -> None:
         """Stop listening."""
         self._closing = True
-        self._listener.close()
         self._thread.join()
+        self._listener.close()
+        for caller in self._callers:
+            caller.connection.close()
+
+    def _called(self, nonce: bytes) -> _Caller | None:
+        for caller in self._callers:
+            if secrets.compare_digest(bytes(caller.nonce), nonce):
+                return caller
+        return None
 
     def _run(self) -> None:
-        strangers: dict[socket.socket, tuple[float, bytearray]] = {}
         while not self._closing:
-            try:
-                readable = select.select([self._listener, *strangers], [], [], _SLICE_S)[0]
-            except (OSError, ValueError):  # closed
-                break
-            for ready in readable:
+            with self._changed:
+                speaking = {c.connection: c for c in self._callers if not c.said_all}
+            for ready in select.select([self._listener, *speaking], [], [], _SLICE_S)[0]:
                 if ready is self._listener:
-                    self._accept(strangers)
+                    self._accept()
                 else:
-                    self._hear(ready, strangers)
-            for stranger, (since, _) in list(strangers.items()):
-                crowded = len(strangers) > _MAX_STRANGERS
-                if crowded or time.monotonic() - since > _STRANGER_S:
-                    strangers.pop(stranger)
-                    stranger.close()
-        for stranger in strangers:
-            stranger.close()
+                    self._hear(speaking[ready])
+            self._show_out(time.monotonic())
 
-    def _accept(self, strangers: dict[socket.socket, tuple[float, bytearray]]) -> None:
+    def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:
+        except OSError:  # it has gone already, or this process has no descriptors left
+            time.sleep(_SLICE_S)
             return
         connection.setblocking(False)
-        strangers[connection] = (time.monotonic(), bytearray())
+        with self._changed:
+            self._callers.append(_Caller(connection, time.monotonic()))
 
-    def _hear(
-        self, stranger: socket.socket, strangers: dict[socket.socket, tuple[float, bytearray]]
-    ) -> None:
-        heard = strangers[stranger][1]
+    def _hear(self, caller: _Caller) -> None:
         try:
-            octets = stranger.recv(_NONCE_BYTES - len(heard))
+            octets = caller.connection.recv(_NONCE_BYTES - len(caller.nonce))
         except OSError:
             octets = b""
-        heard += octets
-        if octets and len(heard) < _NONCE_BYTES:
-            return
-        del strangers[stranger]
-        nonce = bytes(heard)
-        with self._arrived:
-            if nonce in self._expected and self._expected[nonce] is None:
-                self._expected[nonce] = stranger
-                self._arrived.notify_all()
-            else:
-                stranger.close()
+        caller.nonce += octets
+        if not octets:
+            caller.since = -math.inf
+        with self._changed:
+            self._changed.notify_all()
+
+    def _show_out(self, now: float) -> None:
+        """Close connections that nobody met in time, and the oldest where they are too many."""
+        with self._changed:
+            crowd = len(self._callers) - _MAX_CALLERS
+            for number, caller in enumerate(list(self._callers)):
+                if number < crowd or now - caller.since > _CALLER_S:
+                    self._callers.remove(caller)
+                    caller.connection.close()
 
 
 def join(invitation: Invitation, end: End, leaving: threading.Event) -> Backend:
@@ -176,10 +190,6 @@ def _make(name: str, store: PairStore, rank: int, end: End) -> Backend:
 
         return IpcBackend(store, end.device)
     raise TransferError(f"unknown backend {name!r}; known are {', '.join(BACKENDS)}")
-
-
-#: 128 bits, in hexadecimal.
-_NONCE_BYTES = 32
 
 
 def _listen(address: str, ports: tuple[int, int]) -> socket.socket:
