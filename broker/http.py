@@ -17,6 +17,7 @@ from waitress.server import BaseWSGIServer
 from broker.errors import BrokerError
 
 StartResponse = Callable[[str, list[tuple[str, str]]], Any]
+Application = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
 Page = tuple[str, str, bytes]  # status line, content type, body
 Pages = Mapping[str, Callable[[Mapping[str, Any]], Page]]  # path -> WSGI environ -> page
 
@@ -32,33 +33,28 @@ _POLICY = (
 )
 
 
-class HttpServer:
-    """Serves ``pages`` on ``HOST:PORT`` in threads of its own.
+class WsgiServer:
+    """Runs a WSGI application on ``HOST:PORT`` in threads of its own.
 
-    Raises :class:`BrokerError` when the address is taken or is none.
+    Raises ``OSError`` or ``ValueError`` when the address is taken or is none.
     """
 
-    def __init__(self, address: str, pages: Pages) -> None:
-        self._pages = pages
+    def __init__(self, address: str, application: Application, name: str, **options: Any) -> None:
         #: all that waitress waits for: what listens, what is connected, what wakes it
         self._sockets: dict[int, Any] = {}
-        try:
-            self._server = waitress.create_server(
-                self._application,
-                self._sockets,
-                listen=address,
-                threads=2,
-                connection_limit=100,
-                ident="draftmq",
-            )
-        except (OSError, ValueError) as error:
-            raise BrokerError(
-                f"cannot serve HTTP on {address!r}: {error}; give another --http HOST:PORT, or none"
-            ) from error
+        self._server = waitress.create_server(
+            application,
+            self._sockets,
+            listen=address,
+            threads=2,
+            connection_limit=100,
+            ident="draftmq",
+            **options,
+        )
         listening = [one for one in self._sockets.values() if isinstance(one, BaseWSGIServer)]
         self.address = f"{listening[0].effective_host}:{listening[0].effective_port}"
         self._trigger = listening[0].trigger
-        self._thread = threading.Thread(target=self._server.run, name="draftmq-http", daemon=True)
+        self._thread = threading.Thread(target=self._server.run, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -68,6 +64,22 @@ class HttpServer:
         self._server.task_dispatcher.shutdown(timeout=1)
         self._trigger.pull_trigger(lambda: wasyncore.close_all(self._sockets))
         self._thread.join(timeout=5)
+
+
+class HttpServer(WsgiServer):
+    """Serves ``pages`` on ``HOST:PORT``.
+
+    Raises :class:`BrokerError` when the address is taken or is none.
+    """
+
+    def __init__(self, address: str, pages: Pages) -> None:
+        self._pages = pages
+        try:
+            super().__init__(address, self._application, "draftmq-http")
+        except (OSError, ValueError) as error:
+            raise BrokerError(
+                f"cannot serve HTTP on {address!r}: {error}; give another --http HOST:PORT, or none"
+            ) from error
 
     def _application(self, environ: dict[str, Any], start: StartResponse) -> Iterable[bytes]:
         page = self._pages.get(environ["PATH_INFO"])

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterable
 from types import NoneType
 from typing import Any
 
-import waitress
-from waitress.server import BaseWSGIServer
-
 from broker.chaos.faults import ChaosError, Kind, read_fault
 from broker.chaos.proxy import ChaosProxy
+from broker.http import StartResponse, WsgiServer
 
-StartResponse = Callable[[str, list[tuple[str, str]]], Any]
 _MAX_BODY_BYTES = 1 << 16
 
 
-class Control:
+class Control(WsgiServer):
     """Serves ``GET /status``, ``POST /faults``, ``DELETE /faults`` and ``POST /cut``.
 
     Bodies are JSON. ``POST /faults`` takes a fault as a script has it, without times, and perhaps
@@ -35,29 +31,16 @@ class Control:
             ("POST", "/cut"): lambda body: self._inject({"kind": Kind.CUT} | _read(body)),
         }
         try:
-            self._server: BaseWSGIServer = waitress.create_server(
+            super().__init__(
+                address,
                 self._application,
-                listen=address,
-                threads=2,
-                connection_limit=100,
+                "draftmq-chaos-control",
                 max_request_body_size=_MAX_BODY_BYTES,
-                ident="draftmq",
             )
         except (OSError, ValueError) as error:
             raise ChaosError(
                 f"cannot serve the control on {address!r}: {error}; give --control HOST:PORT"
             ) from error
-        self.address = f"{self._server.effective_host}:{self._server.effective_port}"
-        self._thread = threading.Thread(
-            target=self._server.run, name="draftmq-chaos-control", daemon=True
-        )
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._server.close()
-        self._thread.join(timeout=5)
 
     def _application(self, environ: dict[str, Any], start: StartResponse) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
