@@ -10,6 +10,9 @@ _OURS = ("broker.", "worker.", "trainer_client.")
 #: Values and rules, which do not grow: what a message holds is bounded by its limits.
 _VALUES = ("broker.protocol.messages", "broker.protocol.wire", "broker.protocol.limits")
 
+#: What a core gave back for its last event.
+_PASSING = ("_actions",)
+
 
 def footprint(core: Any) -> dict[str, int]:
     """Attribute -> items in it and in all that hangs on it; each object counts once.
@@ -18,7 +21,8 @@ def footprint(core: Any) -> dict[str, int]:
     grows has to be listed here.
     """
     seen = {id(core)}
-    return {name: _items(value, seen) for name, value in vars(core).items()}
+    held = {name: value for name, value in vars(core).items() if name not in _PASSING}
+    return {name: _items(value, seen) for name, value in held.items()}
 
 
 def _items(value: Any, seen: set[int]) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from broker.core import ConnectionLost, Received, Send, Side
 from broker.core.inspect import validate
 from broker.protocol import messages as m
+from broker.protocol.link import LinkState
 from tests.sim.footprint import footprint
 from tests.sim.peers import Ask, BrokerProcess, ClientProcess, Process, WorkerProcess
 from trainer_client.core import Deliver, Fail
@@ -24,6 +25,7 @@ _EVERY = 64
 _EMPTY_ITEMS = 40
 #: Items that a core may hold for each peer, unfinished request, held answer and mapping.
 _ITEMS_EACH = 24
+_HELLOS = (m.ClientHello, m.WorkerHello)
 
 
 class Violation(AssertionError):
@@ -52,7 +54,8 @@ class Invariants:
     def after(self, process: Process, event: Any, actions: list[Any], now: float) -> None:
         if isinstance(process, BrokerProcess):
             validate(process.core)
-            self._sessions_belong(process)
+            if isinstance(event, Received) and type(event.packet.message) in _HELLOS:
+                self._sessions_belong(process)
             self._broker_sends(process, event, actions)
         else:
             process.core.validate()
@@ -214,7 +217,7 @@ class Invariants:
             ask.healed_with_s is not None
             and ask.healed_with_s >= RECOVERY_S
             and ask.client not in self.world.leftovers
-            and bool(self.world.endpoints)
+            and bool(self.world.brokers)
             and ask.served_by({w.core.description.model for w in self.world.workers.values()})
         )
 
@@ -257,7 +260,8 @@ class Invariants:
         return [ask.id for ask in asks if ask.client is client]
 
     def _fenced(self, leftover: Any) -> bool:
-        return all(link.state.value == "refused" for link in leftover.core.links.values())
+        links = leftover.core.links
+        return all(links[name].state is LinkState.REFUSED for name in self.world.brokers)
 
     def forgotten(self) -> None:
         """Nobody is there any more: a broker is as it was when it began, but for bounded stores."""

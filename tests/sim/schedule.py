@@ -76,7 +76,7 @@ class _Maker:
                 window=rng.choice((1, 2, 4, 16)),
                 heartbeat_s=2.0,
                 held_answer_bytes=rng.choice((0, 1000, 1 << 20)),
-                held_mapping_bytes=rng.choice((0, 200, 1 << 20)) if rng.random() < 0.3 else 1 << 20,
+                held_mapping_bytes=rng.choice((200, 1 << 20, 1 << 20)),
             )  # fmt: skip
         for n, name in enumerate(self.workers):
             self._add(
