@@ -59,8 +59,7 @@ class BrokerCore:
         elif isinstance(event, BadBytes):
             self.counters["bad_messages"] += 1
             self._log("warning", "bad_message", side=event.side.value, error=event.error)
-            if event.other_version:
-                self._send(event.side, event.connection, m.Refused("version", event.error))
+            self._answer_bad_bytes(event)
         while self._timers and self._timers[0][0] <= now:
             heapq.heappop(self._timers)[2](now)
         return self._actions
@@ -92,15 +91,22 @@ class BrokerCore:
         if isinstance(message, (m.ClientHello, m.WorkerHello)):
             handler(self, event.connection, event.packet, now)
             return
-        connections: dict[bytes, Any] = (
-            self.client_connections if event.side is Side.CLIENT else self.worker_connections
-        )
-        session = connections.get(event.connection)
+        session = self._connections(event.side).get(event.connection)
         if session is None:
             self._send(event.side, event.connection, m.HelloWanted(self.incarnation))
             return
         session.last_seen = now
         handler(self, session, event.packet, now)
+
+    def _answer_bad_bytes(self, event: BadBytes) -> None:
+        """What was lost may have been anything: a known peer's hello tells again what matters."""
+        if event.other_version:
+            self._send(event.side, event.connection, m.Refused("version", event.error))
+        elif event.connection in self._connections(event.side):
+            self._send(event.side, event.connection, m.HelloWanted(self.incarnation))
+
+    def _connections(self, side: Side) -> dict[bytes, Any]:
+        return self.client_connections if side is Side.CLIENT else self.worker_connections
 
     def _connection_lost(self, side: Side, connection: bytes, now: float) -> None:
         if side is Side.WORKER:

@@ -523,6 +523,19 @@ def test_what_a_returning_worker_held_is_dropped_when_it_dies_and_nobody_asked()
     assert not rig.core.pools
 
 
+def test_a_damaged_answer_costs_neither_the_request_nor_the_credit(rig: Rig) -> None:
+    rig.client("a")
+    rig.worker("w")
+    one = rig.ask("a", 1)
+    rig.got("w")
+    rig.garbage(WORKER, "w")  # it was the answer, and the worker has forgotten the request
+    assert [type(message) for message in rig.got("w")] == [m.HelloWanted]
+    rig.worker("w")
+    assert rig.requests("w") == ["a#1"]
+    rig.reply("w", one)
+    assert [reply.id for reply in rig.got("a", m.Reply)] == [one]
+
+
 # -- to look at ---------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from broker.core import Tick as BrokerTick
 from broker.protocol import Packet, RemoteProtocolError, encode, payload_hash
 from broker.protocol import messages as m
 from broker.protocol.link import Arrived, Connected, Disconnected, Reopen, SendTo, Tick
+from broker.protocol.peer import lost_message
 from tests.broker.rig import model
 from tests.sim.mappings import MAPPINGS
 from tests.sim.network import Connection, Socket
@@ -187,7 +188,8 @@ class PeerProcess(Process):
         self.sockets = {e: Socket(self.world.network, self, e) for e in endpoints}
 
     def garbage(self, endpoint: str) -> None:
-        """What ``PeerLoop`` does with bytes that are not a message."""
+        """Bytes came that are not a message."""
+        self.receive(Arrived(endpoint, lost_message(self.core.links[endpoint])))
 
     def act(self, actions: Iterable[Any]) -> None:
         for action in actions:
