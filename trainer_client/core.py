@@ -254,7 +254,7 @@ class ClientCore:
             self._actions.append(Deliver(answer.id, packet))
 
     def _failed(self, link: Link, ticket: _Ticket, failure: m.Failure, now: float) -> None:
-        if failure.code != "over_window":
+        if failure.code not in ("over_window", "damaged"):
             self._fail(failure.id, failure.code, failure.text)
         elif ticket.endpoint == link.endpoint:
             ticket.story.append(f"broker {link.broker}: {failure.text}")

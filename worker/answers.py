@@ -93,8 +93,10 @@ class Answerer:
                 manifest=manifest,
             )
             return encode(reply, payload, limits)
-        except (BadRequest, RemoteProtocolError) as error:
+        except BadRequest as error:
             return _failure(request, "bad_request", error)
+        except RemoteProtocolError as error:
+            return _failure(request, "damaged", error)
         except LocalProtocolError as error:
             return _failure(request, "too_large", error)
         except Exception as error:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Union
 
-from broker.protocol import Packet, encode
+from broker.protocol import Packet, RemoteProtocolError, encode
 from broker.protocol import messages as m
 from broker.protocol.link import (
     Arrived,
@@ -208,6 +208,11 @@ class WorkerCore:
             self._answer(request_id, encode(m.Failure(request_id, "cancelled", text)))
 
     def _learn(self, mapping_id: str, packet: Packet) -> None:
+        try:
+            packet.verify()
+        except RemoteProtocolError as error:  # its request is answered with unknown_mapping
+            self._log("warning", "damaged_mapping", mapping=mapping_id, text=str(error))
+            return
         if mapping_id not in self.mappings:
             self._actions.append(Learn(packet))
         self.mappings[mapping_id] = None

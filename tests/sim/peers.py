@@ -261,8 +261,8 @@ class WorkerProcess(PeerProcess):
                 self.world.later(took_s, self._computed, action.packet, took_s)
         elif isinstance(action, Learn):
             offer = action.packet.message
-            if _sound(action.packet):
-                self.known_mappings.add(offer.mapping_id)
+            assert _sound(action.packet)
+            self.known_mappings.add(offer.mapping_id)
         elif isinstance(action, Forget):
             self.known_mappings.discard(action.mapping_id)
         elif isinstance(action, Exit):
@@ -278,7 +278,7 @@ class WorkerProcess(PeerProcess):
         assert isinstance(request, m.Request)
         ask = self.world.asks.get(request.id)
         if not _sound(packet):
-            return _failure(request, "bad_request", "damaged")
+            return _failure(request, "damaged", "the payload is not what was sent")
         if request.mapping_id and request.mapping_id not in self.known_mappings:
             return _failure(request, "bad_request", "no usable vocab mapping")
         if ask is not None and ask.nature == "bad":

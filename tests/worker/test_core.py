@@ -132,6 +132,17 @@ def test_an_unknown_mapping_is_said_and_a_known_one_learned_once() -> None:
     assert rig.computing() == [1]
 
 
+def test_a_damaged_mapping_is_not_learned_and_is_asked_for_again() -> None:
+    rig = Rig()
+    rig.welcome()
+    offer = mapping_offer(1, 5)
+    assert isinstance(offer.message, m.MappingOffer)
+    rig.arrive(Packet(offer.message, (offer.frames[0], bytes(16)), offer.checksums))
+    rig.request(1, mapping_id=offer.message.mapping_id)
+    assert rig.answers() == ["Failure 1 unknown_mapping"]
+    assert not any(isinstance(action, Learn) for action in rig.done)
+
+
 def test_the_least_recently_used_mapping_goes_first_and_none_that_is_needed() -> None:
     offers = [mapping_offer(1, 5 + n) for n in range(3)]
     names = [x.message.mapping_id for x in offers]  # type: ignore[union-attr]
