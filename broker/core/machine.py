@@ -42,6 +42,7 @@ class BrokerCore:
         self.mappingless: dict[str, dict[m.RequestId, Entry]] = {}
         self.mappings: PacketStore[str] = PacketStore(self.config.held_mapping_bytes)
         self.answers: PacketStore[m.RequestId] = PacketStore(self.config.held_answer_bytes)
+        self._watches_answers = False
         self.counters: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._timer_numbers = itertools.count()
@@ -253,7 +254,7 @@ class BrokerCore:
             if wanted
             else f"the request names no model and the broker has several: {there}; name one"
         )
-        self._finish(entry, encode(m.Failure(entry.id, "unknown_model", text)))
+        self._finish(entry, encode(m.Failure(entry.id, "unknown_model", text)), now)
 
     def _expire(self, client: ClientSession, now: float) -> None:
         """Answer what nobody wants any more. The client keeps the exact deadline itself."""
@@ -262,10 +263,12 @@ class BrokerCore:
                 self.counters["expired"] += 1
                 waited = f"nobody answered within {now - entry.accepted_at:.1f} s"
                 story = "; ".join([waited, *entry.story])
-                self._finish(entry, encode(m.Failure(entry.id, "expired", story)))
+                self._finish(entry, encode(m.Failure(entry.id, "expired", story)), now)
 
     def _cancel(self, client: ClientSession, packet: Packet, now: float) -> None:
         request_id = cast(m.Cancel, packet.message).id
+        if request_id.client == client.id:
+            self.answers.discard(request_id)
         entry = self.entries.get(request_id)
         if entry is not None and request_id in client.requests:
             self._drop(entry, cancel=True)
@@ -284,7 +287,7 @@ class BrokerCore:
                 "warning", "false_mapping", client=client.id, said=offer.mapping_id, is_=content
             )
             return
-        self.mappings.put(offer.mapping_id, packet)
+        self.mappings.put(offer.mapping_id, packet, now)
         for entry in self.mappingless.pop(offer.mapping_id, {}).values():
             self._route(entry, now)
 
@@ -411,7 +414,7 @@ class BrokerCore:
         entry.failed_on.append(worker)
         if len(entry.failed_on) >= self.config.max_losses:
             story = f"given up after {len(entry.failed_on)} attempts: " + "; ".join(entry.story)
-            self._finish(entry, encode(m.Failure(entry.id, code, story)))
+            self._finish(entry, encode(m.Failure(entry.id, code, story)), now)
             return
         self.counters["requeues"] += 1
         self._route(entry, now, again=True)
@@ -443,7 +446,7 @@ class BrokerCore:
             learn_speed(worker, entry.n_tokens, message.compute_s)
             self.counters["replies"] += 1
             self.counters["reply_bytes"] += packet.nbytes
-            self._finish(entry, packet)
+            self._finish(entry, packet, now)
             return
         failure = cast(m.Failure, message)
         if failure.code == "unknown_mapping":  # its store is bounded too: tell it again
@@ -453,9 +456,9 @@ class BrokerCore:
             entry.story.append(f"worker {worker.id} after {now - since:.1f} s: {failure.text}")
             self._retry(entry, worker.id, failure.code, now)
         else:
-            self._finish(entry, packet)
+            self._finish(entry, packet, now)
 
-    def _finish(self, entry: Entry, answer: Packet) -> None:
+    def _finish(self, entry: Entry, answer: Packet, now: float) -> None:
         """Deliver the answer, keep it until it is acknowledged, forget the request."""
         if isinstance(answer.message, m.Failure):
             self.counters["failures"] += 1
@@ -470,9 +473,22 @@ class BrokerCore:
         self._drop(entry, cancel=True)
         if client is not None and client.incarnation != entry.id.incarnation:
             return
-        self.answers.put(entry.id, answer)
+        self._hold(entry.id, answer, now)
         if client is not None:
             self._forward(Side.CLIENT, client.connection, answer)
+
+    def _hold(self, request_id: m.RequestId, answer: Packet, now: float) -> None:
+        if not self._watches_answers:
+            self._watches_answers = True
+            self._at(now + self.config.held_answer_s, self._let_go)
+        self.answers.put(request_id, answer, now)
+
+    def _let_go(self, now: float) -> None:
+        """Forget answers that nobody will ask for any more."""
+        self.answers.discard_older(now - self.config.held_answer_s)
+        self._watches_answers = len(self.answers) > 0
+        if self._watches_answers:
+            self._at(now + self.config.held_answer_s, self._let_go)
 
     def _drop(self, entry: Entry, *, cancel: bool) -> None:
         """Forget a request wherever it is; workers that run it are told if ``cancel``."""

@@ -105,6 +105,7 @@ class PacketStore(Generic[K]):
         self.capacity_bytes = capacity_bytes
         self.held_bytes = 0
         self._packets: OrderedDict[K, Packet] = OrderedDict()
+        self._since: dict[K, float] = {}
 
     def __len__(self) -> int:
         return len(self._packets)
@@ -118,11 +119,12 @@ class PacketStore(Generic[K]):
             self._packets.move_to_end(key)
         return packet
 
-    def put(self, key: K, packet: Packet) -> None:
+    def put(self, key: K, packet: Packet, now: float) -> None:
         self.discard(key)
         if packet.nbytes > self.capacity_bytes:
             return
         self._packets[key] = packet
+        self._since[key] = now
         self.held_bytes += packet.nbytes
         while self.held_bytes > self.capacity_bytes:
             self.discard(next(iter(self._packets)))
@@ -131,7 +133,14 @@ class PacketStore(Generic[K]):
         packet = self._packets.pop(key, None)
         if packet is not None:
             self.held_bytes -= packet.nbytes
+            del self._since[key]
+
+    def discard_older(self, than: float) -> None:
+        """Discard what was put at ``than`` or before."""
+        for key in [key for key, since in self._since.items() if since <= than]:
+            self.discard(key)
 
     def validate(self) -> None:
         held = sum(packet.nbytes for packet in self._packets.values())
         assert held == self.held_bytes <= self.capacity_bytes
+        assert self._since.keys() == self._packets.keys()

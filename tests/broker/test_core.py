@@ -523,6 +523,16 @@ def test_what_a_returning_worker_held_is_dropped_when_it_dies_and_nobody_asked()
     assert not rig.core.pools
 
 
+def test_an_answer_is_not_held_for_ever_for_a_client_that_never_takes_it(rig: Rig) -> None:
+    rig.client("a")
+    rig.worker("w")
+    rig.reply("w", rig.ask("a", 1))  # the acknowledgement is lost on its way
+    rig.pass_time(59.0, (CLIENT, "a"), (WORKER, "w"))
+    assert len(rig.core.answers) == 1
+    rig.pass_time(61.0, (CLIENT, "a"), (WORKER, "w"))
+    assert len(rig.core.answers) == 0
+
+
 def test_a_damaged_answer_costs_neither_the_request_nor_the_credit(rig: Rig) -> None:
     rig.client("a")
     rig.worker("w")
