@@ -196,7 +196,7 @@ class Invariants:
         explained = {
             "bad_request": ask.nature == "bad",
             "target_failed": ask.nature in ("failing", "flaky"),
-            "lost_workers": ask.nature == "deadly" or self._losses() >= 2,
+            "lost_workers": ask.nature in ("deadly", "failing") or self._losses() >= 2,
             "deadline": late and not patient,
             "expired": late or "jump" in seen,
             "refused": leftover,
