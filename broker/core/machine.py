@@ -206,7 +206,7 @@ class BrokerCore:
 
     def _asked_again(self, entry: Entry, packet: Packet, client: ClientSession, now: float) -> None:
         self.counters["resends"] += 1
-        entry.expires_at = now + entry.request.ttl_s
+        entry.expires_at = now + cast(m.Request, packet.message).ttl_s
         if entry.packet is None:  # a worker brought it along from before a restart
             entry.packet, entry.request, entry.job = (
                 packet,
@@ -401,15 +401,22 @@ class BrokerCore:
             entry.workers.discard(worker.id)
             entry.story.append(f"worker {worker.id} had it for {now - since:.1f} s: {reason}")
             self._retry(entry, worker.id, "lost_workers", now)
-        if not pool.workers and all(e.pool != worker.model for e in self.entries.values()):
-            del self.pools[worker.model]
+        self._close_pool(pool, now)
+
+    def _close_pool(self, pool: Pool, now: float) -> None:
+        """A pool that has lost its last worker stays while requests wait for another."""
+        name = pool.description.model
+        if pool.workers or self.pools.get(name) is not pool:
+            return
+        if any(entry.pool == name for entry in self.entries.values()):
+            self._at(now + self.config.liveness_s, lambda now: self._close_pool(pool, now))
+        else:
+            del self.pools[name]
 
     def _retry(self, entry: Entry, worker: str, code: str, now: float) -> None:
         """Queue an entry again after an attempt that failed, unless it has failed too often."""
-        if entry.workers:
-            return  # it still runs elsewhere
-        if entry.packet is None:
-            self._drop(entry, cancel=False)
+        if entry.workers or entry.packet is None:
+            self._queue_again(entry, now)
             return
         entry.failed_on.append(worker)
         if len(entry.failed_on) >= self.config.max_losses:
@@ -417,7 +424,16 @@ class BrokerCore:
             self._finish(entry, encode(m.Failure(entry.id, code, story)), now)
             return
         self.counters["requeues"] += 1
-        self._route(entry, now, again=True)
+        self._queue_again(entry, now)
+
+    def _queue_again(self, entry: Entry, now: float) -> None:
+        """Put an entry before all new ones, unless it still runs elsewhere."""
+        if entry.workers:
+            return
+        if entry.packet is None:  # its client asks again, if it is there
+            self._drop(entry, cancel=False)
+        else:
+            self._route(entry, now, again=True)
 
     def _reply(self, worker: WorkerSession, packet: Packet, now: float) -> None:
         """A reply or a failure came: the worker has a credit again, the client its answer."""
@@ -451,7 +467,9 @@ class BrokerCore:
         failure = cast(m.Failure, message)
         if failure.code == "unknown_mapping":  # its store is bounded too: tell it again
             worker.mappings.discard(entry.request.mapping_id)
-            self._route(entry, now, again=True)
+            self._queue_again(entry, now)
+        elif failure.code == "cancelled":  # before its client came back and asked again
+            self._queue_again(entry, now)
         elif failure.code == "target_failed":
             entry.story.append(f"worker {worker.id} after {now - since:.1f} s: {failure.text}")
             self._retry(entry, worker.id, failure.code, now)
