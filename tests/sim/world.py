@@ -54,6 +54,8 @@ class World:
         self.unfinished: set[Ask] = set()
         #: losses of workers, clock steps and the like: what can explain an error
         self.seen: dict[str, int] = {}
+        #: everyone leaves for good
+        self.closing = False
         self.invariants = Invariants(self)
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = 0
@@ -76,6 +78,7 @@ class World:
         self._until(self.now + _SETTLE_S, self.invariants.at_rest)
         self.invariants.drained()
         self.tell("*", "everyone but the brokers leaves")
+        self.closing = True
         for peer in [*self.clients.values(), *self.workers.values(), *self.leftovers]:
             peer.leave()
         self._until(self.now + _SETTLE_S, self._silent)
@@ -184,7 +187,7 @@ class World:
             self.later(down_s, self._start_again, process)
 
     def _start_again(self, process: Process) -> None:
-        if self.lives[process.name] == process.life:
+        if not self.closing and self.lives[process.name] == process.life:
             self.start(process.name)
 
     def exited(self, worker: WorkerProcess, error: str) -> None:
