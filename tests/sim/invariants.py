@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from broker.core import ConnectionLost, Received, Send, Side
 from broker.core.inspect import validate
 from broker.protocol import messages as m
-from broker.protocol.link import LinkState
+from broker.protocol.link import LinkState, Reopen
 from tests.sim.footprint import footprint
 from tests.sim.peers import Ask, BrokerProcess, ClientProcess, Process, WorkerProcess
 from trainer_client.core import Deliver, Fail
@@ -25,6 +25,8 @@ _EVERY = 64
 _EMPTY_ITEMS = 40
 #: Items that a core may hold for each peer, unfinished request, held answer and mapping.
 _ITEMS_EACH = 24
+#: What a healthy cluster does: every request takes one forward then, and no connection two.
+_CALM = ("start", "submit", "cancel", "drain", "slow")
 _HELLOS = (m.ClientHello, m.WorkerHello)
 
 
@@ -48,6 +50,8 @@ class Invariants:
         self.world = world
         #: broker connection -> requests that it was given and has not answered
         self._given: dict[tuple[BrokerProcess, bytes], set[m.RequestId]] = {}
+        #: nothing but what a cluster is for
+        self._calm = all(op.kind in _CALM for op in world.schedule.ops)
 
     # -- after every event ----------------------------------------------------------------------
 
@@ -63,6 +67,9 @@ class Invariants:
             self._worker_acts(process, actions)
         elif isinstance(process, ClientProcess):
             self._on_time(process, now)
+            self._within_window(process)
+        if self._calm:
+            self._undisturbed(process, actions)
         if self.world.events % _EVERY == 0:
             self._bounded(process)
 
@@ -86,6 +93,13 @@ class Invariants:
             self._worker_said(broker, event)
         elif isinstance(event, ConnectionLost):
             self._given.pop((broker, event.connection), None)
+        elif isinstance(event, Received) and isinstance(event.packet.message, m.Cancel):
+            cancelled = event.packet.message.id
+            require(
+                cancelled not in broker.core.entries,
+                "cancelled but kept",
+                f"{broker} still has {cancelled}",
+            )
         for action in actions:
             if not isinstance(action, Send):
                 continue
@@ -127,6 +141,7 @@ class Invariants:
                     "unknown mapping computed",
                     f"{worker} computes with a mapping that it was not told",
                 )
+                self._one_forward(action.packet.message.id)  # type: ignore[union-attr]
             elif isinstance(action, Exit) and action.error:
                 require(
                     worker in self.world.leftovers,
@@ -134,16 +149,50 @@ class Invariants:
                     f"{worker} was refused: {action.error}",
                 )
 
+    def _one_forward(self, request_id: m.RequestId) -> None:
+        ask = self.world.asks[request_id]
+        ask.forwards += 1
+        require(
+            ask.forwards == 1
+            or not self._calm
+            or ask.nature != "ok"
+            or self.world.seen
+            or not all(b.core.config.held_answer_bytes for b in self.world.brokers.values()),
+            "second forward",
+            f"{request_id} is computed again, and nothing went wrong",
+        )
+
     def _on_time(self, client: ClientProcess, now: float) -> None:
-        core = client.core
-        if core.tickets:
-            first = min(ticket.deadline for ticket in core.tickets.values())
-            timer = core.next_timer
+        deadlines = [self.world.asks[request_id].deadline for request_id in client.core.tickets]
+        if deadlines:
+            first, timer = min(deadlines), client.core.next_timer
             require(first > now, "deadline passed", f"{client} holds a request past its deadline")
             require(
                 timer is not None and timer <= first,
                 "deadline not watched",
                 f"{client} wakes at {timer}, its first deadline is {first}",
+            )
+
+    def _within_window(self, client: ClientProcess) -> None:
+        for endpoint, flying in client.core.in_flight.items():
+            broker = self.world.brokers.get(endpoint)
+            if broker is not None and client.core.links[endpoint].ready:
+                require(
+                    len(flying) <= broker.core.config.window,
+                    "window exceeded",
+                    f"{client} has {len(flying)} requests at {broker}",
+                )
+
+    def _undisturbed(self, process: Process, actions: list[Any]) -> None:
+        """Nothing goes wrong, so nobody is taken for lost."""
+        for action in actions:
+            wanted = isinstance(action, Send) and isinstance(
+                self.world.packet(action.frames).message, m.HelloWanted
+            )
+            require(
+                not wanted and not isinstance(action, Reopen),
+                "lost without a fault",
+                f"{process}: {action}",
             )
 
     def _bounded(self, process: Process) -> None:

@@ -317,6 +317,8 @@ class Ask:
     #: on the client's clock
     deadline: float
     attempts: int = 0
+    #: how often a target began with it
+    forwards: int = 0
     cancelled: bool = False
     #: how much longer it was wanted when the faults stopped; None for one that had ended
     healed_with_s: float | None = None

@@ -178,9 +178,10 @@ class World:
         process.die(quietly=quietly)
         self.gone(process, down_s)
 
-    def gone(self, process: Process, down_s: float) -> None:
+    def gone(self, process: Process, down_s: float, *, lost: bool = True) -> None:
         """A life has ended: nobody waits for its requests, and the next one begins."""
-        self.saw("loss")
+        if lost:
+            self.saw("loss")
         if isinstance(process, ClientProcess):
             self.unfinished -= {ask for ask in self.unfinished if ask.client is process}
         if process not in self.leftovers:
@@ -194,7 +195,7 @@ class World:
         """A worker left by itself, drained or refused."""
         self.tell(worker, f"exits {error}")
         worker.die(quietly=False, after_s=0.06)
-        self.gone(worker, 0.3)
+        self.gone(worker, 0.3, lost=bool(error or worker.core.held))
 
     # -- requests -------------------------------------------------------------------------------
 
