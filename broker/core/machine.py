@@ -368,7 +368,7 @@ class BrokerCore:
         self._send(Side.WORKER, worker.connection, m.Heartbeat(len(self.workers)))
 
     def _worker_goodbye(self, worker: WorkerSession, packet: Packet, now: float) -> None:
-        self._lose_worker(worker, cast(m.Goodbye, packet.message).reason, now)
+        self._lose_worker(worker, cast(m.Goodbye, packet.message).reason, now, blame=False)
 
     def _draining(self, worker: WorkerSession, packet: Packet, now: float) -> None:
         worker.draining = True
@@ -385,8 +385,13 @@ class BrokerCore:
 
         self._at(worker.last_seen + self.config.liveness_s, check)
 
-    def _lose_worker(self, worker: WorkerSession, reason: str, now: float) -> None:
-        """Forget a worker; what it was working on goes back to the head of the queue."""
+    def _lose_worker(
+        self, worker: WorkerSession, reason: str, now: float, *, blame: bool = True
+    ) -> None:
+        """Forget a worker; what it was working on goes back to the head of the queue.
+
+        ``blame`` its requests, unless it left in good order: one of them may have killed it.
+        """
         del self.workers[worker.id]
         del self.worker_connections[worker.connection]
         pool = self.pools[worker.model]
@@ -400,7 +405,10 @@ class BrokerCore:
                 continue
             entry.workers.discard(worker.id)
             entry.story.append(f"worker {worker.id} had it for {now - since:.1f} s: {reason}")
-            self._retry(entry, worker.id, "lost_workers", now)
+            if blame:
+                self._retry(entry, worker.id, "lost_workers", now)
+            else:
+                self._queue_again(entry, now)
         self._close_pool(pool, now)
 
     def _close_pool(self, pool: Pool, now: float) -> None:
@@ -423,7 +431,6 @@ class BrokerCore:
             story = f"given up after {len(entry.failed_on)} attempts: " + "; ".join(entry.story)
             self._finish(entry, encode(m.Failure(entry.id, code, story)), now)
             return
-        self.counters["requeues"] += 1
         self._queue_again(entry, now)
 
     def _queue_again(self, entry: Entry, now: float) -> None:
@@ -433,6 +440,7 @@ class BrokerCore:
         if entry.packet is None:  # its client asks again, if it is there
             self._drop(entry, cancel=False)
         else:
+            self.counters["requeues"] += 1
             self._route(entry, now, again=True)
 
     def _reply(self, worker: WorkerSession, packet: Packet, now: float) -> None:

@@ -560,6 +560,18 @@ def test_a_cancel_of_before_does_not_end_what_a_client_that_came_back_asks(rig: 
     assert [reply.id for reply in rig.got("a again", m.Reply)] == [one]
 
 
+def test_workers_that_leave_in_good_order_are_not_held_against_their_requests(rig: Rig) -> None:
+    rig.client("a")
+    one = rig.ask("a", 1)
+    for name in ("w1", "w2", "w3"):
+        rig.worker(name)
+        assert rig.requests(name) == ["a#1"]
+        rig.from_worker(name, m.Goodbye("drained, 1 requests given back"))
+    rig.worker("w4")
+    rig.reply("w4", one)
+    assert [reply.id for reply in rig.got("a", m.Reply)] == [one]
+
+
 def test_a_pool_ends_with_the_last_request_that_waited_for_it(rig: Rig) -> None:
     rig.client("a")
     rig.worker("w")
