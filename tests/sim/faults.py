@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 
+#: A process that was down is started again so long after the faults have stopped.
+_RESTART_S = 0.3
+#: What a caller in a stopped process wants is looked at this often.
+_RETRY_S = 0.1
+
+
 # -- what a cluster is for --------------------------------------------------------------------
 
 
@@ -32,16 +38,24 @@ def start(world: World, who: str, role: str, **how: Any) -> None:
 
 
 def submit(world: World, who: str, label: int, nature: str, **how: Any) -> None:
-    """A caller asks."""
+    """A caller asks; in a process that is stopped, once that runs again."""
     client = world.process(who)
-    if client is not None:
+    if client is None:
+        return
+    if client.stopped:
+        world.later(_RETRY_S, lambda: submit(world, who, label, nature, **how))
+    else:
         world.submit(client, label, nature, **how)
 
 
 def cancel(world: World, who: str, label: int) -> None:
     """The caller gives a request up."""
     ask = world.by_label.get(label)
-    if ask is not None and ask.client.alive:
+    if ask is None or not ask.client.alive:
+        return
+    if ask.client.stopped:
+        world.later(_RETRY_S, cancel, world, who, label)
+    else:
         ask.client.cancel(ask)
         world.unfinished.discard(ask)
 
@@ -179,6 +193,10 @@ def heal_everything(world: World) -> None:
         process.resume()
     for worker in world.workers.values():
         worker.slowness = 1.0
+    world.later(_RESTART_S, _start_all, world)
+
+
+def _start_all(world: World) -> None:
     for name in world.recipes:
-        if world.process(name) is None:
+        if world.process(name) is None and not world.closing:
             world.start(name)

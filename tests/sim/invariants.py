@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from broker.core import ConnectionLost, Received, Send, Side
 from broker.core.inspect import validate
 from broker.protocol import messages as m
-from broker.protocol.link import LinkState, Reopen
+from broker.protocol.link import Arrived, LinkState, Reopen, SendTo
 from tests.sim.footprint import footprint
 from tests.sim.peers import Ask, BrokerProcess, ClientProcess, Process, WorkerProcess
 from trainer_client.core import Deliver, Fail
@@ -50,6 +50,8 @@ class Invariants:
         self.world = world
         #: broker connection -> requests that it was given and has not answered
         self._given: dict[tuple[BrokerProcess, bytes], set[m.RequestId]] = {}
+        #: worker -> what it has to answer: broker and request
+        self._owed: dict[WorkerProcess, set[tuple[str, m.RequestId]]] = {}
         #: nothing but what a cluster is for
         self._calm = all(op.kind in _CALM for op in world.schedule.ops)
 
@@ -64,7 +66,7 @@ class Invariants:
         else:
             process.core.validate()
         if isinstance(process, WorkerProcess):
-            self._worker_acts(process, actions)
+            self._worker_acts(process, event, actions, now)
         elif isinstance(process, ClientProcess):
             self._on_time(process, now)
             self._within_window(process)
@@ -132,9 +134,17 @@ class Invariants:
         elif isinstance(message, (m.Reply, m.Failure)):
             self._given.get(key, set()).discard(message.id)
 
-    def _worker_acts(self, worker: WorkerProcess, actions: list[Any]) -> None:
+    def _worker_acts(
+        self, worker: WorkerProcess, event: Any, actions: list[Any], now: float
+    ) -> None:
+        owed = self._owed.setdefault(worker, set())
+        if isinstance(event, Arrived) and isinstance(event.packet.message, m.Request):
+            owed.add((event.endpoint, event.packet.message.id))
         for action in actions:
-            if isinstance(action, Compute):
+            if isinstance(action, SendTo):
+                if isinstance(action.packet.message, (m.Reply, m.Failure)):
+                    owed.discard((action.endpoint, action.packet.message.id))
+            elif isinstance(action, Compute):
                 mapping = action.packet.message.mapping_id  # type: ignore[union-attr]
                 require(
                     not mapping or mapping in worker.core.mappings,
@@ -142,12 +152,24 @@ class Invariants:
                     f"{worker} computes with a mapping that it was not told",
                 )
                 self._one_forward(action.packet.message.id)  # type: ignore[union-attr]
-            elif isinstance(action, Exit) and action.error:
-                require(
-                    worker in self.world.leftovers,
-                    "wrongly refused",
-                    f"{worker} was refused: {action.error}",
-                )
+            elif isinstance(action, Exit):
+                self._may_leave(worker, action, owed, now)
+
+    def _may_leave(
+        self, worker: WorkerProcess, action: Exit, owed: set[tuple[str, m.RequestId]], now: float
+    ) -> None:
+        """Refused, or drained: it has answered everyone whom it can reach, or its time is up."""
+        if action.error:
+            refused = f"{worker} was refused: {action.error}"
+            require(worker in self.world.leftovers, "wrongly refused", refused)
+            return
+        core = worker.core
+        left = [str(request_id) for endpoint, request_id in owed if core.links[endpoint].ready]
+        require(
+            not left or now >= core.leave_at,
+            "left with requests",
+            f"{worker} drained and never answered {left}",
+        )
 
     def _one_forward(self, request_id: m.RequestId) -> None:
         ask = self.world.asks[request_id]
