@@ -288,6 +288,7 @@ class Invariants:
             ask.healed_with_s is not None
             and ask.healed_with_s >= RECOVERY_S
             and ask.client not in self.world.leftovers
+            and ask.nature != "unmapped"
             and bool(self.world.brokers)
             and ask.served_by({w.core.description.model for w in self.world.workers.values()})
         )

@@ -309,7 +309,8 @@ class Ask:
     """A request that a caller made, and what the caller was told."""
 
     label: int
-    #: ok, bad, failing, flaky (fails once) or deadly (the worker that begins it dies)
+    #: ok, bad, failing, flaky (fails once), deadly (the worker that begins it dies) or unmapped
+    #: (its client does not have the mapping that it names)
     nature: str
     packet: Packet
     client: ClientProcess

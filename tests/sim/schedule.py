@@ -99,23 +99,38 @@ class _Maker:
 
     def _ask(self, count: int) -> None:
         rng = self.rng
-        natures = ("ok", "bad", "failing", "flaky", "deadly")
         burst_at = rng.random() * _SPAN_S
         several = len(self.models) > 1 and len(self.workers) > 1
         for label in range(1, count + 1):
             at = burst_at if rng.random() < 0.3 else rng.random() * _SPAN_S
             client = rng.choice(self.clients)
+            nature = rng.choices(list(_NATURES), list(_NATURES.values()))[0]
+            hurried = nature == "unmapped" or rng.random() < 0.25
+            deadline_s = round(rng.uniform(0.2, 6.0), 3) if hurried else 90.0
             self._add(
-                at, "submit", client, label=label,
-                nature=rng.choices(natures, (88, 3, 3, 3, 3))[0],
+                at, "submit", client, label=label, nature=nature,
                 n_tokens=rng.choice((10, 50, 100, 200)),
                 step=rng.randint(0, 5),
                 model=rng.choice(self.models) if several else rng.choice(("", self.models[0])),
-                mapping_id=rng.choice(MAPPING_IDS) if rng.random() < 0.4 else "",
-                deadline_s=rng.uniform(0.2, 6.0) if rng.random() < 0.3 else 90.0,
+                mapping_id=self._mapping(nature),
+                deadline_s=deadline_s,
             )  # fmt: skip
             if rng.random() < 0.1:
                 self._add(at + rng.random() * 2.0, "cancel", client, label=label)
+            if hurried and rng.random() < 0.2:
+                self._away(client, at + deadline_s)
+
+    def _mapping(self, nature: str) -> str:
+        if nature == "unmapped":
+            return "m-nobody-has-it"
+        return self.rng.choice(MAPPING_IDS) if self.rng.random() < 0.4 else ""
+
+    def _away(self, client: str, deadline: float) -> None:
+        """The client cannot reach anyone when its request's time is up."""
+        for broker in self.brokers:
+            before_s, after_s = self.rng.random(), 3.0 * self.rng.random()
+            at, for_s = max(0.0, deadline - before_s), round(before_s + after_s, 3)
+            self._add(at, "partition", client, broker=broker, for_s=for_s)
 
     def _break(self, kind: str) -> None:
         rng = self.rng
@@ -151,6 +166,8 @@ class _Maker:
             self._add(at, kind, peer)
 
 
+#: What a request is like, and how often: see ``peers.Ask``.
+_NATURES = {"ok": 88, "bad": 3, "failing": 3, "flaky": 3, "deadly": 3, "unmapped": 3}
 #: How often each kind of fault is drawn.
 _WEIGHTS = {
     "cut": 6,

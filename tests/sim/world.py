@@ -66,9 +66,7 @@ class World:
 
     def run(self) -> None:
         """Play the schedule to its end. Raises :class:`Violation`, or what a core raised."""
-        for op in self.schedule.ops:
-            self.at(op.at, self._perform, op)
-        self._until(self.schedule.ends_at, lambda: False)
+        self.play_until(self.schedule.ends_at)
         self.tell("*", "the faults stop")
         faults.heal_everything(self)
         for ask in self.unfinished:
@@ -83,6 +81,12 @@ class World:
             peer.leave()
         self._until(self.now + _SETTLE_S, self._silent)
         self.invariants.forgotten()
+
+    def play_until(self, end: float) -> None:
+        """Play the operations; what comes after them is not played."""
+        for op in self.schedule.ops:
+            self.at(op.at, self._perform, op)
+        self._until(end, lambda: False)
 
     def _silent(self) -> bool:
         return all(broker.core.next_timer is None for broker in self.brokers.values())
