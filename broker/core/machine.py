@@ -42,7 +42,8 @@ class BrokerCore:
         self.mappingless: dict[str, dict[m.RequestId, Entry]] = {}
         self.mappings: PacketStore[str] = PacketStore(self.config.held_mapping_bytes)
         self.answers: PacketStore[m.RequestId] = PacketStore(self.config.held_answer_bytes)
-        self._watches_answers = False
+        #: whether a timer for these two is set
+        self._watches_answers = self._watches_poolless = False
         self.counters: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._timer_numbers = itertools.count()
@@ -221,8 +222,9 @@ class BrokerCore:
         """Put an entry where it has to wait: for a pool, for its mapping, or for a worker."""
         pool = self._pool_of(entry)
         if pool is None:
+            entry.poolless_since = now
             self.poolless[entry.id] = entry
-            self._at(now + self.config.model_grace_s, lambda now: self._still_poolless(entry, now))
+            self._watch_poolless(now + self.config.model_grace_s)
             return
         entry.pool = pool.description.model
         mapping = entry.request.mapping_id
@@ -241,12 +243,25 @@ class BrokerCore:
             return self.pools.get(model)
         return next(iter(self.pools.values())) if len(self.pools) == 1 else None
 
-    def _still_poolless(self, entry: Entry, now: float) -> None:
-        if entry.id not in self.poolless:
-            return
-        if not self.pools:
-            self._at(now + self.config.model_grace_s, lambda now: self._still_poolless(entry, now))
-            return
+    def _watch_poolless(self, when: float) -> None:
+        """One timer for all, so that requests that come and are cancelled leave none behind."""
+        if not self._watches_poolless:
+            self._watches_poolless = True
+            self._at(when, self._still_poolless)
+
+    def _still_poolless(self, now: float) -> None:
+        """Where there are workers, but for long none for a request, its model is an error."""
+        self._watches_poolless = False
+        grace_s = self.config.model_grace_s
+        if self.pools:
+            due = [e for e in self.poolless.values() if e.poolless_since + grace_s <= now]
+            for entry in due:
+                self._fail_unknown_model(entry, now)
+        if self.poolless:
+            first = min(entry.poolless_since for entry in self.poolless.values())
+            self._watch_poolless(first + grace_s if first + grace_s > now else now + grace_s)
+
+    def _fail_unknown_model(self, entry: Entry, now: float) -> None:
         wanted = entry.request.model
         there = ", ".join(sorted(self.pools))
         text = (

@@ -67,6 +67,8 @@ class Entry:
     expires_at: float
     #: the pool that took it, once one has
     pool: str = ""
+    #: since when it has waited for one
+    poolless_since: float = 0.0
     workers: set[str] = field(default_factory=set)
     #: workers on which it failed or which it took down; others are tried first
     failed_on: list[str] = field(default_factory=list)
