@@ -68,23 +68,29 @@ def test_a_failing_schedule_shrinks_to_what_matters_and_tells_its_story() -> Non
     assert story.endswith(f"replay: make sim SEED={seed}")
 
 
-def test_what_a_broker_holds_does_not_grow_with_the_requests_it_has_served() -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_broker_holds_does_not_grow_with_the_requests_it_has_seen(workers: int) -> None:
+    """Requests that come and are cancelled, with nobody to take them or one who is busy."""
+
     def held_after(requests: int) -> dict[str, int]:
         ops = [
             Op(0.0, "start", "b1", {"role": "broker"}),
             Op(0.0, "start", "c1", {"role": "client", "job": "", "resend_s": 5.0}),
         ]
+        busy = {"serves": "m", "credits": 1, "max_mappings": 1, "token_s": 1e6}
+        ops += [Op(0.0, "start", f"w{n}", {"role": "worker"} | busy) for n in range(workers)]
         wanted = {"nature": "ok", "n_tokens": 1, "model": "m", "mapping_id": "", "deadline_s": 90.0}
-        for label in range(1, requests + 1):
+        for label in range(requests):
             at = 1.0 + 0.01 * label
             ops.append(Op(at, "submit", "c1", wanted | {"label": label, "step": label}))
-            ops.append(Op(at + 0.005, "cancel", "c1", {"label": label}))
+            if label:  # the first keeps the worker busy
+                ops.append(Op(at + 0.005, "cancel", "c1", {"label": label}))
         world = World(Schedule(0, ("b1",), tuple(ops)))
         world.play_until(2.0 + 0.01 * requests)
         return footprint(world.brokers["b1"].core)
 
     few, many = held_after(50), held_after(1000)
-    assert sum(many.values()) <= sum(few.values()) + 8, (few, many)
+    assert sum(many.values()) <= sum(few.values()) + 100, (few, many)
 
 
 def test_the_luck_of_a_link_does_not_depend_on_other_operations() -> None:
