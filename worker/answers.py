@@ -114,8 +114,10 @@ class Answerer:
             if self._sender is not None and plan.transfer is not None:
                 self._sender.send(request.id.client, plan.transfer, tensors)
             return answer
-        except (BadRequest, RemoteProtocolError) as error:
+        except BadRequest as error:
             return _failure(request, "bad_request", error)
+        except RemoteProtocolError as error:
+            return _failure(request, "damaged", error)
         except LocalProtocolError as error:
             return _failure(request, "too_large", error)
         except Exception as error:

@@ -87,11 +87,12 @@ Action = Union[SendTo, Reopen, Compute, Learn, Forget, Exit, Log]  # noqa: UP007
 class _Held:
     """A request from arrival until its answer is on its way."""
 
-    endpoint: str
+    #: the brokers that wait for the answer; several when the client failed over meanwhile
+    endpoints: list[str]
     packet: Packet
     received_at: float
     cancelled: bool = False
-    #: set when the target is done while the broker cannot be reached
+    #: set when the target is done while a broker that waits for it cannot be reached
     answer: Packet | None = None
 
 
@@ -176,7 +177,7 @@ class WorkerCore:
         if isinstance(message, m.Request):
             self._request(link, message, packet, now)
         elif isinstance(message, m.Cancel):
-            self._cancel(message.id)
+            self._cancel(link, message.id)
         elif isinstance(message, m.MappingOffer):
             self._learn(message.mapping_id, packet)
         elif isinstance(message, m.Refused):
@@ -189,11 +190,12 @@ class WorkerCore:
         if self.leave_at is not None:
             self._send(link.endpoint, encode(m.Draining()))
         for request_id, held in list(self.held.items()):
-            if held.endpoint == link.endpoint and held.answer is not None:
+            if link.endpoint in held.endpoints and held.answer is not None:
                 self._answer(request_id, held.answer)
 
     def _request(self, link: Link, request: m.Request, packet: Packet, now: float) -> None:
-        if request.id in self.held:
+        if (held := self.held.get(request.id)) is not None:
+            self._asked_again(held, link, request.id)
             return
         if request.mapping_id and request.mapping_id not in self.mappings:
             text = f"this worker does not have the vocab mapping {request.mapping_id}"
@@ -202,24 +204,34 @@ class WorkerCore:
             return
         if request.mapping_id:
             self.mappings.move_to_end(request.mapping_id)
-        self.held[request.id] = _Held(link.endpoint, packet, now)
+        self.held[request.id] = _Held([link.endpoint], packet, now)
 
-    def _cancel(self, request_id: m.RequestId) -> None:
+    def _asked_again(self, held: _Held, link: Link, request_id: m.RequestId) -> None:
+        """It is wanted (again), perhaps by a second broker: one forward answers all."""
+        held.cancelled = False
+        if link.endpoint not in held.endpoints:
+            held.endpoints.append(link.endpoint)
+        if held.answer is not None:
+            self._answer(request_id, held.answer)
+
+    def _cancel(self, link: Link, request_id: m.RequestId) -> None:
         held = self.held.get(request_id)
-        if held is None:
+        if held is None or link.endpoint not in held.endpoints:
             return
-        held.cancelled = True
-        if request_id != self.computing:
-            text = "cancelled before the target began"
-            self._answer(request_id, encode(m.Failure(request_id, "cancelled", text)))
+        if held.endpoints == [link.endpoint] and request_id == self.computing:
+            held.cancelled = True
+            return
+        held.endpoints.remove(link.endpoint)
+        if not held.endpoints:
+            del self.held[request_id]
+        text = "cancelled before the target began"
+        self._send(link.endpoint, encode(m.Failure(request_id, "cancelled", text)))
 
     def _learn(self, mapping_id: str, packet: Packet) -> None:
         try:
             packet.verify()
-        except (
-            RemoteProtocolError
-        ) as error:  # the next request for it makes the broker offer it again
-            self._log("warning", "damaged_mapping", mapping=mapping_id, error=str(error))
+        except RemoteProtocolError as error:  # its request is answered with unknown_mapping
+            self._log("warning", "damaged_mapping", mapping=mapping_id, text=str(error))
             return
         if mapping_id not in self.mappings:
             self._actions.append(Learn(packet))
@@ -247,14 +259,15 @@ class WorkerCore:
         self._answer(event.id, answer)
 
     def _answer(self, request_id: m.RequestId, answer: Packet) -> None:
+        """Send the answer to every broker that waits for it; keep it for those that are away."""
         held = self.held[request_id]
-        if self.links[held.endpoint].ready:
+        held.answer = answer
+        for endpoint in list(held.endpoints):
+            if self.links[endpoint].ready:
+                held.endpoints.remove(endpoint)
+                self._send(endpoint, answer)
+        if not held.endpoints or _comes_directly(answer):  # late news of a transfer is none
             del self.held[request_id]
-            self._send(held.endpoint, answer)
-        elif _comes_directly(answer):
-            del self.held[request_id]  # late news of a transfer is none; it is asked for again
-        else:
-            held.answer = answer
 
     def _compute_next(self) -> None:
         if self.computing is not None:
@@ -280,7 +293,7 @@ class WorkerCore:
         if self.leave_at is None or self.left:
             return
         reachable = {endpoint for endpoint, link in self.links.items() if link.ready}
-        pending = [held for held in self.held.values() if held.endpoint in reachable]
+        pending = [held for held in self.held.values() if reachable & set(held.endpoints)]
         if pending and now < self.leave_at:
             return
         for endpoint in reachable:
@@ -298,7 +311,7 @@ class WorkerCore:
     def _hello_for(self, endpoint: str) -> Any:
         def hello() -> m.WorkerHello:
             held = tuple(
-                request_id for request_id, held in self.held.items() if held.endpoint == endpoint
+                request_id for request_id, held in self.held.items() if endpoint in held.endpoints
             )
             return m.WorkerHello(
                 self.worker, self.incarnation, self.description, self.credits, held
@@ -324,8 +337,9 @@ class WorkerCore:
         if self.computing is not None:
             assert self.held[self.computing].answer is None
         for held in self.held.values():
-            assert held.endpoint in self.links
-            assert held.answer is None or not self.links[held.endpoint].ready
+            assert held.endpoints
+            assert set(held.endpoints) <= set(self.links)
+            assert held.answer is None or not any(self.links[e].ready for e in held.endpoints)
         waiting = [request_id for request_id, held in self.held.items() if held.answer is None]
         assert bool(waiting) == (self.computing is not None)
         assert self.computing is None or self.computing == waiting[0]

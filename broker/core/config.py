@@ -27,11 +27,14 @@ class BrokerConfig:
     model_grace_s: float = 10.0
     #: Answers kept until the client says it has them: a resend costs no second forward.
     held_answer_bytes: int = 256 * MIB
+    #: And no longer than this: its client has given the request up, or its acknowledgement is lost.
+    #: Clients ask again at least every 30 s.
+    held_answer_s: float = 60.0
     #: Vocab mappings kept; a mapping of 32,000 ids is 256 KB.
     held_mapping_bytes: int = 64 * MIB
 
     def __post_init__(self) -> None:
-        for name in ("window", "heartbeat_s", "liveness_s", "max_losses"):
+        for name in ("window", "heartbeat_s", "liveness_s", "max_losses", "held_answer_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.liveness_s < 2 * self.heartbeat_s:

@@ -47,6 +47,8 @@ class BrokerCore:
         self.mappingless: dict[str, dict[m.RequestId, Entry]] = {}
         self.mappings: PacketStore[str] = PacketStore(self.config.held_mapping_bytes)
         self.answers: PacketStore[m.RequestId] = PacketStore(self.config.held_answer_bytes)
+        #: whether a timer for these two is set
+        self._watches_answers = self._watches_poolless = False
         self.counters: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
         self.measures = Measures()
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
@@ -65,11 +67,7 @@ class BrokerCore:
         elif isinstance(event, BadBytes):
             self.counters["bad_messages"] += 1
             self._log("warning", "bad_message", side=event.side.value, error=event.error)
-            if event.other_version:
-                self._send(event.side, event.connection, m.Refused("version", event.error))
-            elif event.connection in self._sessions(event.side):
-                # what it said is lost: both begin again from what each still has
-                self._send(event.side, event.connection, m.HelloWanted(self.incarnation))
+            self._answer_bad_bytes(event)
         while self._timers and self._timers[0][0] <= now:
             heapq.heappop(self._timers)[2](now)
         return self._actions
@@ -101,14 +99,21 @@ class BrokerCore:
         if isinstance(message, (m.ClientHello, m.WorkerHello)):
             handler(self, event.connection, event.packet, now)
             return
-        session = self._sessions(event.side).get(event.connection)
+        session = self._connections(event.side).get(event.connection)
         if session is None:
             self._send(event.side, event.connection, m.HelloWanted(self.incarnation))
             return
         session.last_seen = now
         handler(self, session, event.packet, now)
 
-    def _sessions(self, side: Side) -> dict[bytes, Any]:
+    def _answer_bad_bytes(self, event: BadBytes) -> None:
+        """What was lost may have been anything: a known peer's hello tells again what matters."""
+        if event.other_version:
+            self._send(event.side, event.connection, m.Refused("version", event.error))
+        elif event.connection in self._connections(event.side):
+            self._send(event.side, event.connection, m.HelloWanted(self.incarnation))
+
+    def _connections(self, side: Side) -> dict[bytes, Any]:
         return self.client_connections if side is Side.CLIENT else self.worker_connections
 
     def _connection_lost(self, side: Side, connection: bytes, now: float) -> None:
@@ -209,7 +214,7 @@ class BrokerCore:
 
     def _asked_again(self, entry: Entry, packet: Packet, client: ClientSession, now: float) -> None:
         self.counters["resends"] += 1
-        entry.expires_at = now + entry.request.ttl_s
+        entry.expires_at = now + cast(m.Request, packet.message).ttl_s
         if entry.packet is None:  # a worker brought it along from before a restart
             entry.packet, entry.request, entry.job = (
                 packet,
@@ -224,8 +229,9 @@ class BrokerCore:
         """Put an entry where it has to wait: for a pool, for its mapping, or for a worker."""
         pool = self._pool_of(entry)
         if pool is None:
+            entry.poolless_since = now
             self.poolless[entry.id] = entry
-            self._at(now + self.config.model_grace_s, lambda now: self._still_poolless(entry, now))
+            self._watch_poolless(now + self.config.model_grace_s)
             return
         entry.pool = pool.description.model
         mapping = entry.request.mapping_id
@@ -244,12 +250,25 @@ class BrokerCore:
             return self.pools.get(model)
         return next(iter(self.pools.values())) if len(self.pools) == 1 else None
 
-    def _still_poolless(self, entry: Entry, now: float) -> None:
-        if entry.id not in self.poolless:
-            return
-        if not self.pools:
-            self._at(now + self.config.model_grace_s, lambda now: self._still_poolless(entry, now))
-            return
+    def _watch_poolless(self, when: float) -> None:
+        """One timer for all, so that requests that come and are cancelled leave none behind."""
+        if not self._watches_poolless:
+            self._watches_poolless = True
+            self._at(when, self._still_poolless)
+
+    def _still_poolless(self, now: float) -> None:
+        """Where there are workers, but for long none for a request, its model is an error."""
+        self._watches_poolless = False
+        grace_s = self.config.model_grace_s
+        if self.pools:
+            due = [e for e in self.poolless.values() if e.poolless_since + grace_s <= now]
+            for entry in due:
+                self._fail_unknown_model(entry, now)
+        if self.poolless:
+            first = min(entry.poolless_since for entry in self.poolless.values())
+            self._watch_poolless(first + grace_s if first + grace_s > now else now + grace_s)
+
+    def _fail_unknown_model(self, entry: Entry, now: float) -> None:
         wanted = entry.request.model
         there = ", ".join(sorted(self.pools))
         text = (
@@ -257,7 +276,7 @@ class BrokerCore:
             if wanted
             else f"the request names no model and the broker has several: {there}; name one"
         )
-        self._finish(entry, encode(m.Failure(entry.id, "unknown_model", text)))
+        self._finish(entry, encode(m.Failure(entry.id, "unknown_model", text)), now)
 
     def _expire(self, client: ClientSession, now: float) -> None:
         """Answer what nobody wants any more. The client keeps the exact deadline itself."""
@@ -266,10 +285,12 @@ class BrokerCore:
                 self.counters["expired"] += 1
                 waited = f"nobody answered within {now - entry.accepted_at:.1f} s"
                 story = "; ".join([waited, *entry.story])
-                self._finish(entry, encode(m.Failure(entry.id, "expired", story)))
+                self._finish(entry, encode(m.Failure(entry.id, "expired", story)), now)
 
     def _cancel(self, client: ClientSession, packet: Packet, now: float) -> None:
         request_id = cast(m.Cancel, packet.message).id
+        if request_id.client == client.id:
+            self.answers.discard(request_id)
         entry = self.entries.get(request_id)
         if entry is not None and request_id in client.requests:
             self._drop(entry, cancel=True)
@@ -288,7 +309,7 @@ class BrokerCore:
                 "warning", "false_mapping", client=client.id, said=offer.mapping_id, is_=content
             )
             return
-        self.mappings.put(offer.mapping_id, packet)
+        self.mappings.put(offer.mapping_id, packet, now)
         for entry in self.mappingless.pop(offer.mapping_id, {}).values():
             self._route(entry, now)
 
@@ -412,8 +433,17 @@ class BrokerCore:
                 entry.suspects[worker.id] = worker.incarnation
                 self.bereft[entry.id] = entry
             self._retry(entry, "" if blame is Blame.NONE else worker.id, "lost_workers", now)
-        if not pool.workers and all(e.pool != worker.model for e in self.entries.values()):
-            del self.pools[worker.model]
+        self._close_pool(pool, now)
+
+    def _close_pool(self, pool: Pool, now: float) -> None:
+        """A pool that has lost its last worker stays while requests wait for another."""
+        name = pool.description.model
+        if pool.workers or self.pools.get(name) is not pool:
+            return
+        if any(entry.pool == name for entry in self.entries.values()):
+            self._at(now + self.config.liveness_s, lambda now: self._close_pool(pool, now))
+        else:
+            del self.pools[name]
 
     def _retry(self, entry: Entry, failed_on: str, code: str, now: float) -> None:
         """Queue an entry again after an attempt that failed, unless it has failed too often.
@@ -422,23 +452,18 @@ class BrokerCore:
         """
         if failed_on:
             entry.failed_on.append(failed_on)
-        if entry.workers:
-            return  # it still runs elsewhere
-        if entry.packet is None:
-            self._drop(entry, cancel=False)
-        elif len(entry.failed_on) < self.config.max_losses:
-            self.counters["requeues"] += 1
-            self._route(entry, now, again=True)
+        if entry.workers or entry.packet is None or len(entry.failed_on) < self.config.max_losses:
+            self._queue_again(entry, now)
         elif entry.suspects:
             due = self.suspected[entry.id] = now + self.config.liveness_s
-            self._at(due, lambda now: self._judge(entry, due, code))
+            self._at(due, lambda now: self._judge(entry, due, code, now))
         else:
-            self._give_up(entry, code)
+            self._give_up(entry, code, now)
 
-    def _judge(self, entry: Entry, due: float, code: str) -> None:
+    def _judge(self, entry: Entry, due: float, code: str, now: float) -> None:
         """Whoever was cut off has had the time to come back."""
         if self.suspected.get(entry.id) == due:
-            self._give_up(entry, code)
+            self._give_up(entry, code, now)
 
     def _acquit(self, worker: WorkerSession, now: float) -> None:
         """The worker is back in the same life, so no request has taken it down."""
@@ -448,12 +473,21 @@ class BrokerCore:
             entry.failed_on.remove(worker.id)
             if entry.id in self.suspected and len(entry.failed_on) < self.config.max_losses:
                 del self.suspected[entry.id]
-                self.counters["requeues"] += 1
-                self._route(entry, now, again=True)
+                self._queue_again(entry, now)
 
-    def _give_up(self, entry: Entry, code: str) -> None:
+    def _give_up(self, entry: Entry, code: str, now: float) -> None:
         story = f"given up after {len(entry.failed_on)} attempts: " + "; ".join(entry.story)
-        self._finish(entry, encode(m.Failure(entry.id, code, story)))
+        self._finish(entry, encode(m.Failure(entry.id, code, story)), now)
+
+    def _queue_again(self, entry: Entry, now: float) -> None:
+        """Put an entry before all new ones, unless it still runs elsewhere."""
+        if entry.workers:
+            return
+        if entry.packet is None:  # its client asks again, if it is there
+            self._drop(entry, cancel=False)
+        else:
+            self.counters["requeues"] += 1
+            self._route(entry, now, again=True)
 
     def _reply(self, worker: WorkerSession, packet: Packet, now: float) -> None:
         """A reply or a failure came: the worker has a credit again, the client its answer."""
@@ -495,19 +529,21 @@ class BrokerCore:
             self.counters["replies"] += 1
             self.counters["direct_replies"] += message.transfer is not None
             self.counters["reply_bytes"] += packet.nbytes
-            self._finish(entry, packet)
+            self._finish(entry, packet, now)
             return
         failure = cast(m.Failure, message)
         if failure.code == "unknown_mapping":  # its store is bounded too: tell it again
             worker.mappings.discard(entry.request.mapping_id)
-            self._route(entry, now, again=True)
+            self._queue_again(entry, now)
+        elif failure.code == "cancelled":  # before its client came back and asked again
+            self._queue_again(entry, now)
         elif failure.code == "target_failed":
             entry.story.append(f"worker {worker.id} after {now - since:.1f} s: {failure.text}")
             self._retry(entry, worker.id, failure.code, now)
         else:
-            self._finish(entry, packet)
+            self._finish(entry, packet, now)
 
-    def _finish(self, entry: Entry, answer: Packet) -> None:
+    def _finish(self, entry: Entry, answer: Packet, now: float) -> None:
         """Deliver the answer, keep it until it is acknowledged, forget the request."""
         if isinstance(answer.message, m.Failure):
             self.counters["failures"] += 1
@@ -523,10 +559,23 @@ class BrokerCore:
         if client is not None and client.incarnation != entry.id.incarnation:
             return
         if not _comes_directly(answer):  # a transfer is not made twice
-            self.answers.put(entry.id, answer)
+            self._hold(entry.id, answer, now)
         if client is not None:
             client.answered += 1
             self._forward(Side.CLIENT, client.connection, answer)
+
+    def _hold(self, request_id: m.RequestId, answer: Packet, now: float) -> None:
+        if not self._watches_answers:
+            self._watches_answers = True
+            self._at(now + self.config.held_answer_s, self._let_go)
+        self.answers.put(request_id, answer, now)
+
+    def _let_go(self, now: float) -> None:
+        """Forget answers that nobody will ask for any more."""
+        self.answers.discard_older(now - self.config.held_answer_s)
+        self._watches_answers = len(self.answers) > 0
+        if self._watches_answers:
+            self._at(now + self.config.held_answer_s, self._let_go)
 
     def _drop(self, entry: Entry, *, cancel: bool) -> None:
         """Forget a request wherever it is; workers that run it are told if ``cancel``."""

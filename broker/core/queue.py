@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+#: Removed entries that a heap may hold beyond as many as are still queued.
+_REMOVED = 16
+
 
 class Queueable(Protocol):
     """What the queue must know of an entry."""
@@ -45,7 +48,8 @@ class _Job:
 class FairQueue:
     """A priority queue of requests; push and pop cost the logarithm of its length.
 
-    Removal is lazy: a removed entry leaves the heap when it comes to the top.
+    Removal is lazy: a removed entry leaves the heap when it comes to the top, or with many others
+    once they are more than those that are left.
     """
 
     def __init__(self) -> None:
@@ -54,6 +58,7 @@ class FairQueue:
         self._there: set[int] = set()  # id() of the entries that are queued
         self._arrivals = itertools.count()
         self._now_tokens = 0.0
+        self._removed = 0  # items that are still in a heap, at most
 
     def __len__(self) -> int:
         return len(self._there)
@@ -95,7 +100,24 @@ class FairQueue:
 
     def remove(self, entry: Queueable) -> None:
         """Forget an entry, if it is queued."""
-        self._there.discard(id(entry))
+        if id(entry) not in self._there:
+            return
+        self._there.remove(id(entry))
+        self._removed += 1
+        if self._removed > len(self._there) + _REMOVED:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Take what was removed out of the heaps."""
+        self._removed = 0
+        for job in self._jobs.values():
+            job.heap = [item for item in job.heap if id(item[-1]) in self._there]
+            heapq.heapify(job.heap)
+            steps = {item[1] for item in job.heap}
+            job.turns = defaultdict(dict, {s: t for s, t in job.turns.items() if s in steps})
+        self._jobs = {name: job for name, job in self._jobs.items() if job.heap}
+        self._order = [item for item in self._order if item[2] in self._jobs]
+        heapq.heapify(self._order)
 
     def _pop_from(self, job: _Job) -> Queueable | None:
         while job.heap:

@@ -73,6 +73,8 @@ class Entry:
     expires_at: float
     #: the pool that took it, once one has
     pool: str = ""
+    #: since when it has waited for one
+    poolless_since: float = 0.0
     workers: set[str] = field(default_factory=set)
     #: workers on which it failed or which it took down; others are tried first
     failed_on: list[str] = field(default_factory=list)
@@ -122,6 +124,7 @@ class PacketStore(Generic[K]):
         self.capacity_bytes = capacity_bytes
         self.held_bytes = 0
         self._packets: OrderedDict[K, Packet] = OrderedDict()
+        self._since: dict[K, float] = {}
 
     def __len__(self) -> int:
         return len(self._packets)
@@ -135,11 +138,12 @@ class PacketStore(Generic[K]):
             self._packets.move_to_end(key)
         return packet
 
-    def put(self, key: K, packet: Packet) -> None:
+    def put(self, key: K, packet: Packet, now: float) -> None:
         self.discard(key)
         if packet.nbytes > self.capacity_bytes:
             return
         self._packets[key] = packet
+        self._since[key] = now
         self.held_bytes += packet.nbytes
         while self.held_bytes > self.capacity_bytes:
             self.discard(next(iter(self._packets)))
@@ -148,7 +152,14 @@ class PacketStore(Generic[K]):
         packet = self._packets.pop(key, None)
         if packet is not None:
             self.held_bytes -= packet.nbytes
+            del self._since[key]
+
+    def discard_older(self, than: float) -> None:
+        """Discard what was put at ``than`` or before."""
+        for key in [key for key, since in self._since.items() if since <= than]:
+            self.discard(key)
 
     def validate(self) -> None:
         held = sum(packet.nbytes for packet in self._packets.values())
         assert held == self.held_bytes <= self.capacity_bytes
+        assert self._since.keys() == self._packets.keys()

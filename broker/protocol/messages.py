@@ -334,9 +334,9 @@ Message = Union[  # noqa: UP007 - evaluated at run time, on Python 3.10 too
 #: Why a request can end without a result, and who says so.
 FAILURE_CODES: dict[str, str] = {
     "bad_request": "the worker: ids out of range, shapes, dtypes, an encoding it does not offer",
+    "damaged": "the worker: the request's payload did not match its checksum, it is sent again",
     "unknown_model": "the broker: workers are attached, and none serves this model",
     "unknown_mapping": "the worker: it was never told this mapping, the broker offers it again",
-    "damaged": "the worker: the payload was damaged on its way; the client sends it again",
     "too_large": "the worker or the broker: the reply is over the limit of the handshake",
     "over_window": "the broker: the client has more requests under way than it was granted",
     "target_failed": "the worker: the target raised",

@@ -15,7 +15,7 @@ from broker.protocol import messages as m
 from broker.protocol.errors import RemoteProtocolError, VersionMismatchError
 from broker.protocol.link import Arrived, Connected, Disconnected, Link, Reopen, SendTo, Tick
 from broker.protocol.sockets import Dealer, Wakeup, poll
-from broker.protocol.wire import decode, encode
+from broker.protocol.wire import Packet, decode, encode
 
 #: Messages taken from one broker before the others, and what waits here, get a turn.
 _BATCH = 64
@@ -33,6 +33,13 @@ class PeerCore(Protocol):
     def handle(self, event: Any, now: float) -> Iterable[Any]: ...
 
     def goodbye(self) -> Iterable[Any]: ...
+
+
+def lost_message(link: Link) -> Packet:
+    """What stands for a message that came damaged: it may have been anything, and after another
+    hello both sides know again what the other has.
+    """
+    return encode(m.HelloWanted(link.broker))
 
 
 class PeerLoop:
@@ -129,8 +136,7 @@ class PeerLoop:
             except RemoteProtocolError as error:
                 fields = {"endpoint": endpoint, "error": str(error)}
                 self._logger.warning("bad_message", extra={"fields": fields})
-                self._handle(Disconnected(endpoint))  # what it said is lost: begin again
-                return
+                packet = lost_message(self.core.links[endpoint])
             self._handle(Arrived(endpoint, packet))
 
     def _handle(self, event: Any) -> None:

@@ -592,6 +592,76 @@ def test_what_a_returning_worker_held_is_dropped_when_it_dies_and_nobody_asked()
     assert not rig.core.pools
 
 
+def test_an_answer_is_not_held_for_ever_for_a_client_that_never_takes_it(rig: Rig) -> None:
+    rig.client("a")
+    rig.worker("w")
+    rig.reply("w", rig.ask("a", 1))  # the acknowledgement is lost on its way
+    rig.pass_time(59.0, (CLIENT, "a"), (WORKER, "w"))
+    assert len(rig.core.answers) == 1
+    rig.pass_time(61.0, (CLIENT, "a"), (WORKER, "w"))
+    assert len(rig.core.answers) == 0
+
+
+def test_a_damaged_answer_costs_neither_the_request_nor_the_credit(rig: Rig) -> None:
+    rig.client("a")
+    rig.worker("w")
+    one = rig.ask("a", 1)
+    rig.got("w")
+    rig.garbage(WORKER, "w")  # it was the answer, and the worker has forgotten the request
+    assert [type(message) for message in rig.got("w")] == [m.HelloWanted]
+    rig.worker("w")
+    assert rig.requests("w") == ["a#1"]
+    rig.reply("w", one)
+    assert [reply.id for reply in rig.got("a", m.Reply)] == [one]
+
+
+def test_a_cancel_of_before_does_not_end_what_a_client_that_came_back_asks(rig: Rig) -> None:
+    rig.client("a")
+    rig.worker("w", credits=2)
+    one = rig.ask("a", 1)
+    rig.pass_time(6.0, (WORKER, "w"))  # the client is silent, and its requests are dropped
+    assert m.Cancel(one) in rig.got("w")
+    rig.client("a", connection="a again")
+    rig.ask("a", 1, connection="a again")
+    rig.fail("w", one, "cancelled")
+    assert rig.requests("w") == ["a#1", "a#1"]
+    rig.reply("w", one)
+    assert [reply.id for reply in rig.got("a again", m.Reply)] == [one]
+
+
+def test_workers_that_leave_in_good_order_are_not_held_against_their_requests(rig: Rig) -> None:
+    rig.client("a")
+    one = rig.ask("a", 1)
+    for name in ("w1", "w2", "w3"):
+        rig.worker(name)
+        assert rig.requests(name) == ["a#1"]
+        rig.from_worker(name, m.Goodbye("drained, 1 requests given back"))
+    rig.worker("w4")
+    rig.reply("w4", one)
+    assert [reply.id for reply in rig.got("a", m.Reply)] == [one]
+
+
+def test_a_pool_ends_with_the_last_request_that_waited_for_it(rig: Rig) -> None:
+    rig.client("a")
+    rig.worker("w")
+    one = rig.ask("a", 1)
+    rig.cut(WORKER, "w")
+    rig.from_client("a", m.Cancel(one))
+    rig.pass_time(6.0, (CLIENT, "a"))
+    assert not rig.core.pools
+    rig.worker("w2", description=model(fingerprint="f1"))  # a new release of the model
+    assert isinstance(rig.got("w2")[0], m.Welcome)
+
+
+def test_a_request_that_a_worker_brought_along_keeps_the_time_its_client_gives(rig: Rig) -> None:
+    rig.client("a")
+    one = m.RequestId("a", 1, 1)
+    rig.worker("w", held=(one,))
+    rig.ask("a", 1, ttl_s=60.0)
+    rig.pass_time(30.0, (CLIENT, "a"), (WORKER, "w"))
+    assert not rig.got("a", m.Failure)
+
+
 # -- to look at ---------------------------------------------------------------------------------
 
 

@@ -304,13 +304,14 @@ def test_a_cancelled_request_is_told_to_its_broker() -> None:
     assert not rig.core.tickets
 
 
-def test_over_the_window_is_tried_again_and_no_error() -> None:
+@pytest.mark.parametrize("code", ["over_window", "damaged"])
+def test_what_another_try_can_mend_is_tried_again_and_no_error(code: str) -> None:
     rig = Rig()
     rig.welcome()
     request = rig.submit(1)
     assert isinstance(request.message, m.Request)
     rig.requests()
-    rig.arrive(m.Failure(request.message.id, "over_window", "16 are under way"))
+    rig.arrive(m.Failure(request.message.id, code, "16 are under way"))
     assert not rig.ended
     rig.pass_time(1.5, A)
     assert rig.requests() == [1]

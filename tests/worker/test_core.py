@@ -117,6 +117,43 @@ def test_a_cancelled_request_is_answered_so_that_the_credit_returns() -> None:
     assert rig.answers() == ["Failure 1 cancelled"]
 
 
+def test_two_brokers_that_ask_for_one_request_are_both_answered_by_one_forward() -> None:
+    rig = Rig(A, B)
+    rig.welcome(A)
+    rig.welcome(B)
+    one = rig.request(1, A)
+    rig.request(1, B)  # the client failed over
+    rig.handle(Disconnected(A))
+    assert rig.computing() == [1]
+    rig.computed(one)
+    assert rig.answers(B) == ["Reply 1"]
+    rig.welcome(A)
+    assert rig.answers(A) == ["Reply 1"]
+    assert not rig.core.held
+
+
+def test_a_request_that_one_of_two_brokers_cancels_goes_on_for_the_other() -> None:
+    rig = Rig(A, B)
+    rig.welcome(A)
+    rig.welcome(B)
+    one = rig.request(1, A)
+    rig.request(1, B)
+    rig.arrive(m.Cancel(one), A)
+    rig.computed(one)
+    assert rig.answers(A) == ["Failure 1 cancelled"]
+    assert rig.answers(B) == ["Reply 1"]
+
+
+def test_a_cancelled_request_that_is_asked_again_is_answered() -> None:
+    rig = Rig()
+    rig.welcome()
+    one = rig.request(1)
+    rig.arrive(m.Cancel(one))  # the broker had lost its client, which then came back
+    rig.request(1)
+    rig.computed(one)
+    assert rig.answers() == ["Reply 1"]
+
+
 def test_an_unknown_mapping_is_said_and_a_known_one_learned_once() -> None:
     offer = mapping_offer(1, 5)
     assert isinstance(offer.message, m.MappingOffer)
@@ -130,6 +167,17 @@ def test_an_unknown_mapping_is_said_and_a_known_one_learned_once() -> None:
     assert [x for x in rig.done if isinstance(x, Learn)] == [Learn(offer)]
     rig.request(1, mapping_id=name)
     assert rig.computing() == [1]
+
+
+def test_a_damaged_mapping_is_not_learned_and_is_asked_for_again() -> None:
+    rig = Rig()
+    rig.welcome()
+    offer = mapping_offer(1, 5)
+    assert isinstance(offer.message, m.MappingOffer)
+    rig.arrive(Packet(offer.message, (offer.frames[0], bytes(16)), offer.checksums))
+    rig.request(1, mapping_id=offer.message.mapping_id)
+    assert rig.answers() == ["Failure 1 unknown_mapping"]
+    assert not any(isinstance(action, Learn) for action in rig.done)
 
 
 def test_the_least_recently_used_mapping_goes_first_and_none_that_is_needed() -> None:
