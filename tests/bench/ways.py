@@ -10,10 +10,14 @@ from pathlib import Path
 from tests.integration.test_processes import free_port
 from trainer_client.demo import Processes
 from trainer_client.direct import Receiver
-from trainer_client.service import Client
+from trainer_client.service import Answer, Client, PendingReply
 from worker.direct.config import DirectConfig
 
 PATIENCE_S = 120.0
+
+
+#: Requests under way at once, as a prefetching trainer has them.
+DEPTH = 2
 
 
 class Taker:
@@ -23,28 +27,38 @@ class Taker:
         self._client = client
         self._directly = directly
 
-    def take(self, mib: int) -> float:
-        """Seconds from the request until the tensor is here; the way is checked."""
-        end = time.monotonic() + PATIENCE_S
-        while True:
-            began = time.perf_counter()
-            pending = self._client.submit(
-                "input_embeddings", timeout_s=PATIENCE_S, model=f"{mib}MiB"
-            )
-            answer = pending.result()
-            seconds = time.perf_counter() - began
+    def take(self, mib: int, replies: int) -> float:
+        """Seconds for each of so many replies; all came the way that is measured."""
+        self._settle(mib)
+        began = time.perf_counter()
+        under_way = [self._ask(mib) for _ in range(DEPTH)]
+        for taken in range(replies):
+            answer = under_way.pop(0).result()
             assert answer.tensors["weight"].nbytes == mib << 20
-            if (answer.reply.transfer is not None) == self._directly:
-                return seconds
+            assert self._came_right(answer)
+            if taken < replies - DEPTH:
+                under_way.append(self._ask(mib))
+        return (time.perf_counter() - began) / replies
+
+    def _settle(self, mib: int) -> None:
+        """The first replies of a worker come by wire, until there is a channel."""
+        end = time.monotonic() + PATIENCE_S
+        while not self._came_right(self._ask(mib).result()):
             assert self._directly, "a client without direct transfers was answered directly"
             assert time.monotonic() < end, "no direct channel came about"
+
+    def _ask(self, mib: int) -> PendingReply:
+        return self._client.submit("input_embeddings", timeout_s=PATIENCE_S, model=f"{mib}MiB")
+
+    def _came_right(self, answer: Answer) -> bool:
+        return (answer.reply.transfer is not None) == self._directly
 
 
 @contextlib.contextmanager
 def direct_and_wire(
     sizes: Sequence[int], logs: Path
-) -> Iterator[tuple[Callable[[int], float], Callable[[int], float]]]:
-    """``(direct, wire)``: functions from MiB to seconds, through one broker and one worker."""
+) -> Iterator[tuple[Callable[[int, int], float], Callable[[int, int], float]]]:
+    """``(direct, wire)``, each :meth:`Taker.take`, through one broker and one worker."""
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(Processes(logs))
         ends = [f"tcp://127.0.0.1:{free_port()}" for _ in range(2)]

@@ -10,8 +10,8 @@ _OURS = ("broker.", "worker.", "trainer_client.")
 #: Values and rules, which do not grow: what a message holds is bounded by its limits.
 _VALUES = ("broker.protocol.messages", "broker.protocol.wire", "broker.protocol.limits")
 
-#: What a core gave back for its last event; and the broker's histograms, one set for each model that
-#: it ever had, with a ring of fixed length.
+#: What a core gave back for its last event; and the broker's histograms, one set for each model
+#: that it ever had, with a ring of fixed length.
 _PASSING = ("_actions", "measures")
 
 
