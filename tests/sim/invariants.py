@@ -30,7 +30,7 @@ _CALM = ("start", "submit", "cancel", "drain", "slow")
 _HELLOS = (m.ClientHello, m.WorkerHello)
 
 
-class Violation(AssertionError):
+class InvariantError(AssertionError):
     """An invariant does not hold. ``name`` stays the same while a schedule is shrunk."""
 
     def __init__(self, name: str, text: str) -> None:
@@ -40,7 +40,7 @@ class Violation(AssertionError):
 
 def require(holds: object, name: str, *text: object) -> None:
     if not holds:
-        raise Violation(name, " ".join(map(str, text)))
+        raise InvariantError(name, " ".join(map(str, text)))
 
 
 class Invariants:

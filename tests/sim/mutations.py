@@ -361,5 +361,3 @@ def peers_wait_for_ever_for_a_silent_broker() -> Iterator[None]:
 
     with instead(Link, "tick", other):
         yield
-
-

@@ -415,5 +415,3 @@ def _description(serves: str) -> m.ModelDescription:
 
 def _failure(request: m.Request, code: str, text: str) -> Packet:
     return encode(m.Failure(request.id, code, text))
-    
-

@@ -146,7 +146,9 @@ class _Maker:
         elif kind == "partition":
             self._add(at, kind, peer, broker=broker, for_s=for_s)
         elif kind == "lag":
-            self._add(at, kind, peer, broker=broker, factor=rng.choice((10, 100, 1000)), for_s=for_s)
+            self._add(
+                at, kind, peer, broker=broker, factor=rng.choice((10, 100, 1000)), for_s=for_s
+            )
         elif kind == "corrupt":
             where = [rng.choice(("header", "payload")) for _ in range(rng.randint(1, 3))]
             self._add(at, kind, peer, broker=broker, up=rng.random() < 0.5, where=where)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from broker.protocol import Limits, Packet, decode
 from tests.sim import faults
-from tests.sim.invariants import Invariants, Violation
+from tests.sim.invariants import Invariants, InvariantError
 from tests.sim.network import Network
 from tests.sim.peers import (
     Ask,
@@ -65,7 +65,7 @@ class World:
     # -- the loop -------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Play the schedule to its end. Raises :class:`Violation`, or what a core raised."""
+        """Play the schedule to its end. Raises :class:`InvariantError`, or what a core raised."""
         self.play_until(self.schedule.ends_at)
         self.tell("*", "the faults stop")
         faults.heal_everything(self)
@@ -110,7 +110,7 @@ class World:
         """Every event of every core comes by here."""
         self.events += 1
         if self.events > _MAX_EVENTS:
-            raise Violation("livelock", f"{self.events} events, and no end")
+            raise InvariantError("livelock", f"{self.events} events, and no end")
         if self.story is not None:
             self.story.event(self.now, process, event, actions)
         self.invariants.after(process, event, actions, now)
