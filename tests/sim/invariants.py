@@ -98,7 +98,8 @@ class Invariants:
         elif isinstance(event, Received) and isinstance(event.packet.message, m.Cancel):
             cancelled = event.packet.message.id
             require(
-                cancelled not in broker.core.entries,
+                cancelled not in broker.core.entries
+                or event.connection not in broker.core.client_connections,
                 "cancelled but kept",
                 f"{broker} still has {cancelled}",
             )
