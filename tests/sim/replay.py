@@ -5,9 +5,9 @@ from __future__ import annotations
 import traceback
 from dataclasses import dataclass, replace
 
-from tests.sim.invariants import InvariantError
 from tests.sim.schedule import Op, Schedule, make
 from tests.sim.story import Story
+from tests.sim.violation import InvariantError
 from tests.sim.world import World
 
 

@@ -7,17 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from broker.protocol import Limits, Packet, decode
-from tests.sim import faults
-from tests.sim.invariants import InvariantError, Invariants
+from tests.sim import endings, faults
+from tests.sim.actors import Ask, ClientProcess, WorkerProcess
+from tests.sim.invariants import Invariants
 from tests.sim.network import Network
-from tests.sim.peers import (
-    Ask,
-    BrokerProcess,
-    ClientProcess,
-    PeerProcess,
-    Process,
-    WorkerProcess,
-)
+from tests.sim.peers import BrokerProcess, PeerProcess, Process
+from tests.sim.violation import InvariantError
 from trainer_client.core import Deliver, Fail
 
 if TYPE_CHECKING:
@@ -72,15 +67,15 @@ class World:
         for ask in self.unfinished:
             ask.healed_with_s = ask.deadline - ask.client.now
         self._until(self.now + _SETTLE_S, lambda: not self.unfinished)
-        self.invariants.all_ended()
-        self._until(self.now + _SETTLE_S, self.invariants.at_rest)
-        self.invariants.drained()
+        endings.check_all_ended(self)
+        self._until(self.now + _SETTLE_S, lambda: not endings.restless(self))
+        endings.check_drained(self)
         self.tell("*", "everyone but the brokers leaves")
         self.closing = True
         for peer in [*self.clients.values(), *self.workers.values(), *self.leftovers]:
             peer.leave()
         self._until(self.now + _SETTLE_S, self._silent)
-        self.invariants.forgotten()
+        endings.check_forgotten(self)
 
     def play_until(self, end: float) -> None:
         """Play the operations; what comes after them is not played."""
@@ -211,7 +206,7 @@ class World:
 
     def ended(self, client: ClientProcess, action: Deliver | Fail) -> None:
         ask = self.asks.get(action.id)
-        self.invariants.ended(client, ask, action)
+        endings.check_ending(self, client, ask, action)
         assert ask is not None
         ask.ended = "result" if isinstance(action, Deliver) else action.code
         self.unfinished.discard(ask)
