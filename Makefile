@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 MINUTES ?= 10
-SEED ?= 0
+SEED ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check chaos test-engines clean
+.PHONY: help venv demo test check sim chaos test-engines clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed 's/:.*## /\t/' | column -ts '	'
@@ -31,9 +31,12 @@ check: venv ## Lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+sim: venv ## 10,000 simulated schedules of faults; SEED=n replays one and tells its story
+	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED))
+
 chaos: venv ## Train a draft through ten minutes of faults, then through 500 cut connections
-	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED)
-	$(BIN)/python -m tests.chaos --cuts 500 --seed $(SEED) --output build/chaos-cuts.json
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(or $(SEED),0)
+	$(BIN)/python -m tests.chaos --cuts 500 --seed $(or $(SEED),0) --output build/chaos-cuts.json
 
 test-engines: venv ## Load an exported draft in speculators and vLLM (an environment of its own)
 	tests/engines/run.sh

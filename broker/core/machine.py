@@ -311,7 +311,12 @@ class BrokerCore:
             return
         self.mappings.put(offer.mapping_id, packet, now)
         for entry in self.mappingless.pop(offer.mapping_id, {}).values():
-            self._route(entry, now)
+            if offer.mapping_id in self.mappings:
+                self._route(entry, now)
+            else:  # asking for it again would never end
+                limit = self.config.held_mapping_bytes
+                text = f"the vocab mapping has {packet.nbytes} bytes, this broker keeps {limit}"
+                self._finish(entry, encode(m.Failure(entry.id, "too_large", text)), now)
 
     # -- workers --------------------------------------------------------------------------------
 

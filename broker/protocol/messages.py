@@ -337,7 +337,7 @@ FAILURE_CODES: dict[str, str] = {
     "damaged": "the worker: the request's payload did not match its checksum, it is sent again",
     "unknown_model": "the broker: workers are attached, and none serves this model",
     "unknown_mapping": "the worker: it was never told this mapping, the broker offers it again",
-    "too_large": "the worker or the broker: the reply is over the limit of the handshake",
+    "too_large": "the worker or the broker: the reply, or the mapping, is over its limit",
     "over_window": "the broker: the client has more requests under way than it was granted",
     "target_failed": "the worker: the target raised",
     "expired": "the broker: nobody answered within the time that the client gave",

@@ -641,6 +641,20 @@ def test_workers_that_leave_in_good_order_are_not_held_against_their_requests(ri
     assert [reply.id for reply in rig.got("a", m.Reply)] == [one]
 
 
+def test_a_mapping_that_no_store_can_keep_is_an_error_and_not_asked_for_for_ever() -> None:
+    rig = Rig(held_mapping_bytes=100)
+    rig.client("a")
+    rig.worker("w")
+    offer = mapping_offer(1, 5)
+    assert isinstance(offer.message, m.MappingOffer)
+    rig.ask("a", 1, mapping_id=offer.message.mapping_id)
+    rig.from_client("a", offer)
+    got = rig.got("a")
+    assert [type(message) for message in got] == [m.Welcome, m.MappingWanted, m.Failure]
+    assert isinstance(got[-1], m.Failure)
+    assert (got[-1].code, "keeps 100" in got[-1].text) == ("too_large", True)
+
+
 def test_a_pool_ends_with_the_last_request_that_waited_for_it(rig: Rig) -> None:
     rig.client("a")
     rig.worker("w")

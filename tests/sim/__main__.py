@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from tests.sim import replay
+from tests.sim import replay, scale
 from tests.sim.schedule import make
 
 
@@ -16,7 +16,11 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=10_000, help="how many (%(default)s)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (%(default)s)")
     parser.add_argument("--seed", type=int, help="play this one only, and tell its story")
+    parser.add_argument("--scale", action="store_true", help="time up to 10,000 ranks instead")
     options = parser.parse_args()
+    if options.scale:
+        print(scale.table([(100, 10), (1_000, 100), (10_000, 1_000)]))
+        return 0
     if options.seed is not None:
         print(replay.explain(options.seed))
         return 0 if replay.play(make(options.seed)) else 1

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tests.sim.peers import BrokerProcess, ClientProcess, PeerProcess, Process, WorkerProcess
+from tests.sim.actors import ClientProcess, WorkerProcess
+from tests.sim.peers import BrokerProcess, PeerProcess, Process
 from worker.core import Drain
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What must hold after every event, when the faults have stopped, and when everyone has left."""
+"""What must hold after every event."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING, Any
 from broker.core import ConnectionLost, Received, Send, Side
 from broker.core.inspect import validate
 from broker.protocol import messages as m
-from broker.protocol.link import Arrived, LinkState, Reopen, SendTo
+from broker.protocol.link import Arrived, Reopen, SendTo
+from tests.sim.actors import ClientProcess, WorkerProcess
 from tests.sim.footprint import footprint
-from tests.sim.peers import Ask, BrokerProcess, ClientProcess, Process, WorkerProcess
-from trainer_client.core import Deliver, Fail
+from tests.sim.peers import BrokerProcess, Process
+from tests.sim.violation import require
 from worker.core import Compute, Exit
 
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-#: After the last fault, a request that is wanted for so much longer must end in a result: patience
-#: with a silent peer, a reconnect, a resend, and the work of all requests in a row.
-RECOVERY_S = 40.0
 #: Sizes are looked at after so many events.
 _EVERY = 64
 #: Containers that exist before anyone has come: counters, handlers, links and the like.
@@ -28,19 +26,6 @@ _ITEMS_EACH = 24
 #: What a healthy cluster does: every request takes one forward then, and no connection two.
 _CALM = ("start", "submit", "cancel", "drain", "slow")
 _HELLOS = (m.ClientHello, m.WorkerHello)
-
-
-class Violation(AssertionError):
-    """An invariant does not hold. ``name`` stays the same while a schedule is shrunk."""
-
-    def __init__(self, name: str, text: str) -> None:
-        super().__init__(f"{name}: {text}")
-        self.name = name
-
-
-def require(holds: object, name: str, *text: object) -> None:
-    if not holds:
-        raise Violation(name, " ".join(map(str, text)))
 
 
 class Invariants:
@@ -98,7 +83,8 @@ class Invariants:
         elif isinstance(event, Received) and isinstance(event.packet.message, m.Cancel):
             cancelled = event.packet.message.id
             require(
-                cancelled not in broker.core.entries,
+                cancelled not in broker.core.entries
+                or event.connection not in broker.core.client_connections,
                 "cancelled but kept",
                 f"{broker} still has {cancelled}",
             )
@@ -236,112 +222,3 @@ class Invariants:
             return sessions + len(core.entries) + stores
         held = core.held if isinstance(process, WorkerProcess) else core.tickets
         return len(core.links) + len(held) + len(core.mappings)
-
-    # -- when a request ends --------------------------------------------------------------------
-
-    def ended(self, client: ClientProcess, ask: Ask | None, action: Deliver | Fail) -> None:
-        """A caller is told how its request ended."""
-        require(ask is not None, "nobody asked", f"{client} was told of {action.id}")
-        assert ask is not None
-        require(ask.client is client, "another's request", f"{client} was told of {action.id}")
-        require(not ask.ended, "ended twice", f"{action.id}: {ask.ended}, then {action}")
-        require(not ask.cancelled, "ended after cancel", action.id)
-        if isinstance(action, Deliver):
-            reply = action.packet.message
-            require(
-                bytes(action.packet.payload[0]) == ask.expected and reply.id == ask.id,  # type: ignore[union-attr]
-                "another's tensors",
-                f"{action.id} was given the bytes of another request, or damaged ones",
-            )
-            require(ask.nature in ("ok", "flaky"), "impossible result", f"{ask.nature} request")
-        else:
-            why = self._unexplained(ask, action)
-            require(not why, f"unexplained {action.code}", f"{action.id}, {ask.nature}: {why}")
-
-    def _unexplained(self, ask: Ask, failure: Fail) -> str:
-        """What speaks against this error, or nothing."""
-        seen = self.world.seen
-        late = ask.client.now >= ask.deadline
-        patient = not late or self._had_time(ask)
-        leftover = ask.client in self.world.leftovers
-        explained = {
-            "bad_request": ask.nature == "bad",
-            "target_failed": ask.nature in ("failing", "flaky"),
-            "lost_workers": ask.nature in ("deadly", "failing") or self._losses() >= 2,
-            "deadline": late and not patient,
-            "expired": late or "jump" in seen,
-            "refused": leftover,
-        }
-        if explained.get(failure.code, False):
-            return ""
-        return f"{failure.text} (faults seen: {seen}, late: {late}, had time: {patient})"
-
-    def _losses(self) -> int:
-        """How often a worker may have been taken for dead."""
-        return sum(1 for op in self.world.schedule.ops if op.kind not in ("start", "submit")) + (
-            self.world.seen.get("loss", 0)
-        )
-
-    def _had_time(self, ask: Ask) -> bool:
-        """It was still wanted for long enough after the last fault, and someone could serve it."""
-        return (
-            ask.healed_with_s is not None
-            and ask.healed_with_s >= RECOVERY_S
-            and ask.client not in self.world.leftovers
-            and ask.nature != "unmapped"
-            and bool(self.world.brokers)
-            and ask.served_by({w.core.description.model for w in self.world.workers.values()})
-        )
-
-    # -- at the end -----------------------------------------------------------------------------
-
-    def all_ended(self) -> None:
-        left = sorted(ask.label for ask in self.world.unfinished)
-        require(not left, "never ended", f"requests {left} have not ended")
-
-    def at_rest(self) -> bool:
-        return not self._restless()
-
-    def drained(self) -> None:
-        require(not (what := self._restless()), "does not drain", what)
-
-    def _restless(self) -> str:
-        """What is still there of requests that have all ended, or nothing."""
-        for broker in self.world.brokers.values():
-            core = broker.core
-            if core.entries or core.poolless or core.mappingless:
-                return f"{broker} still has {list(map(str, core.entries))}"
-            if any(worker.running for worker in core.workers.values()):
-                return f"{broker} counts requests as running on {core.workers.values()}"
-            if any(len(pool.queue) for pool in core.pools.values()):
-                return f"{broker} has a queue"
-            for client in self.world.clients.values():
-                kept = [str(i) for i in self._answer_ids(client) if i in core.answers]
-                if kept:
-                    return f"{broker} still holds answers to {kept}"
-        for worker in self.world.workers.values():
-            if worker.core.held:
-                return f"{worker} still holds {list(map(str, worker.core.held))}"
-        for leftover in self.world.leftovers:
-            if leftover.alive and not self._fenced(leftover):
-                return f"{leftover} was not fenced off by {leftover.name}"
-        return ""
-
-    def _answer_ids(self, client: ClientProcess) -> list[m.RequestId]:
-        asks = self.world.asks.values()
-        return [ask.id for ask in asks if ask.client is client]
-
-    def _fenced(self, leftover: Any) -> bool:
-        links = leftover.core.links
-        return all(links[name].state is LinkState.REFUSED for name in self.world.brokers)
-
-    def forgotten(self) -> None:
-        """Nobody is there any more: a broker is as it was when it began, but for bounded stores."""
-        for broker in self.world.brokers.values():
-            sizes = footprint(broker.core)
-            fresh = footprint(type(broker.core)(broker.core.incarnation, broker.core.config))
-            stores = ("answers", "mappings", "counters")
-            kept = {n: size for n, size in sizes.items() if size > fresh[n] and n not in stores}
-            require(not kept, "not forgotten", f"{broker} keeps {kept} of peers that have left")
-            timer = broker.core.next_timer
-            require(timer is None, "leaked timer", f"{broker} still wakes at {timer}")

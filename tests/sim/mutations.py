@@ -1,95 +1,29 @@
-"""Planted bugs: each is one thing that a core could forget, and the simulation must find it.
-
-Most change what goes into a core's ``handle`` or what comes out, so they outlive changes inside.
-Those that replace a method fail at once when it is gone.
-"""
+"""Planted bugs: each is one thing that a core could forget, and the simulation must find it."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from broker.core import BrokerCore, Received, Send
-from broker.protocol import Packet, decode
+from broker.core import BrokerCore
 from broker.protocol import messages as m
-from broker.protocol.link import Arrived, Link, SendTo
+from broker.protocol.link import Link
+from tests.sim.planting import (
+    MUTATIONS,
+    heard,
+    hearing,
+    instead,
+    mutation,
+    said,
+    saying,
+    with_message,
+)
 from trainer_client import core as client_core
 from trainer_client.core import ClientCore, Deliver, Submit
 from worker.core import Drain, Learn, WorkerCore
 
-Plant = Callable[[], AbstractContextManager[None]]
-MUTATIONS: dict[str, Plant] = {}
-
-
-def mutation(plant: Callable[[], Iterator[None]]) -> Callable[[], Iterator[None]]:
-    """Register a planted bug under its name."""
-    MUTATIONS[plant.__name__] = contextlib.contextmanager(plant)
-    return plant
-
-
-@contextlib.contextmanager
-def instead(owner: Any, name: str, other: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace an attribute by what ``other`` makes of it. Raises where there is none."""
-    real = getattr(owner, name)
-    setattr(owner, name, other(real))
-    try:
-        yield
-    finally:
-        setattr(owner, name, real)
-
-
-def hearing(core: type, change: Callable[[Any, Any], Any]) -> AbstractContextManager[None]:
-    """A core that is told ``change(core, event)`` instead; None is an event it ignores."""
-
-    def other(handle: Callable[..., Any]) -> Callable[..., Any]:
-        def changed(self: Any, event: Any, now: float) -> Any:
-            event = change(self, event)
-            return handle(self, event, now) if event is not None else []
-
-        return changed
-
-    return instead(core, "handle", other)
-
-
-def saying(core: type, change: Callable[[Any, Any], list[Any]]) -> AbstractContextManager[None]:
-    """A core whose every action becomes those of ``change(core, action)``."""
-
-    def other(handle: Callable[..., Any]) -> Callable[..., Any]:
-        def changed(self: Any, event: Any, now: float) -> Any:
-            return [new for old in handle(self, event, now) for new in change(self, old)]
-
-        return changed
-
-    return instead(core, "handle", other)
-
-
-def _heard(event: Any, *kinds: type) -> Any:
-    """The message that an event brings, if it is one of these kinds."""
-    if not isinstance(event, (Received, Arrived)):
-        return None
-    return event.packet.message if isinstance(event.packet.message, kinds) else None
-
-
-def _said(action: Any, *kinds: type) -> Any:
-    """The message that an action sends, if it is one of these kinds."""
-    if isinstance(action, SendTo):
-        message: Any = action.packet.message
-    elif isinstance(action, Send):
-        message = decode(action.frames).message
-    else:
-        return None
-    return message if isinstance(message, kinds) else None
-
-
-def _as(event: Any, **changes: Any) -> Any:
-    """The event with another message in it."""
-    message = replace(event.packet.message, **changes)
-    packet = Packet(message, event.packet.frames, event.packet.checksums)
-    return replace(event, packet=packet)
-
+__all__ = ["MUTATIONS"]
 
 # -- the broker ---------------------------------------------------------------------------------
 
@@ -114,7 +48,7 @@ def broker_leaks_the_credit_of_a_failed_request() -> Iterator[None]:
     with hearing(
         BrokerCore,
         lambda core, event: (
-            None if (f := _heard(event, m.Failure)) and f.code == "cancelled" else event
+            None if (f := heard(event, m.Failure)) and f.code == "cancelled" else event
         ),
     ):
         yield
@@ -123,8 +57,8 @@ def broker_leaks_the_credit_of_a_failed_request() -> Iterator[None]:
 @mutation
 def broker_gives_a_worker_more_than_its_credits() -> Iterator[None]:
     def generous(core: Any, event: Any) -> Any:
-        hello = _heard(event, m.WorkerHello)
-        return event if hello is None else _as(event, credits=hello.credits + 1)
+        hello = heard(event, m.WorkerHello)
+        return event if hello is None else with_message(event, credits=hello.credits + 1)
 
     with hearing(BrokerCore, generous):
         yield
@@ -132,11 +66,11 @@ def broker_gives_a_worker_more_than_its_credits() -> Iterator[None]:
 
 def _accepts_stale(registry: str, hello: type, name: str) -> Iterator[None]:
     def as_new(core: Any, event: Any) -> Any:
-        message = _heard(event, hello)
+        message = heard(event, hello)
         session = getattr(core, registry).get(getattr(message, name)) if message else None
         if session is None or session.incarnation <= message.incarnation:
             return event
-        return _as(event, incarnation=session.incarnation)
+        return with_message(event, incarnation=session.incarnation)
 
     with hearing(BrokerCore, as_new):
         yield
@@ -154,14 +88,14 @@ def broker_accepts_a_stale_worker() -> Iterator[None]:
 
 @mutation
 def broker_keeps_what_was_cancelled() -> Iterator[None]:
-    with hearing(BrokerCore, lambda core, event: None if _heard(event, m.Cancel) else event):
+    with hearing(BrokerCore, lambda core, event: None if heard(event, m.Cancel) else event):
         yield
 
 
 @mutation
 def broker_answers_the_wrong_client() -> Iterator[None]:
     def astray(core: BrokerCore, action: Any) -> list[Any]:
-        others = [c for c in core.client_connections if _said(action, m.Reply)]
+        others = [c for c in core.client_connections if said(action, m.Reply)]
         return [replace(action, connection=max(others))] if others else [action]
 
     with saying(BrokerCore, astray):
@@ -171,7 +105,7 @@ def broker_answers_the_wrong_client() -> Iterator[None]:
 @mutation
 def broker_never_drops_a_held_answer() -> Iterator[None]:
     def deaf(core: BrokerCore, event: Any) -> Any:
-        return None if _heard(event, m.Received) else event
+        return None if heard(event, m.Received) else event
 
     with (
         hearing(BrokerCore, deaf),
@@ -183,7 +117,7 @@ def broker_never_drops_a_held_answer() -> Iterator[None]:
 @mutation
 def broker_forgets_to_tell_a_worker_the_mapping() -> Iterator[None]:
     def silent(core: BrokerCore, action: Any) -> list[Any]:
-        return [] if _said(action, m.MappingOffer) else [action]
+        return [] if said(action, m.MappingOffer) else [action]
 
     with saying(BrokerCore, silent):
         yield
@@ -192,7 +126,7 @@ def broker_forgets_to_tell_a_worker_the_mapping() -> Iterator[None]:
 @mutation
 def broker_ignores_deadlines() -> Iterator[None]:
     def endless(core: BrokerCore, event: Any) -> Any:
-        return _as(event, ttl_s=1e9) if _heard(event, m.Request) else event
+        return with_message(event, ttl_s=1e9) if heard(event, m.Request) else event
 
     with hearing(BrokerCore, endless):
         yield
@@ -216,7 +150,7 @@ def broker_watches_clients_that_have_left() -> Iterator[None]:
 @mutation
 def broker_does_not_ask_strangers_for_a_hello() -> Iterator[None]:
     def silent(core: BrokerCore, action: Any) -> list[Any]:
-        return [] if _said(action, m.HelloWanted) else [action]
+        return [] if said(action, m.HelloWanted) else [action]
 
     with saying(BrokerCore, silent):
         yield
@@ -257,7 +191,7 @@ def worker_answers_only_the_first_broker_that_asks() -> Iterator[None]:
 @mutation
 def worker_leaves_a_cancelled_request_unanswered() -> Iterator[None]:
     def silent(core: WorkerCore, action: Any) -> list[Any]:
-        failure = _said(action, m.Failure)
+        failure = said(action, m.Failure)
         return [] if failure and failure.code == "cancelled" else [action]
 
     with saying(WorkerCore, silent):
@@ -281,7 +215,7 @@ def client_never_resends() -> Iterator[None]:
     sent: set[tuple[int, m.RequestId]] = set()
 
     def once(core: ClientCore, action: Any) -> list[Any]:
-        request = _said(action, m.Request)
+        request = said(action, m.Request)
         if request is None:
             return [action]
         if (id(core), request.id) in sent:
@@ -296,7 +230,7 @@ def client_never_resends() -> Iterator[None]:
 @mutation
 def client_ignores_its_window() -> Iterator[None]:
     def greedy(core: ClientCore, event: Any) -> Any:
-        return _as(event, window=1000) if _heard(event, m.Welcome) else event
+        return with_message(event, window=1000) if heard(event, m.Welcome) else event
 
     with hearing(ClientCore, greedy):
         yield
@@ -320,7 +254,7 @@ def client_takes_damaged_tensors() -> Iterator[None]:
 @mutation
 def client_does_not_acknowledge_answers() -> Iterator[None]:
     def silent(core: ClientCore, action: Any) -> list[Any]:
-        return [] if _said(action, m.Received) else [action]
+        return [] if said(action, m.Received) else [action]
 
     with (
         saying(ClientCore, silent),
@@ -331,7 +265,7 @@ def client_does_not_acknowledge_answers() -> Iterator[None]:
 
 @mutation
 def client_ignores_a_wanted_mapping() -> Iterator[None]:
-    with hearing(ClientCore, lambda core, event: None if _heard(event, m.MappingWanted) else event):
+    with hearing(ClientCore, lambda core, event: None if heard(event, m.MappingWanted) else event):
         yield
 
 
@@ -342,7 +276,7 @@ def client_ignores_a_wanted_mapping() -> Iterator[None]:
 def peers_do_not_beat_their_hearts() -> Iterator[None]:
     def other(real: Any) -> Any:
         def tick(self: Link, now: float) -> list[Any]:
-            return [a for a in real(self, now) if not _said(a, m.Heartbeat)]
+            return [a for a in real(self, now) if not said(a, m.Heartbeat)]
 
         return tick
 

@@ -1,9 +1,9 @@
 """A network that behaves as ZeroMQ over TCP does, without a socket.
 
-A connection is first in, first out. When it is cut, what was under way is lost but for a prefix that
-had already reached the other end. A DEALER connects again by itself and keeps what it was given
-meanwhile, until its owner opens it anew. A ROUTER has a new name for each connection, drops nothing
-silently that it knows to be undeliverable, and learns of a half-open connection never.
+A connection is first in, first out. When it is cut, what was under way is lost but for a prefix
+that had already reached the other end. A DEALER connects again by itself and keeps what it was
+given meanwhile, until its owner opens it anew. A ROUTER has a new name for each connection, says
+what it knows to be undeliverable, and never learns of a half-open connection.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 import traceback
 from dataclasses import dataclass, replace
 
-from tests.sim.invariants import Violation
 from tests.sim.schedule import Op, Schedule, make
 from tests.sim.story import Story
+from tests.sim.violation import InvariantError
 from tests.sim.world import World
 
 
@@ -31,7 +31,7 @@ def play(schedule: Schedule, story: Story | None = None) -> Outcome:
     failure = text = ""
     try:
         world.run()
-    except Violation as error:
+    except InvariantError as error:
         failure, text = error.name, str(error)
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -75,7 +75,7 @@ class _Maker:
             self._add(
                 self._begin(), "start", name, role="broker",
                 window=rng.choice((1, 2, 4, 16)),
-                heartbeat_s=2.0,
+                heartbeat_s=2.5,
                 held_answer_bytes=rng.choice((0, 1000, 1 << 20)),
                 held_mapping_bytes=rng.choice((200, 1 << 20, 1 << 20)),
             )  # fmt: skip

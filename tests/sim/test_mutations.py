@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 
 from broker.core import BrokerCore
-from tests.sim.mutations import MUTATIONS, instead
+from tests.sim.mutations import MUTATIONS
+from tests.sim.planting import instead
 from tests.sim.replay import play
 from tests.sim.schedule import make
 
 #: The rarest needs a twin, a failover or a cancel at the right moment.
 _SCHEDULES = 400
+
+
+def test_there_are_planted_bugs_in_every_core() -> None:
+    assert {name.split("_")[0] for name in MUTATIONS} == {"broker", "worker", "client", "peers"}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

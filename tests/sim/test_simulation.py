@@ -9,7 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.sim import replay
+from tests.sim import (
+    mutations,  # noqa: F401 - registers them
+    replay,
+)
 from tests.sim.faults import KINDS
 from tests.sim.footprint import footprint
 from tests.sim.mutations import MUTATIONS

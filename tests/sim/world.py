@@ -7,17 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from broker.protocol import Limits, Packet, decode
-from tests.sim import faults
-from tests.sim.invariants import Invariants, Violation
+from tests.sim import endings, faults
+from tests.sim.actors import Ask, ClientProcess, WorkerProcess
+from tests.sim.invariants import Invariants
 from tests.sim.network import Network
-from tests.sim.peers import (
-    Ask,
-    BrokerProcess,
-    ClientProcess,
-    PeerProcess,
-    Process,
-    WorkerProcess,
-)
+from tests.sim.peers import BrokerProcess, PeerProcess, Process
+from tests.sim.violation import InvariantError
 from trainer_client.core import Deliver, Fail
 
 if TYPE_CHECKING:
@@ -27,7 +22,7 @@ if TYPE_CHECKING:
 #: Time for what has no deadline of its own; a broker gives a request up by its ttl at the latest.
 _SETTLE_S = 200.0
 #: More events than this in one schedule is a livelock.
-_MAX_EVENTS = 60_000
+_MAX_EVENTS = 10_000
 
 
 class World:
@@ -65,22 +60,22 @@ class World:
     # -- the loop -------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Play the schedule to its end. Raises :class:`Violation`, or what a core raised."""
+        """Play the schedule to its end. Raises :class:`InvariantError`, or what a core raised."""
         self.play_until(self.schedule.ends_at)
         self.tell("*", "the faults stop")
         faults.heal_everything(self)
         for ask in self.unfinished:
             ask.healed_with_s = ask.deadline - ask.client.now
         self._until(self.now + _SETTLE_S, lambda: not self.unfinished)
-        self.invariants.all_ended()
-        self._until(self.now + _SETTLE_S, self.invariants.at_rest)
-        self.invariants.drained()
+        endings.check_all_ended(self)
+        self._until(self.now + _SETTLE_S, lambda: not endings.restless(self))
+        endings.check_drained(self)
         self.tell("*", "everyone but the brokers leaves")
         self.closing = True
         for peer in [*self.clients.values(), *self.workers.values(), *self.leftovers]:
             peer.leave()
         self._until(self.now + _SETTLE_S, self._silent)
-        self.invariants.forgotten()
+        endings.check_forgotten(self)
 
     def play_until(self, end: float) -> None:
         """Play the operations; what comes after them is not played."""
@@ -110,7 +105,7 @@ class World:
         """Every event of every core comes by here."""
         self.events += 1
         if self.events > _MAX_EVENTS:
-            raise Violation("livelock", f"{self.events} events, and no end")
+            raise InvariantError("livelock", f"{self.events} events, and no end")
         if self.story is not None:
             self.story.event(self.now, process, event, actions)
         self.invariants.after(process, event, actions, now)
@@ -211,7 +206,7 @@ class World:
 
     def ended(self, client: ClientProcess, action: Deliver | Fail) -> None:
         ask = self.asks.get(action.id)
-        self.invariants.ended(client, ask, action)
+        endings.check_ending(self, client, ask, action)
         assert ask is not None
         ask.ended = "result" if isinstance(action, Deliver) else action.code
         self.unfinished.discard(ask)
