@@ -71,8 +71,13 @@ class Invariants:
             require(
                 (owner.name, owner.life) == (session.id, session.incarnation),
                 "stolen session",
-                f"{broker}: the session of {session.id}/{session.incarnation} is on the connection",
-                f"of {owner.name}/{owner.life}",
+                broker,
+                "has the session of",
+                session.id,
+                session.incarnation,
+                "on the connection of",
+                owner.name,
+                owner.life,
             )
 
     def _broker_sends(self, broker: BrokerProcess, event: Any, actions: list[Any]) -> None:
@@ -86,7 +91,9 @@ class Invariants:
                 cancelled not in broker.core.entries
                 or event.connection not in broker.core.client_connections,
                 "cancelled but kept",
-                f"{broker} still has {cancelled}",
+                broker,
+                "still has",
+                cancelled,
             )
         for action in actions:
             if not isinstance(action, Send):
@@ -100,7 +107,11 @@ class Invariants:
                 require(
                     (message.id.client, message.id.incarnation) == (owner.name, owner.life),
                     "answer to a stranger",
-                    f"{broker} sends the answer to {message.id} to {owner}",
+                    broker,
+                    "sends the answer to",
+                    message.id,
+                    "to",
+                    owner,
                 )
             elif isinstance(message, m.Request):
                 given = self._given.setdefault((broker, action.connection), set())
@@ -109,7 +120,12 @@ class Invariants:
                 require(
                     len(given) <= credits,
                     "credits exceeded",
-                    f"{broker} gave {owner} {len(given)} requests, it has {credits} credits",
+                    broker,
+                    "gave",
+                    owner,
+                    len(given),
+                    "requests, its credits are",
+                    credits,
                 )
 
     def _worker_said(self, broker: BrokerProcess, event: Received) -> None:
@@ -135,7 +151,8 @@ class Invariants:
                 require(
                     not mapping or mapping in worker.core.mappings,
                     "unknown mapping computed",
-                    f"{worker} computes with a mapping that it was not told",
+                    worker,
+                    "computes with a mapping that it was not told",
                 )
                 self._one_forward(action.packet.message.id)  # type: ignore[union-attr]
             elif isinstance(action, Exit):
@@ -146,15 +163,17 @@ class Invariants:
     ) -> None:
         """Refused, or drained: it has answered everyone whom it can reach, or its time is up."""
         if action.error:
-            refused = f"{worker} was refused: {action.error}"
-            require(worker in self.world.leftovers, "wrongly refused", refused)
+            leftover = worker in self.world.leftovers
+            require(leftover, "wrongly refused", worker, "was refused:", action.error)
             return
         core = worker.core
         left = [str(request_id) for endpoint, request_id in owed if core.links[endpoint].ready]
         require(
             not left or now >= core.leave_at,
             "left with requests",
-            f"{worker} drained and never answered {left}",
+            worker,
+            "drained and never answered",
+            left,
         )
 
     def _one_forward(self, request_id: m.RequestId) -> None:
@@ -167,18 +186,23 @@ class Invariants:
             or self.world.seen
             or not all(b.core.config.held_answer_bytes for b in self.world.brokers.values()),
             "second forward",
-            f"{request_id} is computed again, and nothing went wrong",
+            request_id,
+            "is computed again, and nothing went wrong",
         )
 
     def _on_time(self, client: ClientProcess, now: float) -> None:
         deadlines = [self.world.asks[request_id].deadline for request_id in client.core.tickets]
         if deadlines:
             first, timer = min(deadlines), client.core.next_timer
-            require(first > now, "deadline passed", f"{client} holds a request past its deadline")
+            require(first > now, "deadline passed", client, "holds a request past its deadline")
             require(
                 timer is not None and timer <= first,
                 "deadline not watched",
-                f"{client} wakes at {timer}, its first deadline is {first}",
+                client,
+                "wakes at",
+                timer,
+                "and its first deadline is",
+                first,
             )
 
     def _within_window(self, client: ClientProcess) -> None:
@@ -188,7 +212,11 @@ class Invariants:
                 require(
                     len(flying) <= broker.core.config.window,
                     "window exceeded",
-                    f"{client} has {len(flying)} requests at {broker}",
+                    client,
+                    "has",
+                    len(flying),
+                    "requests at",
+                    broker,
                 )
 
     def _undisturbed(self, process: Process, actions: list[Any]) -> None:
@@ -200,7 +228,8 @@ class Invariants:
             require(
                 not wanted and not isinstance(action, Reopen),
                 "lost without a fault",
-                f"{process}: {action}",
+                process,
+                action,
             )
 
     def _bounded(self, process: Process) -> None:
@@ -210,7 +239,13 @@ class Invariants:
         require(
             sum(sizes.values()) <= bound,
             "grows without bound",
-            f"{process} holds {sum(sizes.values())} items for {known} peers and requests: {sizes}",
+            process,
+            "holds",
+            sum(sizes.values()),
+            "items for",
+            known,
+            "peers and requests:",
+            sizes,
         )
 
     def _known_items(self, process: Process) -> int:
