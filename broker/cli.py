@@ -35,6 +35,14 @@ _DEFAULTS = BrokerConfig()
 @click.option(
     "--liveness-s", default=_DEFAULTS.liveness_s, help="Silence after which a peer is lost."
 )
+@click.option(
+    "--hedge-after",
+    default=_DEFAULTS.hedge_after,
+    help="Run a request twice once it takes so many times as long as expected (0: never).",
+)
+@click.option(
+    "--hedge-share", default=_DEFAULTS.hedge_share, help="Share of the requests that may run twice."
+)
 @logs.options
 def broker(
     clients: str,
@@ -44,6 +52,8 @@ def broker(
     window: int,
     heartbeat_s: float,
     liveness_s: float,
+    hedge_after: float,
+    hedge_share: float,
 ) -> None:
     """Run the broker in the foreground until SIGTERM or SIGINT.
 
@@ -54,7 +64,13 @@ def broker(
     from broker.service import Broker
 
     try:
-        config = BrokerConfig(window=window, heartbeat_s=heartbeat_s, liveness_s=liveness_s)
+        config = BrokerConfig(
+            window=window,
+            heartbeat_s=heartbeat_s,
+            liveness_s=liveness_s,
+            hedge_after=hedge_after,
+            hedge_share=hedge_share,
+        )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     service = Broker(clients, workers, None if http == "off" else http, config, insecure=insecure)

@@ -20,6 +20,7 @@ _COUNTED = {
     "answered_again": "Requests answered from the held answers, without another forward.",
     "requeues": "Requests queued again after their worker was lost or failed.",
     "hedges": "Requests run a second time elsewhere, because their worker was slow.",
+    "hedges_won": "Of these, requests that the second worker answered first.",
     "late_answers": "Answers to requests that were already answered, cancelled or forgotten.",
     "unasked_answers": "Answers to what a worker had not been asked.",
     "expired": "Requests that nobody answered in time.",

@@ -25,6 +25,14 @@ class BrokerConfig:
     #: A named model that no worker serves is an error only after this, so that a pool that is just
     #: starting, or reconnecting to a restarted broker, is waited for.
     model_grace_s: float = 10.0
+    #: A request that runs for so many times its expected time runs a second time elsewhere, on the
+    #: wire; the first answer wins (Dean and Barroso, "The Tail at Scale", CACM 2013). 0: never.
+    hedge_after: float = 3.0
+    #: But not before so long: short requests vary by more than a multiple of their time.
+    hedge_floor_s: float = 1.0
+    #: Share of the running requests that may run twice; one may always. A pool that is slow as a
+    #: whole would only be slowed down further.
+    hedge_share: float = 0.05
     #: Answers kept until the client says it has them: a resend costs no second forward.
     held_answer_bytes: int = 256 * MIB
     #: And no longer than this: its client has given the request up, or its acknowledgement is lost.
@@ -37,6 +45,9 @@ class BrokerConfig:
         for name in ("window", "heartbeat_s", "liveness_s", "max_losses", "held_answer_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("hedge_after", "hedge_floor_s", "hedge_share"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.liveness_s < 2 * self.heartbeat_s:
             raise ValueError(
                 f"liveness_s ({self.liveness_s}) must be at least twice heartbeat_s "

@@ -44,6 +44,7 @@ def validate(core: BrokerCore) -> None:
     assert {id_ for id_, e in core.entries.items() if e.suspects} <= set(core.bereft)
     assert core.bereft.items() <= core.entries.items()
     assert core.suspected.keys() <= core.bereft.keys()
+    assert core.hedged == {id_ for id_, entry in core.entries.items() if entry.hedge}
     core.mappings.validate()
     core.answers.validate()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 from broker.core.config import BrokerConfig
@@ -49,6 +50,8 @@ class BrokerCore:
         self.answers: PacketStore[m.RequestId] = PacketStore(self.config.held_answer_bytes)
         #: whether a timer for these two is set
         self._watches_answers = self._watches_poolless = False
+        #: requests that run a second time
+        self.hedged: set[m.RequestId] = set()
         self.counters: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
         self.measures = Measures()
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
@@ -488,6 +491,8 @@ class BrokerCore:
         """Put an entry before all new ones, unless it still runs elsewhere."""
         if entry.workers:
             return
+        entry.hedge = ""
+        self.hedged.discard(entry.id)
         if entry.packet is None:  # its client asks again, if it is there
             self._drop(entry, cancel=False)
         else:
@@ -532,6 +537,7 @@ class BrokerCore:
             learn_speed(worker, entry.n_tokens, message.compute_s)
             self.measures.replied(entry, worker, since, message.compute_s, now)
             self.counters["replies"] += 1
+            self.counters["hedges_won"] += entry.hedge == worker.id
             self.counters["direct_replies"] += message.transfer is not None
             self.counters["reply_bytes"] += packet.nbytes
             self._finish(entry, packet, now)
@@ -586,6 +592,7 @@ class BrokerCore:
         """Forget a request wherever it is; workers that run it are told if ``cancel``."""
         del self.entries[entry.id]
         self.bereft.pop(entry.id, None)
+        self.hedged.discard(entry.id)
         self._unqueue(entry)
         if (client := self.clients.get(entry.client)) is not None:
             client.requests.discard(entry.id)
@@ -616,8 +623,12 @@ class BrokerCore:
             elif worker := choose_worker(pool.workers.values(), entry, now):
                 self._assign(entry, worker, now)
 
-    def _assign(self, entry: Entry, worker: WorkerSession, now: float) -> None:
-        assert entry.packet is not None
+    def _assign(
+        self, entry: Entry, worker: WorkerSession, now: float, packet: Packet | None = None
+    ) -> None:
+        """Give the entry to a worker; ``packet`` in place of the entry's own."""
+        packet = packet or entry.packet
+        assert packet is not None
         mapping = entry.request.mapping_id
         if mapping and mapping not in worker.mappings:
             self._forward(Side.WORKER, worker.connection, cast(Packet, self.mappings.get(mapping)))
@@ -627,7 +638,34 @@ class BrokerCore:
         worker.running[entry.id] = now
         entry.workers.add(worker.id)
         self.counters["assignments"] += 1
-        self._forward(Side.WORKER, worker.connection, entry.packet)
+        self._forward(Side.WORKER, worker.connection, packet)
+        if worker.seconds_per_token is not None and self.config.hedge_after and not entry.hedge:
+            late_s = self.config.hedge_after * (worker.busy_until - now)
+            due = now + max(late_s, self.config.hedge_floor_s)
+            self._at(due, lambda now: self._hedge(entry, worker, now))
+
+    def _hedge(self, entry: Entry, worker: WorkerSession, now: float) -> None:
+        """The worker has had the entry for far too long: have another one try as well."""
+        alone = self.entries.get(entry.id) is entry and entry.workers == {worker.id}
+        if not alone or worker.running.get(entry.id) is None or entry.packet is None:
+            return
+        pool = self.pools[worker.model]
+        others = [other for other in pool.workers.values() if other is not worker]
+        other = choose_worker(others, entry, now)
+        running = sum(len(each.running) for each in pool.workers.values())
+        if other is None or not self._may_hedge(entry, running):
+            self._at(now + self.config.hedge_floor_s, lambda now: self._hedge(entry, worker, now))
+            return
+        self.counters["hedges"] += 1
+        self._log("info", "hedged", request=str(entry.id), slow=worker.id, also=other.id)
+        entry.hedge = other.id
+        self.hedged.add(entry.id)
+        self._assign(entry, other, now, _by_wire(entry.packet))
+
+    def _may_hedge(self, entry: Entry, running: int) -> bool:
+        mapping = entry.request.mapping_id
+        can_be_told = not mapping or mapping in self.mappings
+        return can_be_told and len(self.hedged) < max(1, self.config.hedge_share * running)
 
     # -- small things ---------------------------------------------------------------------------
 
@@ -677,6 +715,14 @@ def _comes_directly(answer: Packet) -> bool:
     return isinstance(answer.message, m.Reply) and answer.message.transfer is not None
 
 
+def _by_wire(packet: Packet) -> Packet:
+    """The same request for an answer on the wire: only one of two runs may send directly."""
+    request = cast(m.Request, packet.message)
+    if request.direct is None:
+        return packet
+    return encode(replace(request, direct=None), packet.payload)
+
+
 def _fenced(name: str, old: Any, new: Any) -> m.Refused:
     text = (
         f"{name} said hello with incarnation {new.incarnation} here; incarnation "
@@ -695,6 +741,8 @@ _COUNTERS = (
     "resends",
     "answered_again",
     "requeues",
+    "hedges",
+    "hedges_won",
     "late_answers",
     "unasked_answers",
     "expired",

@@ -76,6 +76,8 @@ class Entry:
     #: since when it has waited for one
     poolless_since: float = 0.0
     workers: set[str] = field(default_factory=set)
+    #: the worker of the second run, once there is one
+    hedge: str = ""
     #: workers on which it failed or which it took down; others are tried first
     failed_on: list[str] = field(default_factory=list)
     #: those of them, with their incarnations, that fell silent or lost their connection; who comes

@@ -184,7 +184,8 @@ class Invariants:
             or not self._calm
             or ask.nature != "ok"
             or self.world.seen
-            or not all(b.core.config.held_answer_bytes for b in self.world.brokers.values()),
+            or not all(b.core.config.held_answer_bytes for b in self.world.brokers.values())
+            or any(b.core.counters["hedges"] for b in self.world.brokers.values()),
             "second forward",
             request_id,
             "is computed again, and nothing went wrong",
