@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import socket
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,9 +16,11 @@ import click
 from broker import logs
 from broker.core import BrokerConfig
 from broker.errors import BrokerError
+from broker.keys import Role, generate, read_secret, write_pair
 
 _DEFAULTS = BrokerConfig()
 HTTP_ADDRESS = "127.0.0.1:9555"
+_FILE = click.Path(path_type=Path)
 
 
 @click.command()
@@ -25,8 +29,15 @@ HTTP_ADDRESS = "127.0.0.1:9555"
 @click.option(
     "--http", default=HTTP_ADDRESS, help="Serve /healthz, /readyz and /status here; 'off' for none."
 )
+@click.option("--key", type=_FILE, help="The broker's secret key: peers need keys of their own.")
 @click.option(
-    "--insecure", is_flag=True, help="Allow addresses that other machines reach, unencrypted."
+    "--allow",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Public keys that may connect: a file of lines or a directory; may be repeated.",
+)
+@click.option(
+    "--insecure", is_flag=True, help="Allow addresses that other machines reach, to anyone."
 )
 @click.option(
     "--window", default=_DEFAULTS.window, help="Requests that one client may have here at once."
@@ -42,6 +53,8 @@ def broker(
     clients: str,
     workers: str,
     http: str,
+    key: Path | None,
+    allow: tuple[Path, ...],
     insecure: bool,
     window: int,
     heartbeat_s: float,
@@ -50,8 +63,10 @@ def broker(
     """Run the broker in the foreground until SIGTERM or SIGINT.
 
     Clients and workers may come before it, go, and come again. It exits 0 when it was asked to
-    stop and 1 when it could not listen.
+    stop and 1 when it could not listen. SIGHUP has it read the allow-list again at once; it does so
+    by itself when a file changes.
     """
+    from broker.access import raise_descriptor_limit
     from broker.notify import notify
     from broker.service import Broker
 
@@ -59,9 +74,19 @@ def broker(
         config = BrokerConfig(window=window, heartbeat_s=heartbeat_s, liveness_s=liveness_s)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    service = Broker(clients, workers, None if http == "off" else http, config, insecure=insecure)
+    raise_descriptor_limit()
+    service = Broker(
+        clients,
+        workers,
+        None if http == "off" else http,
+        config,
+        insecure=insecure,
+        key=key,
+        allow=allow,
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop_soon())
+    signal.signal(signal.SIGHUP, lambda *_: service.reread_keys())
     with service:
         fields = {
             "clients": service.client_endpoint,
@@ -78,10 +103,11 @@ def broker(
 
 @click.command()
 @click.option("--http", default=HTTP_ADDRESS, help="The broker's HTTP address.")
+@click.option("--key", type=_FILE, help="An operator's secret key, where the broker wants one.")
 @click.option("--json", "as_json", is_flag=True, help="Print what the broker says as JSON.")
-def status(http: str, as_json: bool) -> None:
+def status(http: str, key: Path | None, as_json: bool) -> None:
     """Show what the broker sees: models, workers, trainers, requests."""
-    shown = fetch_status(http)
+    shown = fetch_status(http, key)
     if as_json:
         click.echo(json.dumps(shown, indent=1))
         return
@@ -92,16 +118,52 @@ def status(http: str, as_json: bool) -> None:
         console.print(table)
 
 
-def fetch_status(http: str) -> dict[str, Any]:
-    """The broker's ``/status``. Raises :class:`BrokerError` where none answers."""
+def fetch_status(http: str, key: Path | None = None) -> dict[str, Any]:
+    """The broker's ``/status``, shown to the holder of an operator's secret ``key``.
+
+    Raises :class:`BrokerError` where none answers, or not to this key.
+    """
     try:
-        with urllib.request.urlopen(f"http://{http}/status", timeout=5) as response:
+        request = urllib.request.Request(f"http://{http}/status")
+        if key is not None:
+            request.add_header("Authorization", f"Bearer {read_secret(key, Role.OPERATOR).text}")
+        with urllib.request.urlopen(request, timeout=5) as response:
             shown: dict[str, Any] = json.load(response)
+    except urllib.error.HTTPError as error:
+        wants = (
+            "an operator's key that it allows (--key)" if error.code == 401 else "something else"
+        )
+        raise BrokerError(f"the broker at http://{http} wants {wants}: {error}") from error
     except (OSError, ValueError, urllib.error.URLError) as error:
         raise BrokerError(
             f"no broker answers at http://{http} ({error}); is it running, and with --http {http}?"
         ) from error
     return shown
+
+
+@click.command()
+@click.option(
+    "--role",
+    type=click.Choice([role.value for role in Role]),
+    required=True,
+    help="What its holder may do.",
+)
+@click.option("--name", help="Shown in allow-lists and logs (default: role and host name).")
+@click.option("--output", default=".", type=_FILE, help="Directory for the two files.")
+@click.option("--json", "as_json", is_flag=True, help="Print the paths and the public key as JSON.")
+def keygen(role: str, name: str | None, output: Path, as_json: bool) -> None:
+    """Make a key: NAME.secret stays with its holder, NAME.public goes to the others.
+
+    Give a broker its own --key and --allow the public keys of trainers, workers and operators; give
+    each of those its own --key and the --broker-key.
+    """
+    key = generate(Role(role), name or f"{role}-{socket.gethostname()}")
+    secret, public = write_pair(output, key)
+    if as_json:
+        shown = {"secret_path": str(secret), "public_path": str(public), "public": str(key.public)}
+        click.echo(json.dumps(shown))
+    else:
+        click.echo(f"secret: {secret}\npublic: {public}\n{key.public}")
 
 
 def _tables(shown: dict[str, Any]) -> list[Any]:

@@ -20,6 +20,7 @@ _COMMANDS = {
     "demo": "trainer_client.demo:demo",
     "eval": "trainer_client.commands:evaluate",
     "export": "trainer_client.commands:export",
+    "keygen": "broker.cli:keygen",
     "status": "broker.cli:status",
     "train": "trainer_client.commands:train",
     "worker": "worker.cli:worker",

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from broker.credentials import KeyLike
 from broker.protocol import encode
 from broker.protocol import messages as m
 from broker.protocol.tensors import to_frames
@@ -56,7 +57,8 @@ class RemoteEagle3TargetModel:
     then it survives lost connections, workers and brokers. ``encoding`` is what the workers send
     (``probs``: the contract's ``target_probs``; ``hidden``: the last hidden state, a fifth of the
     bytes; ``auto``: ``hidden`` where it is offered). ``model`` may be empty where the broker has
-    one model.
+    one model. ``key`` and ``broker_key`` are for brokers that want keys, as for
+    :class:`trainer_client.service.Client`.
 
     Errors are :class:`trainer_client.errors.RequestError`; see there.
     """
@@ -74,12 +76,22 @@ class RemoteEagle3TargetModel:
         job: str = "",
         rank: int = 0,
         config: ClientConfig | None = None,
+        key: KeyLike | None = None,
+        broker_key: KeyLike | Sequence[KeyLike] | None = None,
     ) -> None:
         if timeout <= 0 or max_retries < 0:
             raise ValueError(
                 f"timeout must be above 0 and max_retries at least 0, got {timeout}, {max_retries}"
             )
-        self._client = Client(list(urls), name=name, job=job, rank=rank, config=config)
+        self._client = Client(
+            list(urls),
+            name=name,
+            job=job,
+            rank=rank,
+            config=config,
+            key=key,
+            broker_key=broker_key,
+        )
         self._device = torch.device(device)
         self._deadline_s = float(timeout) * (max_retries + 1)
         self._model = model

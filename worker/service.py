@@ -18,9 +18,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from broker.credentials import KeyLike, credentials
+from broker.keys import Role
 from broker.logs import log
 from broker.protocol import Limits, Packet
 from broker.protocol import messages as m
+from broker.protocol.names import own_name
 from broker.protocol.peer import PeerLoop
 from worker.answers import Answerer, description
 from worker.core import Compute, Computed, Drain, Exit, Forget, Learn, Log, WorkerCore
@@ -37,6 +40,9 @@ class Worker:
     ``credits`` is how many requests a broker may give it at once: with 2 the next one is already
     here when one ends. :meth:`drain` (what SIGTERM does to the command) finishes what is held and
     leaves; :meth:`stop` leaves at once, and the broker gives its requests to others.
+
+    ``key`` (a file) and ``broker_key`` (a file, or the key's text; one for all brokers or one for
+    each) are for brokers that want keys; see :func:`broker.credentials.credentials`.
     """
 
     def __init__(
@@ -48,11 +54,15 @@ class Worker:
         name: str | None = None,
         credits: int = 2,
         drain_s: float = 30.0,
+        key: KeyLike | None = None,
+        broker_key: KeyLike | Sequence[KeyLike] | None = None,
     ) -> None:
         if credits < 1:
             raise ValueError(f"credits must be at least 1, got {credits}")
         endpoints = [broker] if isinstance(broker, str) else list(broker)
-        self.name = name or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        shown = credentials(Role.WORKER, endpoints, key, broker_key, _logger)
+        name = name or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.name = own_name(name, shown.fingerprint)
         self.facts = describe(target, model)
         self._answerer = Answerer(target, self.facts, self.name)
         self.core = WorkerCore(
@@ -71,7 +81,7 @@ class Worker:
         self._left = threading.Event()
         self._error: str = ""
         self._loop = PeerLoop(
-            "draftmq-worker", self.core, self._perform, self._loop_failed, _logger
+            "draftmq-worker", self.core, self._perform, self._loop_failed, _logger, shown.curves
         )
         self._compute_thread = threading.Thread(
             target=self._compute, name="draftmq-target", daemon=True

@@ -27,11 +27,18 @@ class BrokerConfig:
     model_grace_s: float = 10.0
     #: Answers kept until the client says it has them: a resend costs no second forward.
     held_answer_bytes: int = 256 * MIB
+    #: A connection that has not said hello by then is closed: an honest one does within
+    #: milliseconds of its handshake, which has 5 s.
+    hello_s: float = 10.0
+    #: Connections without a hello at once; the oldest goes for the next. After a restart thousands
+    #: of honest peers come at once, and each is a stranger for a moment.
+    max_strangers: int = 1024
     #: Vocab mappings kept; a mapping of 32,000 ids is 256 KB.
     held_mapping_bytes: int = 64 * MIB
 
     def __post_init__(self) -> None:
-        for name in ("window", "heartbeat_s", "liveness_s", "max_losses"):
+        positive = "window heartbeat_s liveness_s max_losses hello_s max_strangers"
+        for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.liveness_s < 2 * self.heartbeat_s:

@@ -61,9 +61,10 @@ class Connected:
 
 @dataclass(frozen=True)
 class Disconnected:
-    """The transport lost the connection to this endpoint."""
+    """The transport lost the connection to this endpoint, or could not make one: ``why``."""
 
     endpoint: str
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class Link:
         #: workers that serve what this peer waits for, as the broker last said; -1 before it has
         self.workers = -1
         self.refusal: m.Refused | None = None
+        #: why no connection can be made, as the transport last said; "" where it does not know
+        self.trouble = ""
         #: when it was last up, or began: what "no broker for 12 s" is counted from
         self.down_since = now
         self._hello = hello
@@ -113,8 +116,9 @@ class Link:
         self._reopen_at = None
         return self._greet(now)
 
-    def disconnected(self, now: float) -> list[LinkAction]:
+    def disconnected(self, now: float, why: str = "") -> list[LinkAction]:
         """The transport lost the connection; a new socket is opened after a moment."""
+        self.trouble = why or self.trouble
         if self.state in (LinkState.REFUSED, LinkState.DOWN):
             return []
         return self._down(now)
@@ -126,6 +130,7 @@ class Link:
             return []
         if isinstance(message, m.Welcome):
             self.state = LinkState.READY
+            self.trouble = ""
             self.broker = message.broker
             self.window = message.window
             self.limits = message.limits()
