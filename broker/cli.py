@@ -130,10 +130,8 @@ def fetch_status(http: str, key: Path | None = None) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=5) as response:
             shown: dict[str, Any] = json.load(response)
     except urllib.error.HTTPError as error:
-        wants = (
-            "an operator's key that it allows (--key)" if error.code == 401 else "something else"
-        )
-        raise BrokerError(f"the broker at http://{http} wants {wants}: {error}") from error
+        hint = "; give an operator's key that it allows (--key)" if error.code == 401 else ""
+        raise BrokerError(f"the broker at http://{http} answered {error}{hint}") from error
     except (OSError, ValueError, urllib.error.URLError) as error:
         raise BrokerError(
             f"no broker answers at http://{http} ({error}); is it running, and with --http {http}?"

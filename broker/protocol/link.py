@@ -117,9 +117,14 @@ class Link:
         return self._greet(now)
 
     def disconnected(self, now: float, why: str = "") -> list[LinkAction]:
-        """The transport lost the connection; a new socket is opened after a moment."""
+        """The transport lost the connection; a new socket is opened after a moment.
+
+        Also where a handshake failed (``why``): libzmq does not try that again by itself.
+        """
         self.trouble = why or self.trouble
-        if self.state in (LinkState.REFUSED, LinkState.DOWN):
+        if self.state is LinkState.REFUSED:
+            return []
+        if self.state is LinkState.DOWN and not (why and self._reopen_at is None):
             return []
         return self._down(now)
 
@@ -183,8 +188,9 @@ class Link:
         return [SendTo(self.endpoint, encode(self._hello()))]
 
     def _down(self, now: float) -> list[LinkAction]:
+        if self.state is not LinkState.DOWN:
+            self.down_since = now
         self.state = LinkState.DOWN
-        self.down_since = now
         self.workers = -1
         self._reopen_at = now + self._reopen_wait_s
         self._reopen_wait_s = min(2 * self._reopen_wait_s, _REOPEN_LAST_S)

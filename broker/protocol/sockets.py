@@ -105,6 +105,8 @@ class Dealer:
         self.endpoint = endpoint
         self._context = context
         self._curve = curve
+        #: why the last handshakes failed, as far as this side was told
+        self._why = ""
         self._open()
 
     def _open(self) -> None:
@@ -135,10 +137,12 @@ class Dealer:
         """For each connection made or lost, in order: whether made, and why it cannot be, if that
         is known.
         """
-        return [
-            (event == zmq.EVENT_HANDSHAKE_SUCCEEDED, self._trouble(event, value))
-            for event, value in self.monitor.read()
-        ]
+        changes = []
+        for event, value in self.monitor.read():
+            made = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self._why = "" if made else self._trouble(event, value) or self._why
+            changes.append((made, self._why))
+        return changes
 
     def _trouble(self, event: int, value: int) -> str:
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -155,7 +159,7 @@ class Dealer:
                 f"the broker at {self.endpoint} lets only keys in, and this has none: give --key "
                 "and --broker-key"
             )
-        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._curve is not None:
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._curve and not self._why:
             return (
                 f"the broker at {self.endpoint} broke the handshake off: its key is probably not "
                 "the one given with --broker-key"
