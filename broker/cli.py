@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
+import socket
+from pathlib import Path
 
 import click
 
 from broker import logs
 from broker.core import BrokerConfig
 from broker.errors import BrokerError
+from broker.keys import Role, generate, write_pair
 from broker.look import HTTP_ADDRESS
 
 _DEFAULTS = BrokerConfig()
+_FILE = click.Path(path_type=Path)
 
 
 @click.command()
@@ -23,8 +28,15 @@ _DEFAULTS = BrokerConfig()
     default=HTTP_ADDRESS,
     help="Serve a live page, /metrics, /status, /healthz, /readyz here; 'off' for none.",
 )
+@click.option("--key", type=_FILE, help="The broker's secret key: peers need keys of their own.")
 @click.option(
-    "--insecure", is_flag=True, help="Allow addresses that other machines reach, unencrypted."
+    "--allow",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Public keys that may connect: a file of lines or a directory; may be repeated.",
+)
+@click.option(
+    "--insecure", is_flag=True, help="Allow addresses that other machines reach, to anyone."
 )
 @click.option(
     "--window", default=_DEFAULTS.window, help="Requests that one client may have here at once."
@@ -48,6 +60,8 @@ def broker(
     clients: str,
     workers: str,
     http: str,
+    key: Path | None,
+    allow: tuple[Path, ...],
     insecure: bool,
     window: int,
     heartbeat_s: float,
@@ -58,8 +72,10 @@ def broker(
     """Run the broker in the foreground until SIGTERM or SIGINT.
 
     Clients and workers may come before it, go, and come again. It exits 0 when it was asked to
-    stop and 1 when it could not listen.
+    stop and 1 when it could not listen. SIGHUP has it read the allow-list again at once; it does so
+    by itself when a file changes.
     """
+    from broker.access import raise_descriptor_limit
     from broker.notify import notify
     from broker.service import Broker
 
@@ -73,9 +89,19 @@ def broker(
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    service = Broker(clients, workers, None if http == "off" else http, config, insecure=insecure)
+    raise_descriptor_limit()
+    service = Broker(
+        clients,
+        workers,
+        None if http == "off" else http,
+        config,
+        insecure=insecure,
+        key=key,
+        allow=allow,
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop_soon())
+    signal.signal(signal.SIGHUP, lambda *_: service.reread_keys())
     with service:
         fields = {
             "clients": service.client_endpoint,
@@ -88,3 +114,28 @@ def broker(
         notify("STOPPING=1")
     if service.failed:
         raise BrokerError("the broker ended on an error of its own; see the log above")
+
+
+@click.command()
+@click.option(
+    "--role",
+    type=click.Choice([role.value for role in Role]),
+    required=True,
+    help="What its holder may do.",
+)
+@click.option("--name", help="Shown in allow-lists and logs (default: role and host name).")
+@click.option("--output", default=".", type=_FILE, help="Directory for the two files.")
+@click.option("--json", "as_json", is_flag=True, help="Print the paths and the public key as JSON.")
+def keygen(role: str, name: str | None, output: Path, as_json: bool) -> None:
+    """Make a key: NAME.secret stays with its holder, NAME.public goes to the others.
+
+    Give a broker its own --key and --allow the public keys of trainers, workers and operators; give
+    each of those its own --key and the --broker-key.
+    """
+    key = generate(Role(role), name or f"{role}-{socket.gethostname()}")
+    secret, public = write_pair(output, key)
+    if as_json:
+        shown = {"secret_path": str(secret), "public_path": str(public), "public": str(key.public)}
+        click.echo(json.dumps(shown))
+    else:
+        click.echo(f"secret: {secret}\npublic: {public}\n{key.public}")

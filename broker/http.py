@@ -18,6 +18,8 @@ from broker.errors import BrokerError
 
 StartResponse = Callable[[str, list[tuple[str, str]]], Any]
 Application = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
+#: What load balancers and service managers ask; it tells nothing of who is there.
+_PROBES = ("/healthz", "/readyz")
 Page = tuple[str, str, bytes]  # status line, content type, body
 Pages = Mapping[str, Callable[[Mapping[str, Any]], Page]]  # path -> WSGI environ -> page
 
@@ -49,6 +51,9 @@ class WsgiServer:
             threads=2,
             connection_limit=100,
             ident="draftmq",
+            asyncore_use_poll=True,  # select() ends at descriptor 1023
+            max_request_header_size=16384,
+            channel_timeout=30,
             **options,
         )
         listening = [one for one in self._sockets.values() if isinstance(one, BaseWSGIServer)]
@@ -69,13 +74,17 @@ class WsgiServer:
 class HttpServer(WsgiServer):
     """Serves ``pages`` on ``HOST:PORT``.
 
+    With ``admits`` all but the two probes want ``Authorization: Bearer KEY``, and it decides.
     Raises :class:`BrokerError` when the address is taken or is none.
     """
 
-    def __init__(self, address: str, pages: Pages) -> None:
+    def __init__(
+        self, address: str, pages: Pages, admits: Callable[[str], bool] | None = None
+    ) -> None:
         self._pages = pages
+        self._admits = admits
         try:
-            super().__init__(address, self._application, "draftmq-http")
+            super().__init__(address, self._application, "draftmq-http", max_request_body_size=0)
         except (OSError, ValueError) as error:
             raise BrokerError(
                 f"cannot serve HTTP on {address!r}: {error}; give another --http HOST:PORT, or none"
@@ -83,16 +92,29 @@ class HttpServer(WsgiServer):
 
     def _application(self, environ: dict[str, Any], start: StartResponse) -> Iterable[bytes]:
         page = self._pages.get(environ["PATH_INFO"])
-        if page is None:
+        extra: list[tuple[str, str]] = []
+        if environ["PATH_INFO"] not in _PROBES and not self._admitted(environ):
+            extra = [("WWW-Authenticate", "Bearer")]
+            wanted = (
+                "an operator's key is needed: Authorization: Bearer draftmq-secret:operator:..."
+            )
+            status, kind, body = text(wanted, "401 Unauthorized")
+        elif page is None:
             status, kind, body = text("nothing here", "404 Not Found")
         elif environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             status, kind, body = text("GET only", "405 Method Not Allowed")
         else:
             status, kind, body = page(environ)
         policy = _POLICY + _inline(body) if kind.startswith("text/html") else _POLICY
-        headers = [("Content-Type", kind), ("Content-Length", str(len(body)))]
+        headers = [("Content-Type", kind), ("Content-Length", str(len(body))), *extra]
         start(status, [*headers, ("Content-Security-Policy", policy), *_HEADERS])
         return [body]
+
+    def _admitted(self, environ: dict[str, Any]) -> bool:
+        if self._admits is None:
+            return True
+        scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        return scheme.lower() == "bearer" and self._admits(token.strip())
 
 
 def text(body: str, status: str = "200 OK") -> Page:

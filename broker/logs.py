@@ -20,6 +20,28 @@ def log(logger: logging.Logger, level: str, event: str, fields: Mapping[str, Any
     logger.log(logging.getLevelName(level.upper()), event, extra={"fields": fields})
 
 
+class Throttle:
+    """Lets ``burst`` events of one name through, then ``per_s`` a second, so that whoever causes
+    them cannot fill the disk.
+    """
+
+    def __init__(self, burst: int = 20, per_s: float = 1.0) -> None:
+        self._burst = burst
+        self._per_s = per_s
+        #: event -> tokens left, when that was so, events left out since one was let through
+        self._events: dict[str, tuple[float, float, int]] = {}
+
+    def left_out(self, event: str, now: float) -> int | None:
+        """How many came since the last that was let through; None for one that is left out too."""
+        tokens, since, left_out = self._events.get(event, (float(self._burst), now, 0))
+        tokens = min(self._burst, tokens + (now - since) * self._per_s)
+        if tokens < 1:
+            self._events[event] = (tokens, now, left_out + 1)
+            return None
+        self._events[event] = (tokens - 1, now, 0)
+        return left_out
+
+
 class _Formatter(logging.Formatter):
     def __init__(self, style: str) -> None:
         super().__init__()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
+import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import zmq
 
+from broker.access import REREAD_S, Access, max_connections
+from broker.connections import Connection, Connections, cut
 from broker.core import (
     Action,
     BadBytes,
@@ -31,14 +33,17 @@ from broker.core import (
 from broker.core.inspect import snapshot
 from broker.errors import BrokerError
 from broker.http import HttpServer
-from broker.logs import log
+from broker.logs import Throttle, log
 from broker.pages import pages
 from broker.protocol import RemoteProtocolError, VersionMismatchError, decode
-from broker.protocol.sockets import Monitor, Wakeup, configure, poll
+from broker.protocol.sockets import HANDSHAKE_FAILED, Curve, Monitor, Wakeup, configure, poll
+from broker.zap import ZapHandler
 
 _logger = logging.getLogger("draftmq.broker")
 #: Messages taken from one socket before the other gets a turn.
 _BATCH = 64
+#: How often strangers are looked at, while there are any connections.
+_SWEEP_S = 0.2
 #: What a stopping broker waits for its goodbyes to leave.
 _LINGER_S = 0.5
 
@@ -47,8 +52,11 @@ class Broker:
     """A broker in a thread of this process.
 
     Endpoints are ``tcp://HOST:PORT`` (port 0 takes a free one) or ``ipc://PATH``; ``http`` is
-    ``HOST:PORT`` or None. Raises :class:`BrokerError` from :meth:`start` where an address cannot be
-    bound, or is open to others without ``insecure``.
+    ``HOST:PORT`` or None. ``key`` is the file of the broker's secret key and ``allow`` are files or
+    directories of the public keys that may connect; they are read again when they change.
+
+    Raises :class:`BrokerError` for keys that cannot be used, and from :meth:`start` where an
+    address cannot be bound, or is open to others without keys or ``insecure``.
     """
 
     def __init__(
@@ -59,10 +67,12 @@ class Broker:
         config: BrokerConfig | None = None,
         *,
         insecure: bool = False,
+        key: str | os.PathLike[str] | None = None,
+        allow: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
+        self._access = Access(key, allow, insecure=insecure)
         self._addresses = {Side.CLIENT: clients, Side.WORKER: workers}
         self._http_address = http
-        self._insecure = insecure
         self.core = BrokerCore(uuid.uuid4().hex[:12], config)
         self._began_at = time.monotonic()
         self._lock = threading.Lock()  # the core belongs to the loop; HTTP only looks, under it
@@ -73,23 +83,38 @@ class Broker:
         self._thread: threading.Thread | None = None
         self._wakeup = Wakeup()
         self._ports: dict[Side, _Port] = {}
+        self._zap: ZapHandler | None = None
+        self._throttle = Throttle()
+        self._max_connections = max_connections()
+        self._reread_at = 0.0
+        self._reread_now = False
         self._http: HttpServer | None = None
 
     # -- life -----------------------------------------------------------------------------------
 
     def start(self) -> Broker:
         """Bind, and begin to serve. Peers that waited for the address are served at once."""
-        for address in self._addresses.values():
-            _refuse_open_address(address, self._insecure)
-        if self._http_address is not None:
-            _refuse_open_address(f"tcp://{self._http_address}", self._insecure)
+        self._access.check_ports(*self._addresses.values())
+        guarded = self._http_address is not None and self._access.guards_http(self._http_address)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.max_sockets = 65536
         try:
+            if self._access.keyed:
+                self._zap = ZapHandler(self._context, self._access.find)
             for side, address in self._addresses.items():
-                self._ports[side] = _Port(self._context, side, address, self.core.config)
+                known: Container[bytes] = (
+                    self.core.client_connections
+                    if side is Side.CLIENT
+                    else self.core.worker_connections
+                )
+                curve = self._access.curve(side)
+                self._ports[side] = _Port(
+                    self._context, side, address, self.core.config, known, curve, self._note
+                )
             if self._http_address is not None:
-                self._http = HttpServer(self._http_address, pages(self.snapshot, self.trace))
+                admits = self._access.admits_operator if guarded else None
+                shown = pages(self.snapshot, self.trace)
+                self._http = HttpServer(self._http_address, shown, admits)
                 self._http.start()
         except BrokerError:
             self._close()
@@ -107,6 +132,11 @@ class Broker:
     def stop_soon(self) -> None:
         """Ask the broker to stop, without waiting for it; what a signal handler may call."""
         self._stopping.set()
+        self._wakeup.set()
+
+    def reread_keys(self) -> None:
+        """Read the allow-list again at once; what a signal handler may call."""
+        self._reread_now = True
         self._wakeup.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -167,11 +197,15 @@ class Broker:
         for port in self._ports.values():
             poller.register(port.socket, zmq.POLLIN)
             poller.register(port.monitor.socket, zmq.POLLIN)
+        if self._zap is not None:
+            poller.register(self._zap.socket, zmq.POLLIN)
         try:
             while not self._stopping.is_set():
-                poll(poller, self.core.next_timer, time.monotonic())
+                poll(poller, self._next_timer(), time.monotonic())
+                self._wakeup.clear()
+                self._guard(time.monotonic())
                 for port in self._ports.values():
-                    self._handle(port.events())
+                    self._handle(port.events(time.monotonic()))
                 self._handle([Tick()])
             self._act(self.core.goodbye())
         except Exception:
@@ -180,6 +214,36 @@ class Broker:
         finally:
             self._close()
             self._stopped.set()
+
+    def _next_timer(self) -> float | None:
+        timers = [self.core.next_timer, *(port.next_sweep for port in self._ports.values())]
+        if self._zap is not None:
+            timers.append(self._reread_at)
+        return min((timer for timer in timers if timer is not None), default=None)
+
+    def _guard(self, now: float) -> None:
+        """Say who may connect, and see that those who no longer may are gone."""
+        if self._zap is not None:
+            for refusal in self._zap.serve():
+                why = self._access.explain(refusal)
+                key = refusal.key.hex()
+                self._note("key_refused", address=refusal.address, key=key, why=why)
+        if self._reread_now or now >= self._reread_at:
+            forced, self._reread_now = self._reread_now, False
+            self._reread_at = now + REREAD_S
+            if self._access.reread(forced=forced):
+                for side, port in self._ports.items():
+                    port.cut_revoked(functools.partial(self._access.has, side))
+        surplus = sum(len(port.connections) for port in self._ports.values())
+        surplus = max(0, surplus - self._max_connections)
+        for port in self._ports.values():
+            surplus -= port.sweep(now, len(port.connections) - surplus)
+
+    def _note(self, event: str, **fields: Any) -> None:
+        """Log what strangers cause, as long as it is not too much."""
+        left_out = self._throttle.left_out(event, time.monotonic())
+        if left_out is not None:
+            log(_logger, "warning", event, fields | ({"left_out": left_out} if left_out else {}))
 
     def _handle(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -190,7 +254,9 @@ class Broker:
     def _act(self, actions: list[Action]) -> None:
         gone = []
         for action in actions:
-            if isinstance(action, Log):
+            if isinstance(action, Log) and action.level == "warning":
+                self._note(action.event, **action.fields)
+            elif isinstance(action, Log):
                 log(_logger, action.level, action.event, action.fields)
             elif not self._ports[action.side].send(action):
                 gone.append(ConnectionLost(action.side, action.connection))
@@ -202,6 +268,8 @@ class Broker:
             self._http.stop()
         for port in self._ports.values():
             port.close()
+        if self._zap is not None:
+            self._zap.close()
         self._context.term()
         self._wakeup.close()
 
@@ -211,7 +279,7 @@ class _Port:
 
     Connections are named by the ROUTER, not by the peers, so nobody can take another's name. A
     closed TCP connection is known at once: the monitor names its file descriptor, and so does
-    each message that came from it.
+    each message that came from it. ``known`` are the connections that said hello; ``note`` logs.
     """
 
     def __init__(
@@ -220,15 +288,26 @@ class _Port:
         side: Side,
         address: str,
         config: BrokerConfig,
+        known: Container[bytes],
+        curve: Curve | None,
+        note: Callable[..., None],
     ) -> None:
         self.side = side
         self.limits = config.limits
+        self._keyed = curve is not None
+        self._note = note
+        #: before its hello a connection is good for one header, and some
+        allowance = config.limits.max_header_bytes + 65536
+        self.connections = Connections(known, config.hello_s, config.max_strangers, allowance)
+        self.next_sweep: float | None = None
+        self._events: list[Event] = []
         self.socket = context.socket(zmq.ROUTER)
-        configure(self.socket, config.limits)
+        configure(self.socket, config.limits, curve)
         self.socket.router_mandatory = True
         self.socket.backlog = 4096
-        self.monitor = Monitor(self.socket, zmq.EVENT_DISCONNECTED)
-        self._by_descriptor: dict[int, bytes] = {}
+        self.monitor = Monitor(
+            self.socket, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
+        )
         self.received_bytes = 0
         self.sent_bytes = 0
         try:
@@ -240,31 +319,86 @@ class _Port:
                 f"is another broker there? choose another with --{side.value}s"
             ) from error
         self.endpoint = self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self._own_port = _port_of_endpoint(self.endpoint)
 
-    def events(self) -> list[Event]:
+    def events(self, now: float) -> list[Event]:
         """What came, a batch at most. Losses come first: a descriptor may be in use again."""
-        events: list[Event] = []
-        for _, descriptor in self.monitor.read():
-            if (connection := self._by_descriptor.pop(descriptor, None)) is not None:
-                events.append(ConnectionLost(self.side, connection))
+        self._read_monitor(now)
         for _ in range(_BATCH):
             try:
                 name, *frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
             self.received_bytes += sum(map(len, frames))
-            events.append(self._event(name.bytes, frames))
+            self._receive(name.bytes, frames, now)
+        events, self._events = self._events, []
         return events
 
-    def _event(self, connection: bytes, frames: list[zmq.Frame]) -> Event:
-        if frames:
-            with contextlib.suppress(zmq.ZMQError):  # noise that passed for a ZMTP 1 peer has none
-                self._by_descriptor[cast(int, frames[0].get(zmq.SRCFD))] = connection
+    def sweep(self, now: float, at_most: int) -> int:
+        """Cut off strangers that are too many or take too long; how many."""
+        surplus = self.connections.surplus(at_most)
+        for connection in surplus:
+            self._cut(connection, "too many connections without a hello")
+        if self.next_sweep is not None and now >= self.next_sweep:
+            for connection, why in self.connections.overdue(now):
+                self._cut(connection, why)
+            self.next_sweep = now + _SWEEP_S if len(self.connections) else None
+        return len(surplus)
+
+    def cut_revoked(self, allowed: Callable[[str], bool]) -> None:
+        """Cut off connections whose key may not connect any more."""
+        for connection in self.connections:
+            if connection.user and not allowed(connection.user):
+                self._cut(connection, f"the key {connection.user} was revoked")
+
+    def _read_monitor(self, now: float) -> None:
+        for event, value in self.monitor.read():
+            if event == zmq.EVENT_ACCEPTED:
+                self.connections.accepted(value, now)
+                self.next_sweep = self.next_sweep or now + _SWEEP_S
+            elif event == zmq.EVENT_DISCONNECTED:
+                self._lost(self.connections.closed(value))
+            else:
+                self._note("handshake_failed", side=self.side.value, why=_handshake(event, value))
+
+    def _receive(self, name: bytes, frames: list[zmq.Frame], now: float) -> None:
+        connection = self._connection(name, frames, now)
+        if connection is None:
+            return
+        if self.connections.too_strange(connection):
+            self._cut(connection, "many messages and no hello")
+            return
         try:
-            return Received(self.side, connection, decode(frames, self.limits))
+            packet = decode(frames, self.limits)
+            self._events.append(Received(self.side, name, packet, connection.user))
         except RemoteProtocolError as error:
             other = isinstance(error, VersionMismatchError)
-            return BadBytes(self.side, connection, str(error), other)
+            self._events.append(BadBytes(self.side, name, str(error), other))
+
+    def _connection(self, name: bytes, frames: list[zmq.Frame], now: float) -> Connection | None:
+        """What a message came on; None where that is gone, for nobody waits for an answer then."""
+        if not frames:
+            return None
+        try:
+            descriptor = cast(int, frames[0].get(zmq.SRCFD))
+            user = cast(str, frames[0].get("User-Id")) if self._keyed else ""
+        except zmq.ZMQError:  # noise that passed for a ZMTP 1 peer has neither
+            return None
+        connection = self.connections.spoke(descriptor, name, user)
+        if connection is None:  # accepted after the monitor was read, or closed
+            self._read_monitor(now)
+            connection = self.connections.spoke(descriptor, name, user)
+        return connection
+
+    def _cut(self, connection: Connection, why: str) -> None:
+        address = cut(connection.descriptor, self._own_port)
+        if address:
+            self._note("cut_off", side=self.side.value, address=address, why=why)
+        self._lost(self.connections.closed(connection.descriptor))
+
+    def _lost(self, connection: Connection | None) -> None:
+        if connection is not None and connection.name:
+            self._events.append(ConnectionLost(self.side, connection.name))
 
     def send(self, action: Send) -> bool:
         """Queue a message; False when the connection is gone."""
@@ -282,16 +416,18 @@ class _Port:
         self.socket.close(linger=int(1000 * _LINGER_S))
 
 
-def _refuse_open_address(address: str, insecure: bool) -> None:
-    """Whoever reaches an open port could train on, or feed, what is served: say so, or do not."""
-    if insecure or address.startswith(("ipc://", "inproc://")):
-        return
-    try:
-        host = urlsplit(address).hostname or ""
-    except ValueError as error:
-        raise BrokerError(f"{address!r} is no address: {error}; write tcp://HOST:PORT") from None
-    if host not in ("127.0.0.1", "::1", "localhost"):
-        raise BrokerError(
-            f"{address!r} can be reached from other machines, unencrypted and by anyone; listen on "
-            "127.0.0.1, or say --insecure where the network itself keeps strangers out"
-        )
+def _handshake(event: int, value: int) -> str:
+    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        return "the key is not allowed here"
+    if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+        return os.strerror(value) if value else "broken off"
+    if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+        return "one side has keys and the other has none (--key)"
+    if value == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
+        return "the peer expects another key of this broker (--broker-key)"
+    return f"not ZeroMQ's handshake (protocol error {value:#x})"
+
+
+def _port_of_endpoint(endpoint: str) -> object:
+    kind, _, rest = endpoint.partition("://")
+    return int(rest.rpartition(":")[2]) if kind == "tcp" else rest

@@ -21,6 +21,7 @@ _COMMANDS = {
     "demo": "trainer_client.demo:demo",
     "eval": "trainer_client.commands:evaluate",
     "export": "trainer_client.commands:export",
+    "keygen": "broker.cli:keygen",
     "status": "broker.look:status",
     "top": "broker.look:top",
     "train": "trainer_client.commands:train",

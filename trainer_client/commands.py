@@ -65,6 +65,12 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command()
 @click.option("--broker", multiple=True, required=True, help="tcp://HOST:5555; may be repeated.")
+@click.option("--key", type=click.Path(), help="This trainer's secret key (draftmq keygen).")
+@click.option(
+    "--broker-key",
+    multiple=True,
+    help="The broker's public key, or its file; one for all brokers, or one for each.",
+)
 @_settings_options
 @click.option("--model", default="", help="Which model, where the broker has several.")
 @click.option(
@@ -94,6 +100,8 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @logs.options
 def train(
     broker: tuple[str, ...],
+    key: str | None,
+    broker_key: tuple[str, ...],
     model: str,
     encoding: str,
     tokenizer: str | None,
@@ -137,6 +145,8 @@ def train(
         rank=ranks.rank,
         direct=direct,
         trace=observed.trace,
+        key=key,
+        broker_key=broker_key,
     )
     try:
         with target, observed.of(target), _Progress(ranks, quiet=as_json) as progress:
@@ -151,7 +161,7 @@ def train(
             summary = run_training(
                 settings,
                 target,
-                AutoTokenizer.from_pretrained(resolve(name)),
+                AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False),
                 ranks=ranks,
                 device=torch.device(device),
                 on_plan=progress.plan,

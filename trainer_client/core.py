@@ -241,7 +241,7 @@ class ClientCore:
         elif isinstance(event, Connected):
             self._actions += self.links[event.endpoint].connected(now)
         elif isinstance(event, Disconnected):
-            self._actions += self.links[event.endpoint].disconnected(now)
+            self._actions += self.links[event.endpoint].disconnected(now, event.why)
         for link in self.links.values():
             self._actions += link.tick(now)
         self._fail_over()
@@ -540,6 +540,8 @@ class ClientCore:
     def _trouble(self, link: Link, now: float) -> str:
         if link.state is LinkState.REFUSED:
             return f"the broker at {link.endpoint} refused this client"
+        if link.trouble:
+            return link.trouble
         if not link.ready:
             down_s = now - link.down_since
             return f"no broker answers at {link.endpoint} ({down_s:.0f} s); is it running?"

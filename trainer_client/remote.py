@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from broker.credentials import KeyLike
 from broker.protocol import encode
 from broker.protocol import messages as m
 from broker.protocol.tensors import to_frames
@@ -60,7 +61,8 @@ class RemoteEagle3TargetModel:
     (``probs``: the contract's ``target_probs``; ``hidden``: the last hidden state, a fifth of the
     bytes; ``auto``: ``hidden`` where it is offered). ``model`` may be empty where the broker has
     one model. ``direct`` says how large tensors may come past the broker (``auto``, a backend,
-    ``off``, or all of :class:`DirectConfig`).
+    ``off``, or all of :class:`DirectConfig`). ``key`` and ``broker_key`` are
+    for brokers that want keys, as for :class:`trainer_client.service.Client`.
 
     Errors are :class:`trainer_client.errors.RequestError`; see there.
     """
@@ -80,6 +82,8 @@ class RemoteEagle3TargetModel:
         config: ClientConfig | None = None,
         direct: DirectConfig | str = "auto",
         trace: Trace | None = None,
+        key: KeyLike | None = None,
+        broker_key: KeyLike | Sequence[KeyLike] | None = None,
     ) -> None:
         if timeout <= 0 or max_retries < 0:
             raise ValueError(
@@ -96,6 +100,8 @@ class RemoteEagle3TargetModel:
             config=config,
             direct=Receiver(direct, device, urls),
             trace=trace,
+            key=key,
+            broker_key=broker_key,
         )
         self._device = torch.device(device)
         self._deadline_s = float(timeout) * (max_retries + 1)

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from broker.credentials import KeyLike, credentials
+from broker.keys import Role
 from broker.logs import log
 from broker.measures import Histogram
 from broker.protocol import Limits, Packet, encode
 from broker.protocol import messages as m
+from broker.protocol.names import own_name
 from broker.protocol.peer import PeerLoop
 from trainer_client.core import (
     CancelRequest,
@@ -83,6 +86,9 @@ class Client:
     training run, whose ``step`` numbers order their requests. ``direct`` moves tensors past the
     brokers where it can; without it everything comes by wire. A ``trace`` is told of each reply.
 
+    ``key`` (a file) and ``broker_key`` (a file, or the key's text; one for all brokers or one for
+    each) are for brokers that want keys; see :func:`broker.credentials.credentials`.
+
     It may be used from several threads. After a fork the child must make a client of its own: the
     parent's raises :class:`ClientClosedError` there and does nothing else.
     """
@@ -97,10 +103,14 @@ class Client:
         config: ClientConfig | None = None,
         direct: Receiver | None = None,
         trace: Trace | None = None,
+        key: KeyLike | None = None,
+        broker_key: KeyLike | Sequence[KeyLike] | None = None,
     ) -> None:
         if not endpoints:
             raise ValueError("a client needs at least one broker endpoint, like tcp://host:5555")
-        self.name = name or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        shown = credentials(Role.TRAINER, endpoints, key, broker_key, _logger)
+        name = name or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.name = own_name(name, shown.fingerprint)
         self.core = ClientCore(
             self.name,
             time.time_ns(),
@@ -118,7 +128,9 @@ class Client:
         self._pending: dict[m.RequestId, PendingReply] = {}
         self._lock = threading.Lock()
         self._closed = ""
-        self._loop = PeerLoop("draftmq-client", self.core, self._perform, self._fail_all, _logger)
+        self._loop = PeerLoop(
+            "draftmq-client", self.core, self._perform, self._fail_all, _logger, shown.curves
+        )
         self._loop.start()
         _clients.add(self)
 

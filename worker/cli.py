@@ -29,6 +29,12 @@ class _Layers(click.ParamType[tuple[int, ...]]):
 
 @click.command()
 @click.option("--broker", multiple=True, required=True, help="Serve this broker; may be repeated.")
+@click.option("--key", type=click.Path(), help="This worker's secret key (draftmq keygen).")
+@click.option(
+    "--broker-key",
+    multiple=True,
+    help="The broker's public key, or its file; one for all brokers, or one for each.",
+)
 @click.option("--target", help="Hugging Face id or path, or 'embedded'.")
 @click.option("--target-factory", help="package.module:callable that makes the target instead.")
 @click.option("--model-name", default="", help="The name that trainers ask for (default: TARGET).")
@@ -54,6 +60,8 @@ class _Layers(click.ParamType[tuple[int, ...]]):
 @logs.options
 def worker(
     broker: tuple[str, ...],
+    key: str | None,
+    broker_key: tuple[str, ...],
     target: str | None,
     target_factory: str | None,
     model_name: str,
@@ -104,6 +112,8 @@ def worker(
         drain_s=drain_s,
         direct=direct,
         http=http,
+        key=key,
+        broker_key=broker_key,
     )
 
     def leave(number: int, frame: object) -> None:

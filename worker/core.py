@@ -141,7 +141,7 @@ class WorkerCore:
         if isinstance(event, Connected):
             self._actions += self.links[event.endpoint].connected(now)
         elif isinstance(event, Disconnected):
-            self._actions += self.links[event.endpoint].disconnected(now)
+            self._actions += self.links[event.endpoint].disconnected(now, event.why)
         elif isinstance(event, Arrived):
             self._arrived(self.links[event.endpoint], event.packet, now)
         elif isinstance(event, Computed):

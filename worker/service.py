@@ -18,12 +18,15 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from broker.credentials import KeyLike, credentials
 from broker.errors import BrokerError
 from broker.http import HttpServer
+from broker.keys import Role
 from broker.logs import log
 from broker.pages import peer_pages
 from broker.protocol import Limits, Packet
 from broker.protocol import messages as m
+from broker.protocol.names import own_name
 from broker.protocol.peer import PeerLoop
 from worker.answers import Answerer, description
 from worker.core import Compute, Computed, Drain, Exit, Forget, Learn, Log, WorkerCore
@@ -45,6 +48,9 @@ class Worker:
     leaves; :meth:`stop` leaves at once, and the broker gives its requests to others. ``direct``
     says how tensors may go to clients past the broker. ``http`` is ``HOST:PORT`` of ``/metrics``,
     ``/status`` and ``/healthz``, or None.
+
+    ``key`` (a file) and ``broker_key`` (a file, or the key's text; one for all brokers or one for
+    each) are for brokers that want keys; see :func:`broker.credentials.credentials`.
     """
 
     def __init__(
@@ -58,11 +64,15 @@ class Worker:
         drain_s: float = 30.0,
         direct: DirectConfig | None = None,
         http: str | None = None,
+        key: KeyLike | None = None,
+        broker_key: KeyLike | Sequence[KeyLike] | None = None,
     ) -> None:
         if credits < 1:
             raise ValueError(f"credits must be at least 1, got {credits}")
         endpoints = [broker] if isinstance(broker, str) else list(broker)
-        self.name = name or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        shown = credentials(Role.WORKER, endpoints, key, broker_key, _logger)
+        name = name or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.name = own_name(name, shown.fingerprint)
         self.facts = describe(target, model)
         device = target.get_input_embeddings().weight.device
         self._sender = Sender(direct or DirectConfig(), self.name, device, endpoints)
@@ -87,7 +97,7 @@ class Worker:
         self._left = threading.Event()
         self._error: str = ""
         self._loop = PeerLoop(
-            "draftmq-worker", self.core, self._perform, self._loop_failed, _logger
+            "draftmq-worker", self.core, self._perform, self._loop_failed, _logger, shown.curves
         )
         self._compute_thread = threading.Thread(
             target=self._compute, name="draftmq-target", daemon=True

@@ -38,11 +38,18 @@ class BrokerConfig:
     #: And no longer than this: its client has given the request up, or its acknowledgement is lost.
     #: Clients ask again at least every 30 s.
     held_answer_s: float = 60.0
+    #: A connection that has not said hello by then is closed: an honest one does within
+    #: milliseconds of its handshake, which has 5 s.
+    hello_s: float = 10.0
+    #: Connections without a hello at once; the oldest goes for the next. After a restart thousands
+    #: of honest peers come at once, and each is a stranger for a moment.
+    max_strangers: int = 1024
     #: Vocab mappings kept; a mapping of 32,000 ids is 256 KB.
     held_mapping_bytes: int = 64 * MIB
 
     def __post_init__(self) -> None:
-        for name in ("window", "heartbeat_s", "liveness_s", "max_losses", "held_answer_s"):
+        positive = "window heartbeat_s liveness_s max_losses held_answer_s hello_s max_strangers"
+        for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("hedge_after", "hedge_floor_s", "hedge_share"):

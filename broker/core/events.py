@@ -19,11 +19,14 @@ class Side(enum.Enum):
 
 @dataclass(frozen=True)
 class Received:
-    """A well-formed message came. ``connection`` is the ROUTER's name for it, never the peer's."""
+    """A well-formed message came. ``connection`` is the ROUTER's name for it, never the peer's;
+    ``user`` is the fingerprint of the key that it authenticated with, "" without keys.
+    """
 
     side: Side
     connection: bytes
     packet: Packet
+    user: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from broker.core.schedule import choose_worker, expected_finish, learn_speed
 from broker.core.state import Blame, ClientSession, Entry, PacketStore, Pool, WorkerSession
 from broker.protocol import Packet, encode, mapping_id
 from broker.protocol import messages as m
+from broker.protocol.names import own_name, owns
 
 
 class BrokerCore:
@@ -100,7 +101,11 @@ class BrokerCore:
             )
             return
         if isinstance(message, (m.ClientHello, m.WorkerHello)):
-            handler(self, event.connection, event.packet, now)
+            name = message.client if isinstance(message, m.ClientHello) else message.worker
+            if owns(name, event.user):
+                handler(self, event.connection, event.packet, now)
+            else:
+                self._refuse_name(event, name)
             return
         session = self._connections(event.side).get(event.connection)
         if session is None:
@@ -118,6 +123,14 @@ class BrokerCore:
 
     def _connections(self, side: Side) -> dict[bytes, Any]:
         return self.client_connections if side is Side.CLIENT else self.worker_connections
+
+    def _refuse_name(self, event: Received, name: str) -> None:
+        text = (
+            f"the name {name!r} is not this key's to use; its names end in "
+            f"{own_name('', event.user)!r}"
+        )
+        self._send(event.side, event.connection, m.Refused("foreign_name", text))
+        self._log("warning", "foreign_name", side=event.side.value, name=name, key=event.user)
 
     def _connection_lost(self, side: Side, connection: bytes, now: float) -> None:
         if side is Side.WORKER:

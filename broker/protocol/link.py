@@ -65,9 +65,10 @@ class Connected:
 
 @dataclass(frozen=True)
 class Disconnected:
-    """The transport lost the connection to this endpoint."""
+    """The transport lost the connection to this endpoint, or could not make one: ``why``."""
 
     endpoint: str
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class Link:
         #: workers that serve what this peer waits for, as the broker last said; -1 before it has
         self.workers = -1
         self.refusal: m.Refused | None = None
+        #: why no connection can be made, as the transport last said; "" where it does not know
+        self.trouble = ""
         #: when it was last up, or began: what "no broker for 12 s" is counted from
         self.down_since = now
         self._hello = hello
@@ -127,8 +130,12 @@ class Link:
         self._reopen_at = None
         return self._greet(now)
 
-    def disconnected(self, now: float) -> list[LinkAction]:
-        """The transport lost the connection; a new socket is opened after a moment."""
+    def disconnected(self, now: float, why: str = "") -> list[LinkAction]:
+        """The transport lost the connection; a new socket is opened after a moment.
+
+        Also where a handshake failed (``why``): libzmq does not try that again by itself.
+        """
+        self.trouble = why or self.trouble
         if self.state is LinkState.REFUSED:
             return []
         if self._reopen_at is not None and self._reopen_at <= now + self._reopen_wait_s:
@@ -142,6 +149,7 @@ class Link:
             return []
         if isinstance(message, m.Welcome):
             self.state = LinkState.READY
+            self.trouble = ""
             self.broker = message.broker
             self.window = message.window
             self.limits = message.limits()

@@ -14,7 +14,7 @@ import zmq
 from broker.protocol import messages as m
 from broker.protocol.errors import RemoteProtocolError, VersionMismatchError
 from broker.protocol.link import Arrived, Connected, Disconnected, Link, Reopen, SendTo, Tick
-from broker.protocol.sockets import Dealer, Wakeup, poll
+from broker.protocol.sockets import Curve, Dealer, Wakeup, poll
 from broker.protocol.wire import Packet, decode, encode
 
 #: Messages taken from one broker before the others, and what waits here, get a turn.
@@ -46,7 +46,8 @@ class PeerLoop:
     """Runs a core on DEALER sockets, one for each endpoint, in a daemon thread.
 
     ``perform`` carries out, in that thread, the actions that are not about sockets; ``failed`` is
-    told if the loop itself breaks. Events from other threads come in by :meth:`post`. :meth:`stop`
+    told if the loop itself breaks. ``curves`` has the keys for each endpoint, or nothing where the
+    connections are not encrypted. Events from other threads come in by :meth:`post`. :meth:`stop`
     ends the loop and closes the sockets; what is queued then has ``linger_s`` to leave, so that no
     buffer is freed while libzmq sends it.
     """
@@ -58,8 +59,10 @@ class PeerLoop:
         perform: Callable[[Any], None],
         failed: Callable[[Exception], None],
         logger: logging.Logger,
+        curves: Mapping[str, Curve] | None = None,
     ) -> None:
         self.core = core
+        self._curves = curves or {}
         self._perform = perform
         self._failed = failed
         self._logger = logger
@@ -71,7 +74,7 @@ class PeerLoop:
 
     def start(self) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._dealers = {e: Dealer(self._context, e) for e in self.core.links}
+        self._dealers = {e: Dealer(self._context, e, self._curves.get(e)) for e in self.core.links}
         self._thread.start()
 
     def post(self, event: Any) -> None:
@@ -123,8 +126,10 @@ class PeerLoop:
 
     def _read(self, dealer: Dealer) -> None:
         endpoint = dealer.endpoint
-        for up in dealer.changes():
-            self._handle(Connected(endpoint) if up else Disconnected(endpoint))
+        for up, why in dealer.changes():
+            if why and why != self.core.links[endpoint].trouble:
+                self._logger.warning("cannot_connect", extra={"fields": {"why": why}})
+            self._handle(Connected(endpoint) if up else Disconnected(endpoint, why))
         for _ in range(_BATCH):
             frames = dealer.receive()
             if frames is None:

@@ -4,25 +4,56 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from broker.protocol.limits import Limits
 from broker.protocol.wire import Buffer
 
 #: 4 MiB took two-hop throughput from 0.53 to 0.8 GiB/s where the kernel's defaults are small.
 _SOCKET_BUFFER_BYTES = 4 << 20
-#: A handshake takes a few round trips. libzmq waits 30 s for one whose bytes were lost.
-_HANDSHAKE_MS = 3000
-_MONITORED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+#: Time for a handshake, also on a loaded machine; what has not finished it then is closed.
+_HANDSHAKE_MS = 5000
+HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_MONITORED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
 
 
-def configure(sock: zmq.Socket[bytes], limits: Limits) -> None:
+@dataclass(frozen=True)
+class Curve:
+    """The keys of one end of a connection, 32 bytes each.
+
+    ``server`` is the other end's public key on the side that connects. On the side that listens it
+    is None, and ``domain`` is what the ZAP handler is asked about.
+    """
+
+    public: bytes
+    secret: bytes = field(repr=False)
+    server: bytes | None = None
+    domain: str = ""
+
+    def apply(self, sock: zmq.Socket[bytes]) -> None:
+        """Make a socket speak CURVE, and nothing else."""
+        sock.curve_publickey = self.public
+        sock.curve_secretkey = self.secret
+        if self.server is not None:
+            sock.curve_serverkey = self.server
+        else:
+            sock.curve_server = True
+            sock.zap_domain = self.domain.encode()
+
+
+def configure(sock: zmq.Socket[bytes], limits: Limits, curve: Curve | None = None) -> None:
     """What every socket of ours has: no queue limits of its own (windows and credits bound what
-    is in flight), a limit for the size of a frame, keepalive.
+    is in flight), limits for the size of a frame and the time of a handshake, keepalive, and
+    encryption if there are keys.
     """
     sock.linger = 0
     sock.sndhwm = 0
@@ -32,6 +63,12 @@ def configure(sock: zmq.Socket[bytes], limits: Limits) -> None:
     sock.maxmsgsize = max(limits.max_frame_bytes, limits.max_header_bytes)
     sock.tcp_keepalive = 1
     sock.handshake_ivl = _HANDSHAKE_MS
+    if curve is not None:
+        curve.apply(sock)
+
+
+#: number and value of an event, as libzmq's monitors send them
+_EVENT = struct.Struct("=Hi")
 
 
 class Monitor:
@@ -43,11 +80,13 @@ class Monitor:
 
     def read(self) -> list[tuple[int, int]]:
         """``(event, file descriptor)`` of everything that happened since the last call."""
-        happened = []
-        while self.socket.poll(0):
-            message: Any = recv_monitor_message(self.socket)
-            happened.append((int(message["event"]), int(message["value"])))
-        return happened
+        happened: list[tuple[int, int]] = []
+        while True:
+            try:
+                event, _ = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return happened
+            happened.append(_EVENT.unpack(event))
 
     def close(self) -> None:
         self._of.disable_monitor()
@@ -57,14 +96,22 @@ class Monitor:
 class Dealer:
     """A DEALER socket to one endpoint, opened anew when its owner wants that."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        curve: Curve | None = None,
+    ) -> None:
         self.endpoint = endpoint
         self._context = context
+        self._curve = curve
+        #: why the last handshakes failed, as far as this side was told
+        self._why = ""
         self._open()
 
     def _open(self) -> None:
         self.socket = self._context.socket(zmq.DEALER)
-        configure(self.socket, Limits())
+        configure(self.socket, Limits(), self._curve)
         self.socket.reconnect_ivl = 50  # ms: a restarted broker is found again in no time
         self.socket.reconnect_ivl_max = 1000
         self.monitor = Monitor(self.socket)
@@ -86,9 +133,38 @@ class Dealer:
         except zmq.Again:
             return None
 
-    def changes(self) -> list[bool]:
-        """True for each connection made, False for each lost, in order."""
-        return [event == zmq.EVENT_HANDSHAKE_SUCCEEDED for event, _ in self.monitor.read()]
+    def changes(self) -> list[tuple[bool, str]]:
+        """For each connection made or lost, in order: whether made, and why it cannot be, if that
+        is known.
+        """
+        changes = []
+        for event, value in self.monitor.read():
+            made = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self._why = "" if made else self._trouble(event, value) or self._why
+            changes.append((made, self._why))
+        return changes
+
+    def _trouble(self, event: int, value: int) -> str:
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return (
+                f"the broker at {self.endpoint} does not accept this key here: it is not on its "
+                "allow-list (--allow), or is there in another role (trainer, worker)"
+            )
+        if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            if value != zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+                return f"what listens at {self.endpoint} does not speak ZeroMQ as a broker does"
+            if self._curve is not None:
+                return f"the broker at {self.endpoint} has no key (draftmq broker --key), this has"
+            return (
+                f"the broker at {self.endpoint} lets only keys in, and this has none: give --key "
+                "and --broker-key"
+            )
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._curve and not self._why:
+            return (
+                f"the broker at {self.endpoint} broke the handshake off: its key is probably not "
+                "the one given with --broker-key"
+            )
+        return ""
 
     def close(self, linger_s: float = 0.0) -> None:
         """Close the socket; what is queued may take ``linger_s`` to leave."""

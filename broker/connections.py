@@ -1,0 +1,160 @@
+"""A ROUTER's connections as the transport sees them, and how to be rid of one.
+
+libzmq has no call that drops one connection of a ROUTER. But its monitor tells each connection's
+file descriptor, and :func:`cut` shuts that down, which libzmq sees as the peer's leaving.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+#: Messages taken from a connection before its hello; a peer of ours sends a handful at most.
+_STRANGE_MESSAGES = 64
+#: Where ``tcpi_bytes_received`` lies in Linux's ``struct tcp_info``.
+_BYTES_RECEIVED_AT = 128
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Connection:
+    """One accepted connection. ``name`` is the ROUTER's, once it said anything."""
+
+    descriptor: int
+    since: float
+    name: bytes = b""
+    user: str = ""
+    messages: int = 0
+
+
+class Connections:
+    """Connections by descriptor: *strangers*, oldest first, until the core knows them.
+
+    A stranger has ``hello_s`` to say hello, may send ``max_bytes`` and a few messages until then,
+    and there are at most ``max_strangers``: over that the oldest goes, since an honest hello takes
+    milliseconds. ``known`` are the ROUTER's names of connections with a session.
+    """
+
+    def __init__(
+        self, known: Container[bytes], hello_s: float, max_strangers: int, max_bytes: int
+    ) -> None:
+        self._known_names = known
+        self._hello_s = hello_s
+        self._max_strangers = max_strangers
+        self._max_bytes = max_bytes
+        self._strangers: dict[int, Connection] = {}
+        self._known: dict[int, Connection] = {}
+
+    def __len__(self) -> int:
+        return len(self._strangers) + len(self._known)
+
+    def __iter__(self) -> Iterator[Connection]:
+        yield from list(self._strangers.values())
+        yield from list(self._known.values())
+
+    def accepted(self, descriptor: int, now: float) -> None:
+        """A connection came."""
+        self.closed(descriptor)
+        self._strangers[descriptor] = Connection(descriptor, now)
+
+    def spoke(self, descriptor: int, name: bytes, user: str) -> Connection | None:
+        """A message came on it; None where the connection is gone already."""
+        connection = self._known.get(descriptor) or self._strangers.get(descriptor)
+        if connection is not None:
+            connection.name, connection.user = name, user
+        return connection
+
+    def too_strange(self, connection: Connection) -> bool:
+        """Count a message; whether that was one too many for a connection without a hello."""
+        if connection.name in self._known_names:
+            connection.messages = 0
+            return False
+        connection.messages += 1
+        return connection.messages > _STRANGE_MESSAGES
+
+    def closed(self, descriptor: int) -> Connection | None:
+        """It is gone; what was known of it."""
+        return self._known.pop(descriptor, None) or self._strangers.pop(descriptor, None)
+
+    def surplus(self, at_most: int) -> list[Connection]:
+        """The strangers that must go for no more than ``at_most`` connections to remain."""
+        found: list[Connection] = []
+        strangers = iter(list(self._strangers.values()))
+        while (
+            len(self._strangers) - len(found) > self._max_strangers
+            or len(self) - len(found) > at_most
+        ) and (connection := next(strangers, None)):
+            if connection.name in self._known_names:
+                self._known[connection.descriptor] = self._strangers.pop(connection.descriptor)
+            else:
+                found.append(connection)
+        return found
+
+    def overdue(self, now: float) -> list[tuple[Connection, str]]:
+        """Strangers whose time, or allowance, is spent, and which of them."""
+        for connection in list(self._known.values()):
+            if connection.name not in self._known_names:
+                connection.since = now
+                self._strangers[connection.descriptor] = self._known.pop(connection.descriptor)
+        found = []
+        for connection in list(self._strangers.values()):
+            if connection.name in self._known_names:
+                self._known[connection.descriptor] = self._strangers.pop(connection.descriptor)
+            elif now - connection.since >= self._hello_s:
+                found.append((connection, f"no hello within {self._hello_s:g} s"))
+            elif _bytes_received(connection.descriptor) > self._max_bytes:
+                found.append((connection, f"over {self._max_bytes} bytes and no hello"))
+        return found
+
+
+def cut(descriptor: int, local_port: object) -> str:
+    """Shut a connection down; the peer's address, or "" where there was nothing to shut.
+
+    Between libzmq's word and this call the descriptor may have become something else, so it must
+    be a connected socket on our own port (``local_port``, of :func:`port_of`).
+    """
+
+    def shut(sock: socket.socket) -> str:
+        peer = sock.getpeername()
+        if port_of(sock.getsockname()) != local_port:
+            return ""
+        sock.shutdown(socket.SHUT_RDWR)
+        return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "local"
+
+    return _borrow(descriptor, shut, "")
+
+
+def port_of(address: object) -> object:
+    """The port of a socket's address; the path of a local one."""
+    return address[1] if isinstance(address, tuple) else address
+
+
+def _bytes_received(descriptor: int) -> int:
+    """What the kernel took for a connection; 0 where it does not say."""
+    option = getattr(socket, "TCP_INFO", None)
+    if option is None:
+        return 0
+
+    def ask(sock: socket.socket) -> int:
+        info = sock.getsockopt(socket.IPPROTO_TCP, option, _BYTES_RECEIVED_AT + 8)
+        return int.from_bytes(info[_BYTES_RECEIVED_AT:], sys.byteorder)
+
+    return _borrow(descriptor, ask, 0)
+
+
+def _borrow(descriptor: int, use: Callable[[socket.socket], T], otherwise: T) -> T:
+    """Use libzmq's descriptor as a socket, which stays libzmq's; ``otherwise`` where it is none."""
+    try:
+        sock = socket.socket(fileno=descriptor)
+    except OSError:
+        return otherwise
+    try:
+        return use(sock)
+    except OSError:
+        return otherwise
+    finally:
+        sock.detach()

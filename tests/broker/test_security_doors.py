@@ -1,0 +1,370 @@
+"""Strangers on the broker's ports: they are got rid of, and the others are served."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import zmq
+
+from broker.connections import Connections, cut, port_of
+from broker.core import BrokerConfig
+from broker.credentials import credentials
+from broker.http import HttpServer
+from broker.keys import Role
+from broker.logs import Throttle
+from broker.protocol import decode, encode, sockets
+from broker.protocol import messages as m
+from broker.protocol.names import own_name
+from broker.protocol.sockets import Dealer
+from broker.service import Broker
+from tests.keyring import Keyring
+
+CONFIG = BrokerConfig(hello_s=0.5, max_strangers=64)
+
+
+@pytest.fixture
+def keyring(tmp_path: Path) -> Keyring:
+    return Keyring(tmp_path)
+
+
+@pytest.fixture(params=["clear", "keys"])
+def broker(
+    request: pytest.FixtureRequest, keyring: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Broker]:
+    monkeypatch.setattr(sockets, "_HANDSHAKE_MS", 500)
+    keyring.make("t", Role.TRAINER)
+    keys = {"key": keyring.broker, "allow": [keyring.allow]} if request.param == "keys" else {}
+    with Broker(config=CONFIG, **keys) as service:
+        yield service
+
+
+class Healthy:
+    """An honest trainer that wants an answer at any time."""
+
+    def __init__(self, endpoint: str, secret: Path | None, public: Path) -> None:
+        keys = (secret, public) if secret else (None, None)
+        shown = credentials(Role.TRAINER, [endpoint], *keys, logging.getLogger("test"))
+        self._context = zmq.Context()
+        self._dealer = Dealer(self._context, endpoint, shown.curves.get(endpoint))
+        self._say(m.ClientHello(own_name("healthy", shown.fingerprint), 1, "", 0), m.Welcome)
+
+    def ping(self) -> float:
+        """Seconds until the broker answers."""
+        began = time.monotonic()
+        self._say(m.Heartbeat(-1), m.Heartbeat)
+        return time.monotonic() - began
+
+    def _say(self, message: m.Message, expected: type) -> None:
+        self._dealer.send(encode(message).frames)
+        assert self._dealer.socket.poll(20_000), "the broker serves nobody"
+        frames = self._dealer.receive()
+        assert frames is not None
+        assert isinstance(decode(frames).message, expected)
+
+    def close(self) -> None:
+        self._dealer.close()
+        self._context.term()
+
+
+@pytest.fixture
+def healthy(broker: Broker, keyring: Keyring) -> Iterator[Healthy]:
+    secret = keyring.allow.parent / "t.secret" if broker._access.keyed else None
+    peer = Healthy(broker.client_endpoint, secret, keyring.broker_public)
+    yield peer
+    peer.close()
+
+
+def connect(endpoint: str) -> socket.socket:
+    where = urlsplit(endpoint)
+    return socket.create_connection((where.hostname, where.port), timeout=20)
+
+
+def greeting(mechanism: bytes = b"NULL") -> bytes:
+    return b"\xff" + bytes(8) + b"\x7f\x03\x00" + mechanism.ljust(20, b"\0") + bytes(32)
+
+
+def null_handshake(sock: socket.socket) -> None:
+    """The whole of ZMTP's handshake as a DEALER without keys."""
+    ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
+    sock.sendall(greeting() + b"\x04" + bytes([len(ready)]) + ready)
+    theirs = sock.recv(64 + 2, socket.MSG_WAITALL)
+    if theirs[12:17] != b"CURVE":
+        sock.recv(theirs[-1], socket.MSG_WAITALL)
+
+
+def hung_up(sock: socket.socket) -> bool:
+    """Wait until the other side closes; True when it did within the socket's timeout."""
+    try:
+        while sock.recv(65536):
+            pass
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+    return True
+
+
+def frame(body: bytes, *, more: bool = False) -> bytes:
+    return bytes([2 | more]) + struct.pack(">Q", len(body)) + body
+
+
+def eventually(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"it did not happen within {seconds} s"
+        time.sleep(0.01)
+
+
+def connections(broker: Broker) -> int:
+    return sum(len(port.connections) for port in broker._ports.values())
+
+
+def send_until_cut(sock: socket.socket, octets: bytes, limit_bytes: int) -> int:
+    """How much was sent before the other side hung up; fails at ``limit_bytes``."""
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        while True:
+            sent += sock.send(octets)
+            assert sent < limit_bytes, "the broker takes anything"
+    return sent
+
+
+# -- one stranger -------------------------------------------------------------------------------
+
+FIRST_WORDS = {
+    "nothing": b"",
+    "noise": bytes(range(1, 256)) * 16,
+    "HTTP": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "half a greeting": greeting()[:11],
+    "a greeting and no more": greeting(),
+    "a CURVE greeting and no more": greeting(b"CURVE"),
+    "another mechanism": greeting(b"PLAIN"),
+    "a CURVE hello of zeros": greeting(b"CURVE") + b"\x04\xc8\x05HELLO" + bytes(194),
+    "a handshake command of 8 GB": greeting(b"CURVE") + b"\x06" + struct.pack(">Q", 8 << 30),
+    "a handshake command of 60 MB": greeting(b"CURVE") + b"\x06" + struct.pack(">Q", 60 << 20),
+}
+
+
+@pytest.mark.parametrize("port", ["client_endpoint", "worker_endpoint"])
+@pytest.mark.parametrize("words", FIRST_WORDS)
+def test_a_connection_that_goes_nowhere_is_closed(
+    broker: Broker, healthy: Healthy, port: str, words: str
+) -> None:
+    with connect(getattr(broker, port)) as sock:
+        sock.sendall(FIRST_WORDS[words])
+        assert healthy.ping() < 5
+        assert hung_up(sock)
+    healthy.ping()
+    eventually(lambda: connections(broker) == 1)
+
+
+def test_one_byte_at_a_time_gains_nothing(broker: Broker, healthy: Healthy) -> None:
+    with connect(broker.client_endpoint) as sock:
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < began + 10:
+                sock.sendall(b"\xff")
+                time.sleep(0.02)
+        assert time.monotonic() < began + 5
+    healthy.ping()
+
+
+@pytest.mark.parametrize("broker", ["clear"], indirect=True)
+def test_a_handshake_without_a_hello_has_its_time(broker: Broker, healthy: Healthy) -> None:
+    with connect(broker.client_endpoint) as sock:
+        null_handshake(sock)
+        began = time.monotonic()
+        assert hung_up(sock)
+        assert time.monotonic() - began < 5
+    healthy.ping()
+    assert not broker.core.clients.keys() - {"healthy"}
+
+
+@pytest.mark.parametrize("broker", ["clear"], indirect=True)
+@pytest.mark.parametrize(
+    "octets",
+    [
+        frame(bytes(1 << 16), more=True),  # a message that never ends
+        frame(bytes(60 << 20)),  # one as large as a frame may be
+    ],
+    ids=["endless", "large"],
+)
+def test_strangers_cannot_fill_the_memory(broker: Broker, healthy: Healthy, octets: bytes) -> None:
+    with connect(broker.client_endpoint) as sock:
+        null_handshake(sock)
+        before = _rss_bytes()
+        sent = send_until_cut(sock, octets * 4, 8 << 30)
+        assert sent > 1 << 20  # less would be a hello's right
+        assert _rss_bytes() - before < 1 << 30
+    healthy.ping()
+
+
+@pytest.mark.parametrize("broker", ["clear"], indirect=True)
+def test_a_stranger_that_talks_and_never_listens_is_cut_off(
+    broker: Broker, healthy: Healthy, caplog: pytest.LogCaptureFixture
+) -> None:
+    heartbeat = frame(encode(m.Heartbeat(-1)).frames[0])
+    with connect(broker.client_endpoint) as sock:
+        null_handshake(sock)
+        send_until_cut(sock, heartbeat * 100, 1 << 30)
+    healthy.ping()
+    cuts = [record.fields for record in caplog.records if record.message == "cut_off"]  # type: ignore[attr-defined]
+    assert {cut_["why"] for cut_ in cuts} <= {
+        "many messages and no hello",
+        "over 1114112 bytes and no hello",
+    }
+
+
+@pytest.mark.parametrize("broker", ["clear"], indirect=True)
+def test_garbage_does_not_fill_the_log(
+    broker: Broker, healthy: Healthy, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(20):
+        with connect(broker.client_endpoint) as sock:
+            null_handshake(sock)
+            before = broker.core.counters["bad_messages"]
+            sock.sendall(frame(b"garbage") * 60)
+            eventually(lambda before=before: broker.core.counters["bad_messages"] >= before + 60)
+    healthy.ping()
+    assert broker.core.counters["bad_messages"] >= 1200
+    assert 20 <= caplog.messages.count("bad_message") <= 60
+
+
+def test_a_header_that_is_too_long_is_a_bad_message(broker: Broker, healthy: Healthy) -> None:
+    healthy._dealer.send([bytes((1 << 20) + 1)])
+    eventually(lambda: broker.core.counters["bad_messages"] == 1)
+    healthy.ping()
+
+
+# -- many strangers -----------------------------------------------------------------------------
+
+
+def test_2000_connections_do_not_shut_out_an_honest_one(
+    broker: Broker, keyring: Keyring, healthy: Healthy
+) -> None:
+    before = _rss_bytes()
+    with contextlib.ExitStack() as stack:
+        for number in range(2000):
+            stack.enter_context(connect(broker.client_endpoint)).sendall(greeting())
+            if number % 100 == 0:
+                assert healthy.ping() < 5
+        secret = keyring.allow.parent / "t.secret" if broker._access.keyed else None
+        late = Healthy(broker.client_endpoint, secret, keyring.broker_public)
+        assert late.ping() < 5
+        late.close()
+        assert connections(broker) <= CONFIG.max_strangers + 2
+    assert _rss_bytes() - before < 200 << 20
+    eventually(lambda: connections(broker) <= 2)
+
+
+@pytest.mark.parametrize("keyed", [False, True], ids=["clear", "keys"])
+def test_a_broker_without_descriptors_goes_on(keyring: Keyring, keyed: bool) -> None:
+    """A real process with 256 of them, and 1,000 connections."""
+    secret = keyring.make("t", Role.TRAINER) if keyed else None
+    options = ["--key", str(keyring.broker), "--allow", str(keyring.allow)] if keyed else []
+    command = [sys.executable, "-m", "broker", "--clients=tcp://127.0.0.1:0", "--log-format=json"]
+    command += ["--workers=tcp://127.0.0.1:0", "--http=127.0.0.1:0", *options]
+    child = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
+    )
+    assert child.stderr is not None
+    try:
+        listening = json.loads(child.stderr.readline())
+        healthy = Healthy(listening["clients"], secret, keyring.broker_public)
+        with contextlib.ExitStack() as stack:
+            for number in range(1000):
+                stack.enter_context(connect(listening["workers"]))
+                if number % 100 == 0:
+                    assert healthy.ping() < 10
+            assert healthy.ping() < 10
+        late = Healthy(listening["clients"], secret, keyring.broker_public)
+        assert late.ping() < 10
+        late.close()
+        healthy.close()
+    finally:
+        child.send_signal(signal.SIGTERM)
+        log = child.communicate(timeout=20)[1]
+    assert child.returncode == 0, log
+    assert len(log.splitlines()) < 200
+
+
+def test_http_answers_also_where_descriptors_are_high() -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(1100):
+            stack.callback(os.close, os.dup(0))
+        server = HttpServer("127.0.0.1:0", dict)
+        server.start()
+        stack.callback(server.stop)
+        with urllib.request.urlopen(f"http://{server.address}/healthz", timeout=10) as response:
+            assert response.read() == b"ok\n"
+
+
+# -- the parts ----------------------------------------------------------------------------------
+
+
+def test_the_oldest_strangers_go_and_those_with_a_hello_stay() -> None:
+    known = {b"a"}
+    there = Connections(known, hello_s=10, max_strangers=2, max_bytes=100)
+    for descriptor in range(1001, 1005):
+        there.accepted(descriptor, now=descriptor)
+    there.spoke(1001, b"a", "")
+    assert [c.descriptor for c in there.surplus(100)] == [1002]
+    there.closed(1002)
+    assert [c.descriptor for c in there.surplus(2)] == [1003]
+    assert [c.descriptor for c in there.surplus(0)] == [1003, 1004]
+    assert [(c.descriptor, why) for c, why in there.overdue(1013)] == [
+        (1003, "no hello within 10 s")
+    ]
+    known.clear()  # its session ended: a stranger again, from now on
+    assert 1001 not in [c.descriptor for c, _ in there.overdue(1014)]
+    assert 1001 in [c.descriptor for c, _ in there.overdue(1024)]
+
+
+def test_only_connections_to_our_own_port_are_cut() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = port_of(listener.getsockname())
+        client = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+        with client, accepted:
+            assert cut(accepted.fileno(), 1) == ""
+            assert cut(listener.fileno(), ours) == ""
+            assert cut(client.fileno(), ours) == ""
+            assert cut(2**20, ours) == ""
+            reader, writer = os.pipe()
+            assert cut(reader, ours) == ""
+            os.close(reader)
+            os.close(writer)
+            client.sendall(b"x")
+            assert accepted.recv(1) == b"x"
+            assert cut(accepted.fileno(), ours).startswith("127.0.0.1:")
+            assert client.recv(1) == b""
+
+
+def test_a_flood_of_events_is_counted_and_not_written() -> None:
+    throttle = Throttle(burst=3, per_s=1.0)
+    assert [throttle.left_out("a", 0.0) for _ in range(5)] == [0, 0, 0, None, None]
+    assert throttle.left_out("b", 0.0) == 0
+    assert throttle.left_out("a", 1.0) == 2
+    assert throttle.left_out("a", 1.5) is None
+
+
+def _rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
