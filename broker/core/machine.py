@@ -369,7 +369,8 @@ class BrokerCore:
             before.running.pop(request_id, None)
             if (entry := self.entries.get(request_id)) is not None:
                 entry.workers.discard(before.id)
-        self._lose_worker(before, "it reconnected and no longer has the request", now)
+        reason = "it reconnected and no longer has the request"
+        self._lose_worker(before, reason, now, blame=False)
 
     def _adopt(self, worker: WorkerSession, held: Iterable[m.RequestId], now: float) -> None:
         """Take over what a worker still works on from before a reconnect or a restart of ours."""
@@ -410,7 +411,7 @@ class BrokerCore:
     ) -> None:
         """Forget a worker; what it was working on goes back to the head of the queue.
 
-        ``blame`` its requests, unless it left in good order: one of them may have killed it.
+        ``blame`` its requests where it may have died of one of them.
         """
         del self.workers[worker.id]
         del self.worker_connections[worker.connection]
