@@ -641,6 +641,17 @@ def test_workers_that_leave_in_good_order_are_not_held_against_their_requests(ri
     assert [reply.id for reply in rig.got("a", m.Reply)] == [one]
 
 
+def test_a_worker_that_reconnects_is_alive_and_not_held_against_its_requests(rig: Rig) -> None:
+    rig.client("a")
+    rig.worker("w")
+    one = rig.ask("a", 1)
+    for _ in range(3):  # each time the request is damaged on its way
+        assert rig.requests("w") == ["a#1"]
+        rig.worker("w")
+    rig.reply("w", one)
+    assert [reply.id for reply in rig.got("a", m.Reply)] == [one]
+
+
 def test_a_mapping_that_no_store_can_keep_is_an_error_and_not_asked_for_for_ever() -> None:
     rig = Rig(held_mapping_bytes=100)
     rig.client("a")

@@ -30,6 +30,7 @@ from trainer_client.errors import (
     TargetFailedError,
 )
 from trainer_client.remote import RemoteEagle3TargetModel
+from trainer_client.service import Client
 from worker.errors import WorkerError
 from worker.mapping import VocabMapping
 
@@ -228,6 +229,24 @@ def test_another_protocol_version_is_refused_with_both_numbers(
             router.send_multipart([name, in_the_next_version(header)])
             with pytest.raises(RefusedError, match="speaks version 2, this side speaks version 1"):
                 pending.result(20)
+
+
+def test_a_damaged_message_makes_a_peer_say_hello_again() -> None:
+    """The broker is played by a ROUTER; a peer would wait 300 s for it to say anything else."""
+    rules = (16, 60.0, 300.0, 1 << 20, 8192, 64 << 20, 64 << 20, 4 << 30)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.linger = 0
+        router.rcvtimeo = 10_000
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        with Client([f"tcp://127.0.0.1:{port}"]) as client:
+            name, _ = router.recv_multipart()
+            welcome = encode(m.Welcome("b1", *rules)).frames[0]
+            router.send_multipart([name, welcome])
+            (link,) = client.core.links.values()
+            eventually(lambda: link.ready)
+            router.send_multipart([name, welcome[:-1] + bytes([welcome[-1] ^ 1])])
+            _, header = router.recv_multipart()
+            assert isinstance(decode([header]).message, m.ClientHello)
 
 
 def test_the_broker_tells_a_peer_of_another_version(cluster: Cluster) -> None:

@@ -55,7 +55,7 @@ class Invariants:
         elif isinstance(process, ClientProcess):
             self._on_time(process, now)
             self._within_window(process)
-        if self._calm:
+        if self._calm and not self.world.seen:
             self._undisturbed(process, actions)
         if self.world.events % _EVERY == 0:
             self._bounded(process)
