@@ -16,8 +16,9 @@ from typing import Any, cast
 from broker.core.config import BrokerConfig
 from broker.core.events import Action, BadBytes, ConnectionLost, Event, Log, Received, Send, Side
 from broker.core.measures import Measures
-from broker.core.schedule import choose_worker, expected_finish, learn_speed
-from broker.core.state import Blame, ClientSession, Entry, PacketStore, Pool, WorkerSession
+from broker.core.pool import Pool
+from broker.core.schedule import expected_finish, learn_speed
+from broker.core.state import Blame, ClientSession, Entry, PacketStore, WorkerSession
 from broker.protocol import Packet, encode, mapping_id
 from broker.protocol import messages as m
 from broker.protocol.names import own_name, owns
@@ -363,6 +364,7 @@ class BrokerCore:
         )
         self._acquit(worker, now)
         self._adopt(worker, hello.held, now)
+        pool.free.put(worker)
         self._watch_worker(worker)
         for entry in list(self.poolless.values()):
             if self._pool_of(entry) is not None:
@@ -418,6 +420,7 @@ class BrokerCore:
 
     def _draining(self, worker: WorkerSession, packet: Packet, now: float) -> None:
         worker.draining = True
+        self.pools[worker.model].free.put(worker)
         self._log("info", "worker_draining", worker=worker.id, running=len(worker.running))
 
     def _watch_worker(self, worker: WorkerSession) -> None:
@@ -441,6 +444,7 @@ class BrokerCore:
         del self.worker_connections[worker.connection]
         pool = self.pools[worker.model]
         del pool.workers[worker.id]
+        pool.free.discard(worker)
         self._log(
             "info", "worker_left", worker=worker.id, reason=reason, running=len(worker.running)
         )
@@ -521,6 +525,10 @@ class BrokerCore:
             self._log("warning", "unasked_answer", worker=worker.id, request=str(message.id))
             return
         worker.answered += 1
+        if not worker.running:
+            worker.busy_until = now
+        pool = self.pools[worker.model]
+        pool.free.put(worker)
         entry = self.entries.get(message.id)
         if entry is None:
             self.counters["late_answers"] += 1
@@ -528,9 +536,7 @@ class BrokerCore:
         else:
             entry.workers.discard(worker.id)
             self._conclude(entry, worker, packet, since, now)
-        if not worker.running:
-            worker.busy_until = now
-        self._dispatch(self.pools[worker.model], now)
+        self._dispatch(pool, now)
 
     def _pass_on_transfer(self, packet: Packet) -> None:
         """Tell a client also of a transfer that it no longer wants: it must take it, to stay in
@@ -548,6 +554,7 @@ class BrokerCore:
         message = packet.message
         if isinstance(message, m.Reply):
             learn_speed(worker, entry.n_tokens, message.compute_s)
+            self.pools[worker.model].free.put(worker)
             self.measures.replied(entry, worker, since, message.compute_s, now)
             self.counters["replies"] += 1
             self.counters["hedges_won"] += entry.hedge == worker.id
@@ -628,12 +635,12 @@ class BrokerCore:
 
     def _dispatch(self, pool: Pool, now: float) -> None:
         """Give queued requests to workers with free credits."""
-        while len(pool.queue) and any(worker.free for worker in pool.workers.values()):
+        while len(pool.queue) and len(pool.free):
             entry = cast(Entry, pool.queue.pop())
             mapping = entry.request.mapping_id
             if mapping and mapping not in self.mappings:  # evicted while it waited
                 self._route(entry, now, again=True)
-            elif worker := choose_worker(pool.workers.values(), entry, now):
+            elif worker := pool.free.choose(entry.n_tokens, now, entry.avoid):
                 self._assign(entry, worker, now)
 
     def _assign(
@@ -646,9 +653,10 @@ class BrokerCore:
         if mapping and mapping not in worker.mappings:
             self._forward(Side.WORKER, worker.connection, cast(Packet, self.mappings.get(mapping)))
             worker.mappings.add(mapping)
-        worker.busy_until = expected_finish(worker, entry, now)
+        worker.busy_until = expected_finish(worker, entry.n_tokens, now)
         self.measures.assigned(entry, now)
         worker.running[entry.id] = now
+        self.pools[worker.model].free.put(worker)
         entry.workers.add(worker.id)
         self.counters["assignments"] += 1
         self._forward(Side.WORKER, worker.connection, packet)
@@ -663,10 +671,9 @@ class BrokerCore:
         if not alone or worker.running.get(entry.id) is None or entry.packet is None:
             return
         pool = self.pools[worker.model]
-        others = [other for other in pool.workers.values() if other is not worker]
-        other = choose_worker(others, entry, now)
+        other = pool.free.choose(entry.n_tokens, now, {*entry.avoid, worker.id})
         running = sum(len(each.running) for each in pool.workers.values())
-        if other is None or not self._may_hedge(entry, running):
+        if other in (None, worker) or not self._may_hedge(entry, running):
             self._at(now + self.config.hedge_floor_s, lambda now: self._hedge(entry, worker, now))
             return
         self.counters["hedges"] += 1

@@ -7,8 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from broker.core.queue import FairQueue
-from broker.protocol.messages import ModelDescription, Request, RequestId
+from broker.protocol.messages import Request, RequestId
 from broker.protocol.wire import Packet
 
 K = TypeVar("K")
@@ -101,6 +100,11 @@ class Entry:
     def n_tokens(self) -> int:
         return self.request.n_tokens
 
+    @property
+    def avoid(self) -> set[str]:
+        """Workers that others are tried before."""
+        return {*self.failed_on, self.request.avoid} - {""}
+
 
 class Blame(enum.Enum):
     """Whether a worker was lost because of what it was working on."""
@@ -108,15 +112,6 @@ class Blame(enum.Enum):
     NONE = "it left on purpose, or is still there"
     SUSPECT = "it fell silent or lost its connection, and may come back"
     GUILTY = "it began a new life"
-
-
-@dataclass(eq=False)
-class Pool:
-    """The workers of one model and the requests for it."""
-
-    description: ModelDescription
-    workers: dict[str, WorkerSession] = field(default_factory=dict)
-    queue: FairQueue = field(default_factory=FairQueue)
 
 
 class PacketStore(Generic[K]):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.sim.scale import Cost, measure
 
 #: The logarithms of heaps, and more waiting requests looked at by more workers that join.
@@ -22,7 +20,6 @@ def test_what_is_counted_does_not_depend_on_the_machine() -> None:
     assert counted(measure(50, 5, count_calls=True)) == counted(measure(50, 5, count_calls=True))
 
 
-@pytest.mark.xfail(strict=True, reason="the choice of a worker looks at every worker")
 def test_the_cost_of_a_request_is_flat_in_ranks_and_workers() -> None:
     small = measure(100, 10, count_calls=True)
     large = measure(1_000, 100, count_calls=True)

@@ -1,0 +1,21 @@
+"""The workers of one model, and the requests for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from broker.core.queue import FairQueue
+from broker.core.schedule import FreeWorkers
+from broker.core.state import WorkerSession
+from broker.protocol.messages import ModelDescription
+
+
+@dataclass(eq=False)
+class Pool:
+    """Workers that serve the same, and what waits for one of them."""
+
+    description: ModelDescription
+    workers: dict[str, WorkerSession] = field(default_factory=dict)
+    #: those of them that have a free credit
+    free: FreeWorkers = field(default_factory=FreeWorkers)
+    queue: FairQueue = field(default_factory=FairQueue)
