@@ -7,6 +7,7 @@ file descriptor, and :func:`cut` shuts that down, which libzmq sees as the peer'
 from __future__ import annotations
 
 import socket
+import struct
 import sys
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import TypeVar
 _STRANGE_MESSAGES = 64
 #: Where ``tcpi_bytes_received`` lies in Linux's ``struct tcp_info``.
 _BYTES_RECEIVED_AT = 128
+_LINGER_NOT = struct.pack("ii", 1, 0)
 
 T = TypeVar("T")
 
@@ -122,6 +124,8 @@ def cut(descriptor: int, local_port: object) -> str:
         peer = sock.getpeername()
         if port_of(sock.getsockname()) != local_port:
             return ""
+        if sock.family != socket.AF_UNIX:  # no farewell: the kernel forgets it at libzmq's close
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
         sock.shutdown(socket.SHUT_RDWR)
         return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "local"
 

@@ -33,6 +33,12 @@ _SETTINGS = {
 _START_S, _LEAVE_S = 60.0, 10.0
 
 
+def _environment() -> dict[str, str]:
+    """This process's, without what is set for other clusters than the demo's."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("DRAFTMQ_")}
+    return others | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
 class Processes:
     """Children of the demo; leaving the block ends every one of them."""
 
@@ -50,7 +56,7 @@ class Processes:
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=_environment(),
             start_new_session=True,  # Ctrl-C comes to the demo alone, which ends them in order
         )
         if log is not None:

@@ -63,13 +63,13 @@ class Answerer:
         """Keep a mapping. Raises ``ValueError`` if it is not one."""
         assert isinstance(offer.message, m.MappingOffer)
         offer.verify()
-        ids = from_frames(offer.message.manifest, offer.payload)["selected_token_ids"]
-        mapping = VocabMapping(ids, offer.message.vocab_size)
-        if mapping.vocab_size != self.facts.vocab_size:
+        if offer.message.vocab_size != self.facts.vocab_size:  # before memory is taken for it
             raise ValueError(
-                f"the mapping is for a vocabulary of {mapping.vocab_size}, this target has "
+                f"the mapping is for a vocabulary of {offer.message.vocab_size}, this target has "
                 f"{self.facts.vocab_size}"
             )
+        ids = from_frames(offer.message.manifest, offer.payload)["selected_token_ids"]
+        mapping = VocabMapping(ids, offer.message.vocab_size)
         self.mappings[mapping.id] = mapping
 
     def forget(self, mapping_id: str) -> None:

@@ -212,7 +212,7 @@ def test_strangers_cannot_fill_the_memory(broker: Broker, healthy: Healthy, octe
         null_handshake(sock)
         before = _rss_bytes()
         sent = send_until_cut(sock, octets * 4, 8 << 30)
-        assert sent > 1 << 20  # less would be a hello's right
+        assert sent > 100_000  # less would be a hello's right
         assert _rss_bytes() - before < 1 << 30
     healthy.ping()
 

@@ -148,6 +148,25 @@ def test_commands_are_what_the_parser_takes(cluster: Cluster) -> None:
     assert "--rdzv-endpoint=n3:29500" in torchrun
 
 
+def test_keys_take_the_place_of_insecure(cluster: Cluster) -> None:
+    cluster.environment["DATA"] = "/shared/data.jsonl"
+    cluster.run(TRAINER_EXIT="0", KEYS="/shared/keys")
+    said = {row[0]: row[2:] for row in cluster.noted("start")}
+    _, _, train = " ".join(said["torchrun"]).partition(" -m trainer_client ")
+    broker = lines.parse(said["broker"])
+    assert not lines.option(broker, "insecure")
+    assert lines.option(broker, "allow") == (Path("/shared/keys"),)
+    for kind, arguments in (
+        ("broker", said["broker"]),
+        ("worker", said["worker"]),
+        ("trainer", ["train", *train.split()]),
+    ):
+        context = lines.parse(arguments)
+        assert str(lines.option(context, "key")) == f"/shared/keys/{kind}.secret"
+        if kind != "broker":
+            assert lines.option(context, "broker_key") == ("/shared/keys/broker.public",)
+
+
 def test_steps_take_the_nodes_gpus_and_cpus_that_they_should(cluster: Cluster) -> None:
     cluster.run(TRAINER_EXIT="0", WORKER_NODES="2")
     workers, trainer = (" ".join(row) for row in cluster.noted("srun"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -90,6 +91,22 @@ def test_an_id_that_cannot_be_had_says_what_to_give(monkeypatch: pytest.MonkeyPa
     with pytest.raises(TargetError, match="cannot load target 'nobody/nothing'") as caught:
         load_target("nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+def test_code_that_comes_with_a_model_needs_a_word(tmp_path: Path) -> None:
+    """Not even its import runs without the flag, and with it it does."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "odd", "auto_map": {"AutoConfig": "odd_config.OddConfig"}})
+    )
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w')\nraise ImportError('that was all')\n"
+    (tmp_path / "odd_config.py").write_text(code)
+    with pytest.raises(TargetError, match=r"code of its own.*say --trust-remote-code"):
+        load_target(str(tmp_path))
+    assert not ran.exists()
+    with pytest.raises(TargetError, match="that was all"):
+        load_target(str(tmp_path), trust_remote_code=True)
+    assert ran.exists()
 
 
 @pytest.mark.parametrize(

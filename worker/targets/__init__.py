@@ -117,6 +117,12 @@ def _load_model(name: str, where: str, dtype: Any, options: dict[str, Any]) -> A
                 raise
             return AutoModelForImageTextToText.from_pretrained(where, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
+            raise TargetError(
+                f"target {name!r} brings Python code of its own, which would run here with all "
+                "rights of this worker; read it, and say --trust-remote-code if it may (with "
+                "--revision, so that it stays what you read)"
+            ) from error
         raise TargetError(
             f"cannot load target {name!r}: {_first_line(error)}; give a folder with config.json "
             "and weights, a Hugging Face model id, or 'embedded'"
