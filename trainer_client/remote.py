@@ -261,5 +261,10 @@ class RemoteEagle3TargetModel:
         return self._mapping.id
 
     def _batch(self, answer: Answer, attention_mask: Tensor) -> Eagle3TargetBatch:
+        for tensor in answer.tensors.values():
+            if (
+                tensor.is_cuda
+            ):  # it came directly, on a stream of its channel's, and is used on ours
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         tensors = {name: tensor.to(self._device) for name, tensor in answer.tensors.items()}
         return Eagle3TargetBatch(attention_mask=attention_mask.to(self._device), **tensors)

@@ -46,9 +46,8 @@ class GlooBackend:
         self._tag = 0  # every message of an epoch has its own, counted alike at both ends
 
     def send(self, seq: int, tensors: Sequence[Tensor], limit_s: float) -> None:
-        tensors = [tensor.cpu() for tensor in tensors]  # of a worker whose client has no GPU
         try:
-            self._send(seq, tensors, timedelta(seconds=limit_s))
+            self._send(seq, _on_host(tensors), timedelta(seconds=limit_s))
         except (RuntimeError, TransferError) as error:
             self.interrupt()  # before the buffers go out of scope
             raise TransferError(plain(error)) from error
@@ -112,6 +111,21 @@ class GlooBackend:
 
     def close(self) -> None:
         self._store.close()
+
+
+def _on_host(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """CPU tensors; those of a GPU worker by pinned memory and a stream of its own."""
+    if not any(tensor.is_cuda for tensor in tensors):
+        return tensors
+    stream = torch.cuda.Stream(next(tensor.device for tensor in tensors if tensor.is_cuda))
+    with torch.cuda.stream(stream):
+        staged = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors
+        ]
+        for host, tensor in zip(staged, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+    stream.synchronize()
+    return staged
 
 
 def _check(note: Tensor, seq: int, number: int) -> None:
