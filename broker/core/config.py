@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from broker.protocol import Limits
-from broker.protocol.limits import MIB
+from broker.protocol.limits import GIB, MIB
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class BrokerConfig:
     #: Share of the running requests that may run twice; one may always. A pool that is slow as a
     #: whole would only be slowed down further.
     hedge_share: float = 0.05
+    #: Replies that may lie here for one client, expected or not yet taken: a few of the largest
+    #: that trainers ask for. Beyond it its requests wait.
+    max_client_bytes: int = 1 * GIB
+    #: And for all clients together.
+    max_total_bytes: int = 8 * GIB
     #: Answers kept until the client says it has them: a resend costs no second forward.
     held_answer_bytes: int = 256 * MIB
     #: And no longer than this: its client has given the request up, or its acknowledgement is lost.
@@ -48,7 +53,10 @@ class BrokerConfig:
     held_mapping_bytes: int = 64 * MIB
 
     def __post_init__(self) -> None:
-        positive = "window heartbeat_s liveness_s max_losses held_answer_s hello_s max_strangers"
+        positive = (
+            "window heartbeat_s liveness_s max_losses held_answer_s hello_s max_strangers "
+            "max_client_bytes max_total_bytes"
+        )
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

@@ -40,6 +40,7 @@ def validate(core: BrokerCore) -> None:
             "suspected": request_id in core.suspected,
             "without its mapping": request_id in core.mappingless.get(entry.request.mapping_id, {}),
             "queued": entry in queue,
+            "parked": request_id in core.parked.get(entry.client, {}),
         }
         assert sum(places.values()) == 1, f"{entry} is in these places: {places}"
         assert all(request_id in core.workers[worker].running for worker in entry.workers)
@@ -47,6 +48,8 @@ def validate(core: BrokerCore) -> None:
     assert core.bereft.items() <= core.entries.items()
     assert core.suspected.keys() <= core.bereft.keys()
     assert core.hedged == {id_ for id_, entry in core.entries.items() if entry.hedge}
+    core.room.validate()
+    assert all(core.parked.values())
     core.mappings.validate()
     core.answers.validate()
 

@@ -17,6 +17,7 @@ from broker.core.config import BrokerConfig
 from broker.core.events import Action, BadBytes, ConnectionLost, Event, Log, Received, Send, Side
 from broker.core.measures import Measures
 from broker.core.pool import Pool
+from broker.core.room import Room
 from broker.core.schedule import expected_finish, learn_speed
 from broker.core.state import Blame, ClientSession, Entry, PacketStore, WorkerSession
 from broker.protocol import Packet, encode, mapping_id
@@ -56,6 +57,9 @@ class BrokerCore:
         self.hedged: set[m.RequestId] = set()
         self.counters: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
         self.measures = Measures()
+        self.room = Room(self.config.max_client_bytes, self.config.max_total_bytes)
+        #: client -> its requests that wait for room for their replies, in order
+        self.parked: dict[str, dict[m.RequestId, Entry]] = {}
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._timer_numbers = itertools.count()
         self._actions: list[Action] = []
@@ -143,6 +147,8 @@ class BrokerCore:
         if client is not None:
             client.connection = None
             client.last_seen = now
+            self.room.free_sent(client.id, client.requests)
+            self._unpark(now)
             self._log(
                 "info", "client_disconnected", client=client.id, requests=len(client.requests)
             )
@@ -172,6 +178,8 @@ class BrokerCore:
         client.connection = connection
         client.last_seen = now
         self.client_connections[connection] = client
+        self.room.free_sent(client.id, client.requests)
+        self._unpark(now)
         self._send(Side.CLIENT, connection, self._welcome(self.config.window))
 
     def _client_heartbeat(self, client: ClientSession, packet: Packet, now: float) -> None:
@@ -200,6 +208,8 @@ class BrokerCore:
             del self.client_connections[client.connection]
         for request_id in list(client.requests):
             self._drop(self.entries[request_id], cancel=True)
+        self.room.forget(client.id)
+        self._unpark(now)
         self._log("info", "client_left", client=client.id, reason=reason)
 
     # -- requests -------------------------------------------------------------------------------
@@ -214,6 +224,7 @@ class BrokerCore:
         entry = self.entries.get(key)
         if held is not None:
             self.counters["answered_again"] += 1
+            self.room.owe(key, request.n_tokens, held.nbytes)
             self._forward(Side.CLIENT, client.connection, held)
         elif entry is not None:
             self._asked_again(entry, packet, client, now)
@@ -316,6 +327,8 @@ class BrokerCore:
         for request_id in cast(m.Received, packet.message).ids:
             if request_id.client == client.id:
                 self.answers.discard(request_id)
+                self.room.free(request_id)
+        self._unpark(now)
 
     def _mapping_offer(self, client: ClientSession, packet: Packet, now: float) -> None:
         offer = cast(m.MappingOffer, packet.message)
@@ -510,6 +523,7 @@ class BrokerCore:
             return
         entry.hedge = ""
         self.hedged.discard(entry.id)
+        self.room.free(entry.id)
         if entry.packet is None:  # its client asks again, if it is there
             self._drop(entry, cancel=False)
         else:
@@ -593,6 +607,8 @@ class BrokerCore:
             self._hold(entry.id, answer, now)
         if client is not None:
             client.answered += 1
+            if client.connection is not None and isinstance(answer.message, m.Reply):
+                self.room.owe(entry.id, entry.n_tokens, answer.nbytes)
             self._forward(Side.CLIENT, client.connection, answer)
 
     def _hold(self, request_id: m.RequestId, answer: Packet, now: float) -> None:
@@ -613,6 +629,7 @@ class BrokerCore:
         del self.entries[entry.id]
         self.bereft.pop(entry.id, None)
         self.hedged.discard(entry.id)
+        self.room.free(entry.id)
         self._unqueue(entry)
         if (client := self.clients.get(entry.client)) is not None:
             client.requests.discard(entry.id)
@@ -623,6 +640,10 @@ class BrokerCore:
     def _unqueue(self, entry: Entry) -> None:
         self.poolless.pop(entry.id, None)
         self.suspected.pop(entry.id, None)
+        if parked := self.parked.get(entry.client):
+            parked.pop(entry.id, None)
+            if not parked:
+                del self.parked[entry.client]
         mapping = entry.request.mapping_id
         if waiting := self.mappingless.get(mapping):
             waiting.pop(entry.id, None)
@@ -640,8 +661,19 @@ class BrokerCore:
             mapping = entry.request.mapping_id
             if mapping and mapping not in self.mappings:  # evicted while it waited
                 self._route(entry, now, again=True)
+            elif not self.room.has(entry.client, entry.n_tokens):
+                self.parked.setdefault(entry.client, {})[entry.id] = entry
             elif worker := pool.free.choose(entry.n_tokens, now, entry.avoid):
                 self._assign(entry, worker, now)
+
+    def _unpark(self, now: float) -> None:
+        """There may be room for replies now; who waited for it is served before all new ones."""
+        for client, waiting in list(self.parked.items()):
+            for entry in list(waiting.values()):
+                if not self.room.has(client, entry.n_tokens):
+                    break
+                self._unqueue(entry)
+                self._route(entry, now, again=True)
 
     def _assign(
         self, entry: Entry, worker: WorkerSession, now: float, packet: Packet | None = None
@@ -657,6 +689,7 @@ class BrokerCore:
         self.measures.assigned(entry, now)
         worker.running[entry.id] = now
         self.pools[worker.model].free.put(worker)
+        self.room.expect(entry.id, entry.n_tokens)
         entry.workers.add(worker.id)
         self.counters["assignments"] += 1
         self._forward(Side.WORKER, worker.connection, packet)
