@@ -79,6 +79,8 @@ class BrokerCore:
             self._answer_bad_bytes(event)
         while self._timers and self._timers[0][0] <= now:
             heapq.heappop(self._timers)[2](now)
+        if self.parked and self.room.was_freed():
+            self._unpark(now)
         return self._actions
 
     @property
@@ -148,7 +150,6 @@ class BrokerCore:
             client.connection = None
             client.last_seen = now
             self.room.free_sent(client.id, client.requests)
-            self._unpark(now)
             self._log(
                 "info", "client_disconnected", client=client.id, requests=len(client.requests)
             )
@@ -179,7 +180,6 @@ class BrokerCore:
         client.last_seen = now
         self.client_connections[connection] = client
         self.room.free_sent(client.id, client.requests)
-        self._unpark(now)
         self._send(Side.CLIENT, connection, self._welcome(self.config.window))
 
     def _client_heartbeat(self, client: ClientSession, packet: Packet, now: float) -> None:
@@ -209,7 +209,6 @@ class BrokerCore:
         for request_id in list(client.requests):
             self._drop(self.entries[request_id], cancel=True)
         self.room.forget(client.id)
-        self._unpark(now)
         self._log("info", "client_left", client=client.id, reason=reason)
 
     # -- requests -------------------------------------------------------------------------------
@@ -319,6 +318,7 @@ class BrokerCore:
         request_id = cast(m.Cancel, packet.message).id
         if request_id.client == client.id:
             self.answers.discard(request_id)
+            self.room.free(request_id)
         entry = self.entries.get(request_id)
         if entry is not None and request_id in client.requests:
             self._drop(entry, cancel=True)
@@ -328,7 +328,6 @@ class BrokerCore:
             if request_id.client == client.id:
                 self.answers.discard(request_id)
                 self.room.free(request_id)
-        self._unpark(now)
 
     def _mapping_offer(self, client: ClientSession, packet: Packet, now: float) -> None:
         offer = cast(m.MappingOffer, packet.message)

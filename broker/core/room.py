@@ -22,6 +22,7 @@ class Room:
         self.client_bytes = client_bytes
         self.total_bytes = total_bytes
         self.taken_bytes = 0
+        self._freed = False
         #: client -> request -> bytes; no empty ones
         self._taken: defaultdict[str, dict[RequestId, int]] = defaultdict(dict)
         #: client -> bytes of its last reply, for one token
@@ -49,18 +50,25 @@ class Room:
         if taken is None or request_id not in taken:
             return
         self.taken_bytes -= taken.pop(request_id)
+        self._freed = True
         if not taken:
             del self._taken[request_id.client]
 
     def forget(self, client: str) -> None:
         """The client has left."""
         self.taken_bytes -= sum(self._taken.pop(client, {}).values())
+        self._freed = True
         self._bytes_per_token.pop(client, None)
 
     def free_sent(self, client: str, unfinished: set[RequestId]) -> None:
         """The client's connection is gone, with all that was on it; not what is still computed."""
         for request_id in [id_ for id_ in self._taken.get(client, {}) if id_ not in unfinished]:
             self.free(request_id)
+
+    def was_freed(self) -> bool:
+        """Whether anything was freed since the last call."""
+        freed, self._freed = self._freed, False
+        return freed
 
     def _expected(self, client: str, n_tokens: int) -> int:
         """Before the first reply, a quarter of what the client may have: four may be under way."""

@@ -78,6 +78,7 @@ class _Maker:
                 heartbeat_s=2.5,
                 held_answer_bytes=rng.choice((0, 1000, 1 << 20)),
                 held_mapping_bytes=rng.choice((200, 1 << 20, 1 << 20)),
+                max_client_bytes=(1, 700, 1 << 30)[self.seed % 3],
             )  # fmt: skip
         for n, name in enumerate(self.workers):
             self._add(

@@ -1,0 +1,115 @@
+"""Replies have room, for each client and for all together, and what has none waits."""
+
+from __future__ import annotations
+
+import pytest
+
+from broker.core.events import Side
+from broker.core.room import Room
+from broker.protocol import Packet, encode
+from broker.protocol import messages as m
+from tests.broker.rig import Rig
+
+SIZE = 1000
+
+
+def reply(rig: Rig, worker: str, request_id: m.RequestId, nbytes: int = SIZE) -> None:
+    spec = m.TensorSpec("aux", "uint8", (nbytes,), 1)
+    fields = (request_id, worker, "tiny", "f0", (1, 3, 4), 0, "", "probs", 1.0, "", (spec,))
+    packet: Packet = encode(m.Reply(*fields), [bytes(nbytes)])
+    rig.from_worker(worker, packet)
+
+
+def with_room(client_bytes: int = 3000, total_bytes: int = 100_000) -> Rig:
+    """A worker with credits for all, and a client ``c`` whose replies have about 1,000 bytes."""
+    rig = Rig(max_client_bytes=client_bytes, max_total_bytes=total_bytes)
+    rig.client("c")
+    rig.worker("w", credits=16)
+    reply(rig, "w", rig.ask("c", 1))
+    rig.from_client("c", m.Received((rig.id("c", 1),)))
+    rig.got("w")
+    rig.got("c")
+    return rig
+
+
+def test_requests_wait_while_a_client_has_enough_replies() -> None:
+    rig = with_room()
+    asked = [rig.ask("c", number) for number in (2, 3, 4, 5)]
+    assert rig.requests("w") == ["c#2", "c#3"]  # a reply has a header, too
+    reply(rig, "w", asked[0])
+    assert rig.requests("w") == []  # it came, and the client does not have it yet
+    rig.from_client("c", m.Received((asked[0],)))
+    assert rig.requests("w") == ["c#4"]
+
+
+def test_a_client_that_does_not_read_leaves_room_for_others() -> None:
+    rig = with_room(client_bytes=1500)
+    rig.client("other")
+    first = rig.ask("c", 2)
+    reply(rig, "w", first)
+    rig.ask("c", 3)
+    rig.ask("other", 1)
+    assert rig.requests("w") == ["c#2", "other#1"]
+
+
+def test_one_reply_may_come_however_large() -> None:
+    rig = with_room(client_bytes=10)
+    asked = rig.ask("c", 2)
+    rig.ask("c", 3)
+    assert rig.requests("w") == ["c#2"]
+    reply(rig, "w", asked, 50_000)
+    rig.from_client("c", m.Received((asked,)))
+    assert rig.requests("w") == ["c#3"]
+
+
+def test_the_total_is_kept_over_all_clients() -> None:
+    rig = with_room(client_bytes=100_000, total_bytes=100_000)
+    for name in ("a", "b", "d", "e", "f"):  # a quarter each is expected of an unknown client
+        rig.client(name)
+        rig.ask(name, 1)
+    assert rig.requests("w") == ["a#1", "b#1", "d#1", "e#1"]
+    rig.from_client("a", m.Cancel(rig.id("a", 1)))
+    assert rig.requests("w") == ["f#1"]
+
+
+@pytest.mark.parametrize("how", ["cut", "silent", "goodbye", "hello"])
+def test_what_a_lost_client_had_is_free_again(how: str) -> None:
+    rig = with_room(total_bytes=1500)
+    rig.client("other")
+    reply(rig, "w", rig.ask("c", 2))
+    rig.ask("other", 1)
+    assert rig.requests("w") == ["c#2"]
+    if how == "cut":
+        rig.cut(Side.CLIENT, "c")
+    elif how == "goodbye":
+        rig.from_client("c", m.Goodbye("done"))
+    elif how == "hello":
+        rig.client("c", connection="c-again")
+    else:
+        rig.pass_time(6.0, (Side.CLIENT, "other"), (Side.WORKER, "w"))
+    assert rig.requests("w") == ["other#1"]
+
+
+def test_a_request_that_waits_for_room_ends_at_its_deadline() -> None:
+    rig = with_room(client_bytes=1500)
+    reply(rig, "w", rig.ask("c", 2))
+    rig.ask("c", 3, ttl_s=5.0)
+    rig.pass_time(12.0, (Side.CLIENT, "c"), (Side.WORKER, "w"))
+    (failure,) = rig.got("c", m.Failure)
+    assert failure.code == "expired"  # type: ignore[union-attr]
+    assert rig.core.parked == {}
+
+
+def test_room_counts_each_request_once() -> None:
+    room = Room(1000, 5000)
+    one = m.RequestId("c", 1, 1)
+    room.expect(one, 10)
+    assert room.taken_bytes == 250
+    room.owe(one, 10, 600)
+    assert room.taken_bytes == 600
+    assert not room.has("c", 10)
+    assert room.has("c", 5)
+    room.free(one)
+    room.free(one)
+    assert room.taken_bytes == 0
+    room.validate()
