@@ -41,6 +41,7 @@ def validate(core: BrokerCore) -> None:
             "without its mapping": request_id in core.mappingless.get(entry.request.mapping_id, {}),
             "queued": entry in queue,
             "parked": request_id in core.parked.get(entry.client, {}),
+            "crowded out": request_id in core.crowded,
         }
         assert sum(places.values()) == 1, f"{entry} is in these places: {places}"
         assert all(request_id in core.workers[worker].running for worker in entry.workers)

@@ -58,8 +58,10 @@ class BrokerCore:
         self.counters: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
         self.measures = Measures()
         self.room = Room(self.config.max_client_bytes, self.config.max_total_bytes)
-        #: client -> its requests that wait for room for their replies, in order
+        #: client -> its requests that wait because it has enough replies, in order
         self.parked: dict[str, dict[m.RequestId, Entry]] = {}
+        #: requests that wait because all clients together have, in order
+        self.crowded: dict[m.RequestId, Entry] = {}
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._timer_numbers = itertools.count()
         self._actions: list[Action] = []
@@ -79,8 +81,8 @@ class BrokerCore:
             self._answer_bad_bytes(event)
         while self._timers and self._timers[0][0] <= now:
             heapq.heappop(self._timers)[2](now)
-        if self.parked and self.room.was_freed():
-            self._unpark(now)
+        for client_id in self.room.take_freed():
+            self._unpark(client_id, now)
         return self._actions
 
     @property
@@ -639,6 +641,7 @@ class BrokerCore:
     def _unqueue(self, entry: Entry) -> None:
         self.poolless.pop(entry.id, None)
         self.suspected.pop(entry.id, None)
+        self.crowded.pop(entry.id, None)
         if parked := self.parked.get(entry.client):
             parked.pop(entry.id, None)
             if not parked:
@@ -660,19 +663,27 @@ class BrokerCore:
             mapping = entry.request.mapping_id
             if mapping and mapping not in self.mappings:  # evicted while it waited
                 self._route(entry, now, again=True)
-            elif not self.room.has(entry.client, entry.n_tokens):
+            elif not self.room.fits_client(entry.client, entry.n_tokens):
                 self.parked.setdefault(entry.client, {})[entry.id] = entry
+            elif not self.room.fits_total(entry.client, entry.n_tokens):
+                self.crowded[entry.id] = entry
             elif worker := pool.free.choose(entry.n_tokens, now, entry.avoid):
                 self._assign(entry, worker, now)
 
-    def _unpark(self, now: float) -> None:
-        """There may be room for replies now; who waited for it is served before all new ones."""
-        for client, waiting in list(self.parked.items()):
-            for entry in list(waiting.values()):
-                if not self.room.has(client, entry.n_tokens):
-                    break
-                self._unqueue(entry)
-                self._route(entry, now, again=True)
+    def _unpark(self, client_id: str, now: float) -> None:
+        """There is more room: who waited for it is served before all new ones."""
+        while waiting := self.parked.get(client_id):
+            entry = next(iter(waiting.values()))
+            if not self.room.fits_client(client_id, entry.n_tokens):
+                break
+            self._unqueue(entry)
+            self._route(entry, now, again=True)
+        while self.crowded:
+            entry = next(iter(self.crowded.values()))
+            if not self.room.fits_total(entry.client, entry.n_tokens):
+                break
+            self._unqueue(entry)
+            self._route(entry, now, again=True)
 
     def _assign(
         self, entry: Entry, worker: WorkerSession, now: float, packet: Packet | None = None

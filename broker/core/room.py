@@ -22,18 +22,24 @@ class Room:
         self.client_bytes = client_bytes
         self.total_bytes = total_bytes
         self.taken_bytes = 0
-        self._freed = False
+        self._freed: dict[str, None] = {}
         #: client -> request -> bytes; no empty ones
         self._taken: defaultdict[str, dict[RequestId, int]] = defaultdict(dict)
         #: client -> bytes of its last reply, for one token
         self._bytes_per_token: dict[str, float] = {}
+        self._last_bytes_per_token: float | None = None
 
-    def has(self, client: str, n_tokens: int) -> bool:
-        """Whether a reply to so many tokens may come for this client."""
+    def fits_client(self, client: str, n_tokens: int) -> bool:
+        """Whether this client may have a reply to so many tokens."""
+        taken = self._taken.get(client)
+        if not taken:
+            return True
+        return sum(taken.values()) + self._expected(client, n_tokens) <= self.client_bytes
+
+    def fits_total(self, client: str, n_tokens: int) -> bool:
+        """Whether there is room for it beside everybody else's."""
         more = self._expected(client, n_tokens)
-        taken = sum(self._taken[client].values()) if client in self._taken else 0
-        fits_client = not taken or taken + more <= self.client_bytes
-        return fits_client and (not self._taken or self.taken_bytes + more <= self.total_bytes)
+        return not self._taken or self.taken_bytes + more <= self.total_bytes
 
     def expect(self, request_id: RequestId, n_tokens: int) -> None:
         """A worker computes this reply."""
@@ -41,7 +47,8 @@ class Room:
 
     def owe(self, request_id: RequestId, n_tokens: int, nbytes: int) -> None:
         """The reply came, and is on its way to the client."""
-        self._bytes_per_token[request_id.client] = nbytes / max(1, n_tokens)
+        known = self._last_bytes_per_token = nbytes / max(1, n_tokens)
+        self._bytes_per_token[request_id.client] = known
         self._put(request_id, nbytes)
 
     def free(self, request_id: RequestId) -> None:
@@ -50,14 +57,14 @@ class Room:
         if taken is None or request_id not in taken:
             return
         self.taken_bytes -= taken.pop(request_id)
-        self._freed = True
+        self._freed[request_id.client] = None
         if not taken:
             del self._taken[request_id.client]
 
     def forget(self, client: str) -> None:
         """The client has left."""
         self.taken_bytes -= sum(self._taken.pop(client, {}).values())
-        self._freed = True
+        self._freed[client] = None
         self._bytes_per_token.pop(client, None)
 
     def free_sent(self, client: str, unfinished: set[RequestId]) -> None:
@@ -65,14 +72,14 @@ class Room:
         for request_id in [id_ for id_ in self._taken.get(client, {}) if id_ not in unfinished]:
             self.free(request_id)
 
-    def was_freed(self) -> bool:
-        """Whether anything was freed since the last call."""
-        freed, self._freed = self._freed, False
+    def take_freed(self) -> list[str]:
+        """Clients for whom anything was freed since the last call."""
+        freed, self._freed = list(self._freed), {}
         return freed
 
     def _expected(self, client: str, n_tokens: int) -> int:
-        """Before the first reply, a quarter of what the client may have: four may be under way."""
-        known = self._bytes_per_token.get(client)
+        """As its last reply, or anybody's; before any, a quarter of what a client may have."""
+        known = self._bytes_per_token.get(client, self._last_bytes_per_token)
         return self.client_bytes // 4 if known is None else int(known * max(1, n_tokens))
 
     def _put(self, request_id: RequestId, nbytes: int) -> None:

@@ -63,13 +63,22 @@ def test_one_reply_may_come_however_large() -> None:
 
 
 def test_the_total_is_kept_over_all_clients() -> None:
-    rig = with_room(client_bytes=100_000, total_bytes=100_000)
-    for name in ("a", "b", "d", "e", "f"):  # a quarter each is expected of an unknown client
+    rig = with_room(total_bytes=3000)
+    for name in ("a", "b", "d", "e"):
         rig.client(name)
         rig.ask(name, 1)
-    assert rig.requests("w") == ["a#1", "b#1", "d#1", "e#1"]
+    assert rig.requests("w") == ["a#1", "b#1"]
     rig.from_client("a", m.Cancel(rig.id("a", 1)))
-    assert rig.requests("w") == ["f#1"]
+    assert rig.requests("w") == ["d#1"]
+
+
+def test_before_any_reply_a_quarter_of_a_clients_room_is_expected() -> None:
+    rig = Rig()
+    rig.client("c")
+    rig.worker("w", credits=16)
+    for number in range(6):
+        rig.ask("c", number)
+    assert len(rig.requests("w")) == 4
 
 
 @pytest.mark.parametrize("how", ["cut", "silent", "goodbye", "hello"])
@@ -107,8 +116,9 @@ def test_room_counts_each_request_once() -> None:
     assert room.taken_bytes == 250
     room.owe(one, 10, 600)
     assert room.taken_bytes == 600
-    assert not room.has("c", 10)
-    assert room.has("c", 5)
+    assert not room.fits_client("c", 10)
+    assert room.fits_client("c", 5)
+    assert room.fits_total("c", 50)
     room.free(one)
     room.free(one)
     assert room.taken_bytes == 0

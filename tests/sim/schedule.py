@@ -79,6 +79,7 @@ class _Maker:
                 held_answer_bytes=rng.choice((0, 1000, 1 << 20)),
                 held_mapping_bytes=rng.choice((200, 1 << 20, 1 << 20)),
                 max_client_bytes=(1, 700, 1 << 30)[self.seed % 3],
+                max_total_bytes=(500, 8 << 30)[self.seed % 2],
             )  # fmt: skip
         for n, name in enumerate(self.workers):
             self._add(
