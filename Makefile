@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check test-engines clean
+SECONDS ?= 300
+.PHONY: help venv demo test check test-engines fuzz clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed 's/:.*## /\t/' | column -ts '	'
@@ -31,6 +32,10 @@ check: venv ## Lint, format and types
 
 test-engines: venv ## Load an exported draft in speculators and vLLM (an environment of its own)
 	tests/engines/run.sh
+
+fuzz: venv ## Fuzz all that parses bytes from outside, for SECONDS=300 together
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 clean: ## Remove what these targets made
 	rm -rf $(VENV) build runs *.egg-info .mypy_cache .ruff_cache .pytest_cache
