@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 MINUTES ?= 10
 SEED ?=
+SECONDS ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check sim chaos test-engines clean
+.PHONY: help venv demo test check sim chaos fuzz test-engines clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed 's/:.*## /\t/' | column -ts '	'
@@ -40,6 +41,10 @@ chaos: venv ## Train a draft through ten minutes of faults, then through 500 cut
 
 test-engines: venv ## Load an exported draft in speculators and vLLM (an environment of its own)
 	tests/engines/run.sh
+
+fuzz: venv ## Fuzz all that parses bytes from outside, for SECONDS=300 together
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 clean: ## Remove what these targets made
 	rm -rf $(VENV) build runs *.egg-info .mypy_cache .ruff_cache .pytest_cache

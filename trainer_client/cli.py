@@ -62,7 +62,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
 def _read_config(ctx: click.Context, path: Path) -> dict[str, Any]:
     try:
         tables = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise click.UsageError(f"{path} is not TOML: {error}") from None
     for name, table in tables.items():
         command = cli.get_command(ctx, name)

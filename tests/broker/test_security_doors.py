@@ -320,6 +320,24 @@ def test_http_answers_also_where_descriptors_are_high() -> None:
             assert response.read() == b"ok\n"
 
 
+def test_sighup_rereads_the_allow_list_of_a_real_process(keyring: Keyring) -> None:
+    keyring.make("a", Role.TRAINER)
+    command = [sys.executable, "-m", "broker", "--clients=tcp://127.0.0.1:0", "--log-format=json"]
+    command += ["--workers=tcp://127.0.0.1:0", "--http=off"]
+    command += [f"--key={keyring.broker}", f"--allow={keyring.allow}"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    try:
+        assert json.loads(child.stderr.readline())["event"] == "listening"
+        child.send_signal(signal.SIGHUP)
+        read = json.loads(child.stderr.readline())
+        assert (read["event"], read["keys"]) == ("allow_list_read", 1)
+    finally:
+        child.send_signal(signal.SIGTERM)
+        child.communicate(timeout=20)
+    assert child.returncode == 0
+
+
 # -- the parts ----------------------------------------------------------------------------------
 
 

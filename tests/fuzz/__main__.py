@@ -48,10 +48,15 @@ def _fuzz(name: str, seconds: int) -> bool:
     statistics = [line for line in done.stderr.splitlines() if "number_of_executed" in line]
     print(f"{name}: {' '.join(statistics) or 'no statistics'}", flush=True)
     if done.returncode:
-        print(done.stderr[-4000:])
+        print(_story(done.stderr))
     if not any(crashes.iterdir()):
         crashes.rmdir()
     return done.returncode == 0
+
+
+def _story(said: str) -> str:
+    """What went wrong, without libFuzzer's preamble."""
+    return "\n".join(line for line in said.splitlines() if not line.startswith("INFO:"))[-4000:]
 
 
 def _keep(name: str) -> None:

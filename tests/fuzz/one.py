@@ -20,15 +20,19 @@ def main() -> None:
     work = Path("build/fuzz")
     work.mkdir(parents=True, exist_ok=True)
     words = work / f"{name}.words"
-    escaped = (word.replace("\\", "\\\\").replace('"', '\\"') for word in target.words)
-    words.write_text("".join(f'"{word}"\n' for word in escaped))
+    words.write_text("".join(f"{_quoted(word)}\n" for word in target.words))
     seeds = next((Path(option) for option in options if not option.startswith("-")), work)
     for number, seed in enumerate(target.seeds):
         (seeds / f"seed-{number}").write_bytes(seed)
     target.run(b"")  # what is loaded once is loaded now
-    more = [f"-max_len={MAX_BYTES}", f"-dict={words}"]
+    more = [f"-max_len={MAX_BYTES}", *([f"-dict={words}"] if target.words else [])]
     atheris.Setup([sys.argv[0], *more, *options], target.run)
     atheris.Fuzz()
+
+
+def _quoted(word: str) -> str:
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 if __name__ == "__main__":

@@ -29,10 +29,12 @@ from broker.core import BrokerConfig, BrokerCore, Received, Side
 from broker.core.inspect import snapshot, validate
 from broker.http import HttpServer
 from broker.keys import KeyFileError, Role, generate, parse
+from broker.pages import pages
 from broker.protocol import RemoteProtocolError, decode, encode, wire
 from broker.protocol import messages as m
 from broker.protocol.link import Arrived, Connected
 from broker.protocol.tensors import from_frames, to_frames
+from broker.service import Broker
 from tests.broker.rig import mapping_offer, model
 from trainer_client.cli import cli
 from trainer_client.core import ClientCore, Submit
@@ -43,7 +45,7 @@ from worker.answers import Answerer
 from worker.core import WorkerCore
 
 #: Longest input: what is wrong with long ones is wrong with these.
-MAX_BYTES = 4096
+MAX_BYTES = 8192
 
 
 @dataclass(frozen=True)
@@ -244,10 +246,9 @@ def _application() -> Callable[..., Any]:
     server = HttpServer.__new__(HttpServer)
     access = Access()
     access._allowed = AllowList([directory])
-    core = BrokerCore("b")
-    server._snapshot = lambda: snapshot(core, 0.0)
+    broker = Broker()
     server._admits = access.admits_operator
-    server._pages = {"/healthz": server._readyz, "/status": server._status}
+    server._pages = pages(broker.snapshot, broker.trace)
     return server._application
 
 
@@ -390,6 +391,8 @@ TARGETS: dict[str, Target] = {
             b'[broker]\nclients = "tcp://127.0.0.1:1"\nwindow = 4\ninsecure = true\n',
             b'[worker]\nbroker = ["tcp://a:1"]\naux_layers = "1,2,3"\ncredits = 2\n',
             b'[train]\nbroker = ["tcp://a:1"]\ndata = "d"\noutput = "o"\nepochs = 2\n',
+            b"broker = " + b"[" * 4000,
+            b"broker = " + b"9" * 5000,
         ),
         ("heartbeat_s", "allow", "[[broker]]"),
     ),
@@ -398,6 +401,9 @@ TARGETS: dict[str, Target] = {
         (
             b"\0" + _CHAT,
             b'\0{"text": "a b c"}\n{"text": "d"}',
+            b'\0{"text": "\\ud800"}',
+            b'\0{"text": ' + b"9" * 5000 + b"}",
+            b"\0" + b"[" * 4000,
             b"\1plain text of some length",
             b"\2" + gzip.compress(_CHAT, mtime=0),
             b"\3" + lzma.compress(_CHAT),
@@ -405,7 +411,9 @@ TARGETS: dict[str, Target] = {
         ('"text"', '"messages"', '"role"', "assistant"),
     ),
     "draft-config": Target(
-        lint_config, (_CONFIG.encode(), b"{}"), ("rope_parameters", "eagle_config", "null")
+        lint_config,
+        (_CONFIG.encode(), b"{}", b"[" * 8000, b'{"hidden_size": ' + b"9" * 5000 + b"}"),
+        ("rope_parameters", "eagle_config", "null"),
     ),
     "draft-weights": Target(lint_weights, (_weights(),), ("F32", "data_offsets", "shape")),
 }

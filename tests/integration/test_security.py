@@ -313,12 +313,14 @@ def test_a_restarted_broker_with_the_same_key_goes_on(
 def test_a_name_cannot_be_taken_with_another_key(
     keyed: KeyedCluster, mapping: VocabMapping
 ) -> None:
-    """Neither while its owner is there, nor first after a restart, nor with a newer incarnation."""
+    """Neither while its owner is there, nor where nobody of that name is known (as to a broker that
+    was restarted), nor in a newer incarnation.
+    """
     keyed.worker()
     remote = keyed.trainer(mapping, name="rank0")
     remote.generate_batch(*tokens())
     with Peer(keyed, keyed.secrets["thief"]) as thief:
-        for name in (remote._client.name, "rank0", f"rank0@{keyed.keys.fingerprint('t')}"):
+        for name in (remote._client.name, "rank0", f"rank9@{keyed.keys.fingerprint('t')}"):
             thief.say(m.ClientHello(name, time.time_ns(), "job", 0))
             refused = thief.hear().message
             assert isinstance(refused, m.Refused)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,14 +99,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{number + 1} is not UTF-8: {error.reason}; convert it") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"cannot read {path}: {error}") from None
 
 
 def _from_json(origin: str, line: str, tokenizer: Any) -> Sample:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{origin} is not JSON: {error}; one object a line is wanted") from None
     if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
         raise DataError(f'{origin} wants an object with either "text" or "messages"')
@@ -113,6 +114,7 @@ def _from_json(origin: str, line: str, tokenizer: Any) -> Sample:
         text = record["text"]
         if not isinstance(text, str) or not text:
             raise DataError(f'{origin}: "text" must be a string that is not empty')
+        _check_text(origin, text)
         ids = tuple(tokenizer(text, verbose=False)["input_ids"])
         return Sample(ids, (1,) * len(ids), origin)
     return _from_messages(origin, record["messages"], tokenizer)
@@ -122,6 +124,7 @@ def _from_messages(origin: str, messages: Any, tokenizer: Any) -> Sample:
     """Tokens of a conversation, with loss on what the assistant says."""
     _check_messages(origin, messages)
     text = _render(origin, messages, tokenizer)
+    _check_text(origin, text)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -139,6 +142,14 @@ def _from_messages(origin: str, messages: Any, tokenizer: Any) -> Sample:
         for begin, end in encoded["offset_mapping"]
     )
     return Sample(tuple(encoded["input_ids"]), mask, origin)
+
+
+def _check_text(origin: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise DataError(f"{origin} has {half}, half of a surrogate pair; repair the text") from None
 
 
 def _render(origin: str, messages: Sequence[Any], tokenizer: Any, **options: Any) -> str:
