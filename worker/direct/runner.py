@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +29,7 @@ from broker.protocol.channel import (
 )
 from worker.direct.backend import Backend, TransferError
 
+_runners: weakref.WeakSet[Runner] = weakref.WeakSet()
 #: A channel at rest looks so often whether the other end is still there.
 _LOOK_S = 0.5
 
@@ -68,6 +72,7 @@ class Runner:
         self._epoch = 0
         self._thread = threading.Thread(target=self._run, name="draftmq-channel", daemon=True)
         self._thread.start()
+        _runners.add(self)
 
     def tell(self, event: Event) -> None:
         """Hand an event to the core and do what it asks for."""
@@ -177,3 +182,20 @@ class Runner:
 
     def __repr__(self) -> str:
         return repr(self.core)
+
+    def _abandon(self) -> None:
+        """In a forked child: never let go of the process group.
+
+        The child has none of its threads, and shares with the parent the descriptors that a
+        destructor would take out of their epoll.
+        """
+        if self._backend is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._backend))
+
+
+def _abandon_all() -> None:
+    for runner in list(_runners):
+        runner._abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)

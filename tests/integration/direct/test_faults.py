@@ -87,6 +87,13 @@ def test_client_is_killed_in_mid_receive(scene: Scene) -> None:
     assert other.counter("direct_failed") == 0
 
 
+def test_a_forked_child_leaves_the_channel_alone(scene: Scene) -> None:
+    scene.worker("worker")
+    ends = [scene.broker.client_endpoint, "--fork"]
+    trainer = scene.processes.start("trainer", ["tests.integration.direct.trainer", *ends])
+    assert trainer.wait(60) == 0, scene.processes.log("trainer")
+
+
 @pytest.mark.parametrize("block", ["refused", "silent"])
 def test_the_rendezvous_port_is_blocked(scene: Scene, block: str) -> None:
     blocked = socket.socket()

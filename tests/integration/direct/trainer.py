@@ -1,7 +1,7 @@
-"""A trainer in a process of its own: ``... trainer ENDPOINT [--strike]``.
+"""A trainer in a process of its own: ``... trainer ENDPOINT [--strike | --fork]``.
 
 It takes five batches directly and ends with 0; with ``--strike`` it kills itself in the midst of
-receiving the third.
+receiving the third, with ``--fork`` a child of it comes and goes, and it takes five more.
 """
 
 from __future__ import annotations
@@ -39,4 +39,11 @@ if __name__ == "__main__":
     if "--strike" in sys.argv:
         gloo.GlooBackend = Struck  # type: ignore[misc]
     with RemoteEagle3TargetModel.from_urls([sys.argv[1]], **settings()) as remote:
-        Trainer(remote, make_target()).until_direct(5)
+        trainer = Trainer(remote, make_target())
+        trainer.until_direct(5)
+        if "--fork" in sys.argv:
+            if (child := os.fork()) == 0:
+                sys.exit(3)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+            trainer.until_direct(5)
+            assert trainer.counter("direct_failed") == 0
