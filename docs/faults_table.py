@@ -238,6 +238,12 @@ FAULTS = (
         f"{_DIRECT}::test_client_is_killed_in_mid_receive",
     ),
     Fault(
+        "a child of the trainer is forked, and ends",
+        "while a channel is ready",
+        "nothing",
+        f"{_DIRECT}::test_a_forked_child_leaves_the_channel_alone",
+    ),
+    Fault(
         "the port of the rendezvous is closed, or silent",
         "while a channel connects",
         "replies go by wire",

@@ -184,13 +184,14 @@ class Runner:
         return repr(self.core)
 
     def _abandon(self) -> None:
-        """In a forked child: never let go of the process group.
+        """In a forked child: never touch the process group, and never let go of it.
 
-        The child has none of its threads, and shares with the parent the descriptors that a
-        destructor would take out of their epoll.
+        The child has none of its threads, and shares with the parent the epoll that they wait on,
+        out of which closing or freeing it here would take the parent's connections.
         """
         if self._backend is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._backend))
+            self._backend = None
 
 
 def _abandon_all() -> None:

@@ -43,6 +43,7 @@ if __name__ == "__main__":
         trainer.until_direct(5)
         if "--fork" in sys.argv:
             if (child := os.fork()) == 0:
+                remote._client._direct.close()  # what closing a worker does, which has no guard
                 sys.exit(3)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
             trainer.until_direct(5)
