@@ -90,6 +90,13 @@ class Trainer:
             assert time.monotonic() < end, self.remote.counters()
             self.step()
 
+    def until_ended(self, process: subprocess.Popen[bytes]) -> None:
+        """Step until a process has come to its end."""
+        end = time.monotonic() + PATIENCE_S
+        while process.poll() is None:
+            assert time.monotonic() < end, self.remote.counters()
+            self.step()
+
     def until_failed(self, more: int = 1) -> None:
         """Step until a direct transfer has failed and its request was answered all the same."""
         wanted, end = self.counter("direct_failed") + more, time.monotonic() + PATIENCE_S

@@ -40,8 +40,7 @@ def test_worker_is_killed(scene: Scene, instant: str) -> None:
     trainer = scene.trainer()
     trainer.until_direct(1)
     scene.worker("heir")
-    while doomed.poll() is None:
-        trainer.step()
+    trainer.until_ended(doomed)
     assert doomed.returncode == -signal.SIGKILL
     trainer.until_direct()
     recovered_in_time(trainer)
@@ -52,8 +51,7 @@ def test_worker_is_killed_after_the_send(scene: Scene) -> None:
     trainer = scene.trainer()
     trainer.until_direct(1)
     scene.worker("heir")
-    while doomed.poll() is None:
-        trainer.step()
+    trainer.until_ended(doomed)
     assert doomed.returncode == -signal.SIGKILL
     assert trainer.counter("direct_failed") == 0  # the data was there, and counts
     trainer.until_direct()

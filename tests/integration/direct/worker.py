@@ -57,11 +57,15 @@ def strike_at(instant: str, transfer: int, how: str) -> None:
 
         def _send_first_part(self, seq: int, tensors: Any, limit: Any) -> None:
             """As the backend does it, until the client has the part and waits for the next."""
-            for piece in parts([tensor.numel() for tensor in tensors])[0]:
+            posted = [
                 self._post_send(tensors[piece.tensor][piece.start : piece.stop])
+                for piece in parts([tensor.numel() for tensor in tensors])[0]
+            ]
             trailer, ack = torch.tensor([seq, 0]), torch.zeros(2, dtype=torch.int64)
-            self._post_send(trailer)
+            posted.append(self._post_send(trailer))
             self._post_receive(ack).wait(limit)
+            for work in posted:
+                work.wait(limit)
 
     def make(*arguments: Any) -> Any:
         reached(transfer, "connecting")
