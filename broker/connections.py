@@ -56,6 +56,10 @@ class Connections:
     def __len__(self) -> int:
         return len(self._strangers) + len(self._known)
 
+    @property
+    def n_strangers(self) -> int:
+        return len(self._strangers)
+
     def __iter__(self) -> Iterator[Connection]:
         yield from list(self._strangers.values())
         yield from list(self._known.values())
