@@ -31,6 +31,8 @@ class Connection:
     name: bytes = b""
     user: str = ""
     messages: int = 0
+    #: bytes that came on it while it had a session, which are not held against it
+    excused_bytes: int = 0
 
 
 class Connections:
@@ -53,6 +55,10 @@ class Connections:
 
     def __len__(self) -> int:
         return len(self._strangers) + len(self._known)
+
+    @property
+    def n_strangers(self) -> int:
+        return len(self._strangers)
 
     def __iter__(self) -> Iterator[Connection]:
         yield from list(self._strangers.values())
@@ -101,14 +107,16 @@ class Connections:
         for connection in list(self._known.values()):
             if connection.name not in self._known_names:
                 connection.since = now
+                connection.excused_bytes = _bytes_received(connection.descriptor)
                 self._strangers[connection.descriptor] = self._known.pop(connection.descriptor)
         found = []
         for connection in list(self._strangers.values()):
+            excused = connection.excused_bytes
             if connection.name in self._known_names:
                 self._known[connection.descriptor] = self._strangers.pop(connection.descriptor)
             elif now - connection.since >= self._hello_s:
                 found.append((connection, f"no hello within {self._hello_s:g} s"))
-            elif _bytes_received(connection.descriptor) > self._max_bytes:
+            elif _bytes_received(connection.descriptor) > excused + self._max_bytes:
                 found.append((connection, f"over {self._max_bytes} bytes and no hello"))
         return found
 

@@ -240,7 +240,8 @@ class Broker:
                     port.cut_revoked(functools.partial(self._access.has, side))
         surplus = sum(len(port.connections) for port in self._ports.values())
         surplus = max(0, surplus - self._max_connections)
-        for port in self._ports.values():
+        # where most strangers are: a flood of one port must not cost the other its newcomers
+        for port in sorted(self._ports.values(), key=lambda port: -port.connections.n_strangers):
             surplus -= port.sweep(now, len(port.connections) - surplus)
 
     def _note(self, event: str, **fields: Any) -> None:
