@@ -196,10 +196,10 @@ FAULTS = (
         f"{_DOORS}::test_2000_connections_do_not_shut_out_an_honest_one",
     ),
     Fault(
-        "messages without end, and frames as large as may be",
+        "a message without end",
         "before a hello",
         "the stranger is cut off; memory is bounded",
-        f"{_DOORS}::test_strangers_cannot_fill_the_memory",
+        f"{_DOORS}::test_a_message_that_never_ends_cannot_fill_the_memory",
     ),
     Fault(
         "a key is revoked",
