@@ -254,7 +254,7 @@ class WorkerCore:
         self.computing = None
         held = self.held[event.id]
         answer = event.answer
-        if held.cancelled and not _comes_directly(answer):
+        if held.cancelled and not m.comes_directly(answer.message):
             answer = encode(m.Failure(event.id, "cancelled", "cancelled while the target ran"))
         self._answer(event.id, answer)
 
@@ -266,7 +266,8 @@ class WorkerCore:
             if self.links[endpoint].ready:
                 held.endpoints.remove(endpoint)
                 self._send(endpoint, answer)
-        if not held.endpoints or _comes_directly(answer):  # late news of a transfer is none
+        # Late news of a transfer is none.
+        if not held.endpoints or m.comes_directly(answer.message):
             del self.held[request_id]
 
     def _compute_next(self) -> None:
@@ -345,8 +346,3 @@ class WorkerCore:
         assert self.computing is None or self.computing == waiting[0]
         needed = {held.packet.message.mapping_id for held in self.held.values()}  # type: ignore[union-attr]
         assert needed <= {*self.mappings, ""}
-
-
-def _comes_directly(answer: Packet) -> bool:
-    """Whether the answer announces a direct transfer, which has begun and must be taken."""
-    return isinstance(answer.message, m.Reply) and answer.message.transfer is not None

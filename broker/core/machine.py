@@ -558,7 +558,7 @@ class BrokerCore:
         step with the worker.
         """
         message = packet.message
-        if _comes_directly(packet) and isinstance(message, m.Reply):
+        if isinstance(message, m.Reply) and m.comes_directly(message):
             client = self.clients.get(message.id.client)
             if client is not None and client.incarnation == message.id.incarnation:
                 self._forward(Side.CLIENT, client.connection, packet)
@@ -604,7 +604,7 @@ class BrokerCore:
         self._drop(entry, cancel=True)
         if client is not None and client.incarnation != entry.id.incarnation:
             return
-        if not _comes_directly(answer):  # a transfer is not made twice
+        if not m.comes_directly(answer.message):  # a transfer is not made twice
             self._hold(entry.id, answer, now)
         if client is not None:
             client.answered += 1
@@ -772,10 +772,6 @@ class BrokerCore:
             f"<Broker clients={len(self.clients)} workers={len(self.workers)} "
             f"queued={queued} running={running}>"
         )
-
-
-def _comes_directly(answer: Packet) -> bool:
-    return isinstance(answer.message, m.Reply) and answer.message.transfer is not None
 
 
 def _by_wire(packet: Packet) -> Packet:

@@ -344,3 +344,8 @@ FAILURE_CODES: dict[str, str] = {
     "cancelled": "the worker: cancelled before it began",
     "lost_workers": "the broker: the request was running on each of several workers that died",
 }
+
+
+def comes_directly(message: Message) -> bool:
+    """Whether it is a reply that announces a direct transfer, which has begun and must be taken."""
+    return isinstance(message, Reply) and message.transfer is not None

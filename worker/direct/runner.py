@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from broker.logs import log
 from broker.protocol.channel import (
     Channel,
+    ChannelState,
     Close,
     Connect,
     Drop,
@@ -95,7 +96,7 @@ class Runner:
     def take_seq(self) -> tuple[int, int] | None:
         """``(epoch, seq)`` of a transfer that begins now; None when the channel is not ready."""
         with self._lock:
-            if self.core.state.value != "ready":
+            if self.core.state is not ChannelState.READY:
                 return None
             return self.core.epoch, self.core.take_seq()
 
