@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from broker.core import BrokerCore
+from broker.core.clients import Clients
+from broker.core.requests import Requests
 from broker.protocol import messages as m
 from broker.protocol.link import Link
 from tests.sim.planting import (
@@ -31,15 +33,15 @@ __all__ = ["MUTATIONS"]
 @mutation
 def broker_forgets_that_it_knows_a_resent_request() -> Iterator[None]:
     def other(_: Any) -> Any:
-        return lambda self, entry, packet, client, now: self._route(entry, now)
+        return lambda self, entry, packet, client, now: self.route(entry, now)
 
-    with instead(BrokerCore, "_asked_again", other):
+    with instead(Requests, "_asked_again", other):
         yield
 
 
 @mutation
 def broker_forgets_to_requeue_what_a_lost_worker_had() -> Iterator[None]:
-    with instead(BrokerCore, "_retry", lambda _: lambda self, *story: None):
+    with instead(Requests, "retry", lambda _: lambda self, *story: None):
         yield
 
 
@@ -109,7 +111,7 @@ def broker_never_drops_a_held_answer() -> Iterator[None]:
 
     with (
         hearing(BrokerCore, deaf),
-        instead(BrokerCore, "_let_go", lambda _: lambda self, now: None),
+        instead(Requests, "_let_go", lambda _: lambda self, now: None),
     ):
         yield
 
@@ -136,14 +138,15 @@ def broker_ignores_deadlines() -> Iterator[None]:
 def broker_watches_clients_that_have_left() -> Iterator[None]:
     def other(_: Any) -> Any:
         def watch(self: Any, client: Any) -> None:
-            self._at(
-                client.last_seen + self.config.liveness_s,
-                lambda now: self._at(now + 1.0, lambda now: watch(self, client)),
+            ledger = self._ledger
+            ledger.at(
+                client.last_seen + ledger.config.liveness_s,
+                lambda now: ledger.at(now + 1.0, lambda now: watch(self, client)),
             )
 
         return watch
 
-    with instead(BrokerCore, "_watch_client", other):
+    with instead(Clients, "_watch", other):
         yield
 
 
@@ -258,7 +261,7 @@ def client_does_not_acknowledge_answers() -> Iterator[None]:
 
     with (
         saying(ClientCore, silent),
-        instead(BrokerCore, "_let_go", lambda _: lambda self, now: None),
+        instead(Requests, "_let_go", lambda _: lambda self, now: None),
     ):
         yield
 

@@ -1,0 +1,142 @@
+"""All that the parts of the broker's core share: the books, the timers, and what is to be sent.
+
+Nothing here decides anything; who changes an entry of the books also keeps the others true.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from broker.core.config import BrokerConfig
+from broker.core.events import Action, Log, Send, Side
+from broker.core.measures import Measures
+from broker.core.pool import Pool
+from broker.core.room import Room
+from broker.core.state import ClientSession, Entry, PacketStore, WorkerSession
+from broker.protocol import Packet, encode
+from broker.protocol import messages as m
+
+
+class Ledger:
+    """Who is there, who waits, who works on what."""
+
+    def __init__(self, incarnation: str, config: BrokerConfig) -> None:
+        self.incarnation = incarnation
+        self.config = config
+        self.clients: dict[str, ClientSession] = {}
+        self.workers: dict[str, WorkerSession] = {}
+        self.client_connections: dict[bytes, ClientSession] = {}
+        self.worker_connections: dict[bytes, WorkerSession] = {}
+        self.pools: dict[str, Pool] = {}
+        #: every accepted request that is not answered yet
+        self.entries: dict[m.RequestId, Entry] = {}
+        #: requests that no pool can take yet, in order of arrival
+        self.poolless: dict[m.RequestId, Entry] = {}
+        #: requests that have lost a worker which may come back
+        self.bereft: dict[m.RequestId, Entry] = {}
+        #: requests that may have taken down too many workers -> when these had time to return
+        self.suspected: dict[m.RequestId, float] = {}
+        #: mapping -> requests that wait for its content
+        self.mappingless: dict[str, dict[m.RequestId, Entry]] = {}
+        self.mappings: PacketStore[str] = PacketStore(config.held_mapping_bytes)
+        self.answers: PacketStore[m.RequestId] = PacketStore(config.held_answer_bytes)
+        #: requests that run a second time
+        self.hedged: set[m.RequestId] = set()
+        self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
+        self.measures = Measures()
+        self.room = Room(config.max_client_bytes, config.max_total_bytes)
+        #: client -> its requests that wait because it has enough replies, in order
+        self.parked: dict[str, dict[m.RequestId, Entry]] = {}
+        #: requests that wait because all clients together have, in order
+        self.crowded: dict[m.RequestId, Entry] = {}
+        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
+        self._timer_numbers = itertools.count()
+        self._actions: list[Action] = []
+
+    # -- timers ---------------------------------------------------------------------------------
+
+    @property
+    def next_timer(self) -> float | None:
+        """When the first timer is due."""
+        return self._timers[0][0] if self._timers else None
+
+    def at(self, when: float, call: Callable[[float], None]) -> None:
+        """Have ``call(now)`` called then."""
+        heapq.heappush(self._timers, (when, next(self._timer_numbers), call))
+
+    def run_timers(self, now: float) -> None:
+        """Call what is due."""
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2](now)
+
+    # -- what is to be done ---------------------------------------------------------------------
+
+    def take_actions(self) -> list[Action]:
+        """What is to be done since the last call."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    def send(self, side: Side, connection: bytes, message: m.Message) -> None:
+        """Say something to a peer."""
+        self._actions.append(Send(side, connection, encode(message).frames))
+
+    def answer(self, client: ClientSession, message: m.Message) -> None:
+        """Say something to a client, if it is connected."""
+        if client.connection is not None:
+            self.send(Side.CLIENT, client.connection, message)
+
+    def forward(self, side: Side, connection: bytes | None, packet: Packet) -> None:
+        """Pass on what another peer said, if this one is connected."""
+        if connection is not None:
+            self._actions.append(Send(side, connection, packet.frames))
+
+    def log(self, level: str, event: str, **fields: Any) -> None:
+        """Tell the operator."""
+        self._actions.append(Log(level, event, fields))
+
+    def welcome(self, side: Side, connection: bytes) -> None:
+        """Answer a hello that was accepted."""
+        limits = self.config.limits
+        welcome = m.Welcome(
+            broker=self.incarnation,
+            window=self.config.window if side is Side.CLIENT else 0,
+            heartbeat_s=float(self.config.heartbeat_s),
+            liveness_s=float(self.config.liveness_s),
+            max_header_bytes=limits.max_header_bytes,
+            max_frames=limits.max_frames,
+            max_frame_bytes=limits.max_frame_bytes,
+            max_request_bytes=limits.max_request_bytes,
+            max_reply_bytes=limits.max_reply_bytes,
+        )
+        self.send(side, connection, welcome)
+
+
+def fenced(name: str, old: Any, new: Any) -> m.Refused:
+    """What the older of two lives of one peer is told."""
+    text = (
+        f"{name} said hello with incarnation {new.incarnation} here; incarnation "
+        f"{old.incarnation} is fenced off: two processes use one name, or this one is a leftover"
+    )
+    return m.Refused("fenced", text)
+
+
+COUNTERS = (
+    "requests",
+    "assignments",
+    "replies",
+    "direct_replies",
+    "reply_bytes",
+    "failures",
+    "resends",
+    "answered_again",
+    "requeues",
+    "hedges",
+    "hedges_won",
+    "late_answers",
+    "unasked_answers",
+    "expired",
+    "bad_messages",
+)

@@ -1,0 +1,264 @@
+"""The life of a request, from its acceptance to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+from broker.core.dispatch import Dispatcher
+from broker.core.events import Side
+from broker.core.ledger import Ledger
+from broker.core.pool import Pool
+from broker.core.schedule import learn_speed
+from broker.core.state import ClientSession, Entry, WorkerSession
+from broker.protocol import Packet, encode
+from broker.protocol import messages as m
+
+
+class Requests:
+    """Every request ends exactly once: in an answer, or because its client has gone or cancels."""
+
+    def __init__(self, ledger: Ledger, dispatcher: Dispatcher) -> None:
+        self._ledger = ledger
+        self._dispatcher = dispatcher
+        #: whether a timer for these two is set
+        self._watches_answers = self._watches_poolless = False
+
+    def accept(self, client: ClientSession, packet: Packet, now: float) -> None:
+        """A request came: a new one, or one that was asked before."""
+        ledger = self._ledger
+        request = cast(m.Request, packet.message)
+        if (request.id.client, request.id.incarnation) != (client.id, client.incarnation):
+            ledger.log("warning", "foreign_request", client=client.id, request=str(request.id))
+        elif (held := ledger.answers.get(request.id)) is not None:
+            ledger.counters["answered_again"] += 1
+            ledger.room.owe(request.id, request.n_tokens, held.nbytes)
+            ledger.forward(Side.CLIENT, client.connection, held)
+        elif (entry := ledger.entries.get(request.id)) is not None:
+            self._asked_again(entry, packet, client, now)
+        elif len(client.requests) >= ledger.config.window:
+            there, window = len(client.requests), ledger.config.window
+            text = f"{there} requests are under way, the window is {window}"
+            ledger.answer(client, m.Failure(request.id, "over_window", text))
+        else:
+            entry = Entry(request, packet, client.job, now, now + request.ttl_s)
+            ledger.entries[request.id] = entry
+            client.requests.add(request.id)
+            ledger.counters["requests"] += 1
+            self.route(entry, now)
+
+    def _asked_again(self, entry: Entry, packet: Packet, client: ClientSession, now: float) -> None:
+        request = cast(m.Request, packet.message)
+        self._ledger.counters["resends"] += 1
+        entry.expires_at = now + request.ttl_s
+        if entry.packet is None:  # a worker brought it along from before a restart
+            entry.packet, entry.request, entry.job = packet, request, client.job
+            client.requests.add(entry.id)
+        if entry.id in self._ledger.mappingless.get(request.mapping_id, {}):
+            self._ledger.answer(client, m.MappingWanted(request.mapping_id))
+
+    def route(self, entry: Entry, now: float, *, again: bool = False) -> None:
+        """Find the pool that serves an entry; without one it waits for it."""
+        pool = self._pool_of(entry)
+        if pool is not None:
+            self._dispatcher.take(entry, pool, now, again=again)
+            return
+        entry.poolless_since = now
+        self._ledger.poolless[entry.id] = entry
+        self._watch_poolless(now + self._ledger.config.model_grace_s)
+
+    def route_poolless(self, now: float) -> None:
+        """There is a new worker, perhaps for those that wait for one."""
+        for entry in list(self._ledger.poolless.values()):
+            if self._pool_of(entry) is not None:
+                del self._ledger.poolless[entry.id]
+                self.route(entry, now)
+
+    def _pool_of(self, entry: Entry) -> Pool | None:
+        model = entry.pool or entry.request.model
+        if model:
+            return self._ledger.pools.get(model)
+        return next(iter(self._ledger.pools.values())) if len(self._ledger.pools) == 1 else None
+
+    def _watch_poolless(self, when: float) -> None:
+        """One timer for all, so that requests that come and are cancelled leave none behind."""
+        if not self._watches_poolless:
+            self._watches_poolless = True
+            self._ledger.at(when, self._still_poolless)
+
+    def _still_poolless(self, now: float) -> None:
+        """Where there are workers, but for long none for a request, its model is an error."""
+        self._watches_poolless = False
+        grace_s = self._ledger.config.model_grace_s
+        if self._ledger.pools:
+            due = [e for e in self._ledger.poolless.values() if e.poolless_since + grace_s <= now]
+            for entry in due:
+                self._fail_unknown_model(entry, now)
+        if self._ledger.poolless:
+            first = min(entry.poolless_since for entry in self._ledger.poolless.values())
+            self._watch_poolless(first + grace_s if first + grace_s > now else now + grace_s)
+
+    def _fail_unknown_model(self, entry: Entry, now: float) -> None:
+        wanted = entry.request.model
+        there = ", ".join(sorted(self._ledger.pools))
+        text = (
+            f"no worker serves the model {wanted!r}; the models here are: {there}"
+            if wanted
+            else f"the request names no model and the broker has several: {there}; name one"
+        )
+        self.finish(entry, encode(m.Failure(entry.id, "unknown_model", text)), now)
+
+    def expire(self, client: ClientSession, now: float) -> None:
+        """Answer what nobody wants any more. The client keeps the exact deadline itself."""
+        for entry in [self._ledger.entries[request_id] for request_id in client.requests]:
+            if now >= entry.expires_at:
+                self._ledger.counters["expired"] += 1
+                waited = f"nobody answered within {now - entry.accepted_at:.1f} s"
+                story = "; ".join([waited, *entry.story])
+                self.finish(entry, encode(m.Failure(entry.id, "expired", story)), now)
+
+    def adopt(self, worker: WorkerSession, held: Iterable[m.RequestId], now: float) -> None:
+        """Take over what a worker still works on from before a reconnect or a restart of ours."""
+        for request_id in held:
+            entry = self._ledger.entries.get(request_id)
+            if entry is None and request_id not in self._ledger.answers:
+                request = m.Request(request_id, "generate", worker.model, 0, 0, "", "", 0.0, ())
+                entry = self._ledger.entries[request_id] = Entry(request, None, "", now, now)
+            if entry is not None:
+                self._dispatcher.unqueue(entry)
+                entry.pool = worker.model
+                entry.workers.add(worker.id)
+            worker.running[request_id] = now
+
+    def conclude(
+        self, entry: Entry, worker: WorkerSession, packet: Packet, since: float, now: float
+    ) -> None:
+        """A worker has answered a request that it had ``since`` then: is that its end?"""
+        ledger = self._ledger
+        message = packet.message
+        if isinstance(message, m.Reply):
+            learn_speed(worker, entry.n_tokens, message.compute_s)
+            ledger.pools[worker.model].free.put(worker)
+            ledger.measures.replied(entry, worker, since, message.compute_s, now)
+            ledger.counters["replies"] += 1
+            ledger.counters["hedges_won"] += entry.hedge == worker.id
+            ledger.counters["direct_replies"] += message.transfer is not None
+            ledger.counters["reply_bytes"] += packet.nbytes
+            self.finish(entry, packet, now)
+            return
+        failure = cast(m.Failure, message)
+        if failure.code == "unknown_mapping":  # its store is bounded too: tell it again
+            worker.mappings.discard(entry.request.mapping_id)
+            self._queue_again(entry, now)
+        elif failure.code == "cancelled":  # before its client came back and asked again
+            self._queue_again(entry, now)
+        elif failure.code == "target_failed":
+            entry.story.append(f"worker {worker.id} after {now - since:.1f} s: {failure.text}")
+            self.retry(entry, worker.id, failure.code, now)
+        else:
+            self.finish(entry, packet, now)
+
+    def pass_on_transfer(self, packet: Packet) -> None:
+        """Tell a client also of a transfer that it no longer wants: it must take it, to stay in
+        step with the worker.
+        """
+        message = packet.message
+        if isinstance(message, m.Reply) and m.comes_directly(message):
+            client = self._ledger.clients.get(message.id.client)
+            if client is not None and client.incarnation == message.id.incarnation:
+                self._ledger.forward(Side.CLIENT, client.connection, packet)
+
+    def retry(self, entry: Entry, failed_on: str, code: str, now: float) -> None:
+        """Queue an entry again after an attempt that failed, unless it has failed too often.
+
+        ``failed_on`` is the worker, or nothing when the attempt is not the request's fault.
+        """
+        if failed_on:
+            entry.failed_on.append(failed_on)
+        if entry.workers or entry.packet is None or not self._failed_too_often(entry):
+            self._queue_again(entry, now)
+        elif entry.suspects:
+            due = self._ledger.suspected[entry.id] = now + self._ledger.config.liveness_s
+            self._ledger.at(due, lambda now: self._judge(entry, due, code, now))
+        else:
+            self._give_up(entry, code, now)
+
+    def _failed_too_often(self, entry: Entry) -> bool:
+        return len(entry.failed_on) >= self._ledger.config.max_losses
+
+    def _judge(self, entry: Entry, due: float, code: str, now: float) -> None:
+        """Whoever was cut off has had the time to come back."""
+        if self._ledger.suspected.get(entry.id) == due:
+            self._give_up(entry, code, now)
+
+    def acquit(self, worker: WorkerSession, now: float) -> None:
+        """The worker is back in the same life, so no request has taken it down."""
+        for entry in list(self._ledger.bereft.values()):
+            if entry.suspects.pop(worker.id, None) != worker.incarnation:
+                continue
+            entry.failed_on.remove(worker.id)
+            if entry.id in self._ledger.suspected and not self._failed_too_often(entry):
+                del self._ledger.suspected[entry.id]
+                self._queue_again(entry, now)
+
+    def _give_up(self, entry: Entry, code: str, now: float) -> None:
+        story = f"given up after {len(entry.failed_on)} attempts: " + "; ".join(entry.story)
+        self.finish(entry, encode(m.Failure(entry.id, code, story)), now)
+
+    def _queue_again(self, entry: Entry, now: float) -> None:
+        """Put an entry before all new ones, unless it still runs elsewhere."""
+        if entry.workers:
+            return
+        entry.hedge = ""
+        self._ledger.hedged.discard(entry.id)
+        self._ledger.room.free(entry.id)
+        if entry.packet is None:  # its client asks again, if it is there
+            self.drop(entry, cancel=False)
+        else:
+            self._ledger.counters["requeues"] += 1
+            self.route(entry, now, again=True)
+
+    def finish(self, entry: Entry, answer: Packet, now: float) -> None:
+        """Deliver the answer, keep it until it is acknowledged, forget the request."""
+        if isinstance(failure := answer.message, m.Failure):
+            self._ledger.counters["failures"] += 1
+            told = {"request": str(entry.id), "code": failure.code, "text": failure.text}
+            self._ledger.log("warning", "request_failed", **told)
+        client = self._ledger.clients.get(entry.client)
+        self.drop(entry, cancel=True)
+        if client is not None and client.incarnation != entry.id.incarnation:
+            return
+        if not m.comes_directly(answer.message):  # a transfer is not made twice
+            self._hold(entry.id, answer, now)
+        if client is not None:
+            client.answered += 1
+            if client.connection is not None and isinstance(answer.message, m.Reply):
+                self._ledger.room.owe(entry.id, entry.n_tokens, answer.nbytes)
+            self._ledger.forward(Side.CLIENT, client.connection, answer)
+
+    def _hold(self, request_id: m.RequestId, answer: Packet, now: float) -> None:
+        if not self._watches_answers:
+            self._watches_answers = True
+            self._ledger.at(now + self._ledger.config.held_answer_s, self._let_go)
+        self._ledger.answers.put(request_id, answer, now)
+
+    def _let_go(self, now: float) -> None:
+        """Forget answers that nobody will ask for any more."""
+        self._ledger.answers.discard_older(now - self._ledger.config.held_answer_s)
+        self._watches_answers = len(self._ledger.answers) > 0
+        if self._watches_answers:
+            self._ledger.at(now + self._ledger.config.held_answer_s, self._let_go)
+
+    def drop(self, entry: Entry, *, cancel: bool) -> None:
+        """Forget a request wherever it is; workers that run it are told if ``cancel``."""
+        del self._ledger.entries[entry.id]
+        self._ledger.bereft.pop(entry.id, None)
+        self._ledger.hedged.discard(entry.id)
+        self._ledger.room.free(entry.id)
+        self._dispatcher.unqueue(entry)
+        if (client := self._ledger.clients.get(entry.client)) is not None:
+            client.requests.discard(entry.id)
+        if cancel:
+            for worker_id in entry.workers:
+                worker = self._ledger.workers[worker_id]
+                self._ledger.send(Side.WORKER, worker.connection, m.Cancel(entry.id))

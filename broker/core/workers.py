@@ -1,0 +1,174 @@
+"""Workers: who is there, who is back, who has gone with what."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from broker.core.dispatch import Dispatcher
+from broker.core.events import Side
+from broker.core.ledger import Ledger, fenced
+from broker.core.pool import Pool
+from broker.core.requests import Requests
+from broker.core.state import Blame, WorkerSession
+from broker.protocol import Packet
+from broker.protocol import messages as m
+
+
+class Workers:
+    """The sessions of workers, and what they say."""
+
+    def __init__(self, ledger: Ledger, requests: Requests, dispatcher: Dispatcher) -> None:
+        self._ledger = ledger
+        self._requests = requests
+        self._dispatcher = dispatcher
+
+    def hello(self, connection: bytes, packet: Packet, now: float) -> None:
+        """A worker is there, or there again: a new life, or a new connection of the same."""
+        hello = cast(m.WorkerHello, packet.message)
+        before = self._ledger.workers.get(hello.worker)
+        if before is not None and hello.incarnation < before.incarnation:
+            self._ledger.send(Side.WORKER, connection, fenced(hello.worker, hello, before))
+            return
+        pool = self._ledger.pools.get(hello.model.model)
+        if pool is not None and pool.description.identity() != hello.model.identity():
+            self._refuse_model(connection, hello, pool)
+            return
+        if before is not None:
+            self._rejoin_or_replace(before, hello, now)
+        if pool is None or hello.model.model not in self._ledger.pools:
+            pool = self._ledger.pools[hello.model.model] = Pool(hello.model)
+        worker = WorkerSession(
+            hello.worker, hello.incarnation, hello.model.model, connection, hello.credits, now
+        )
+        if before is not None:
+            worker.seconds_per_token = before.seconds_per_token
+        self._ledger.workers[worker.id] = pool.workers[worker.id] = worker
+        self._ledger.worker_connections[connection] = worker
+        self._ledger.welcome(Side.WORKER, connection)
+        self._ledger.log(
+            "info", "worker_joined", worker=worker.id, model=worker.model, credits=worker.credits
+        )
+        self._requests.acquit(worker, now)
+        self._requests.adopt(worker, hello.held, now)
+        pool.free.put(worker)
+        self._watch(worker)
+        self._requests.route_poolless(now)
+        self._dispatcher.dispatch(pool, now)
+
+    def _refuse_model(self, connection: bytes, hello: m.WorkerHello, pool: Pool) -> None:
+        ours, theirs = pool.description.identity(), hello.model.identity()
+        differing = [name for name in ours if ours[name] != theirs[name]]
+        text = (
+            f"the pool {hello.model.model!r} serves "
+            + ", ".join(f"{name}={ours[name]!r}" for name in differing)
+            + "; this worker has "
+            + ", ".join(f"{name}={theirs[name]!r}" for name in differing)
+            + "; give it another model name (--model-name), or the pool's weights and settings"
+        )
+        self._ledger.send(Side.WORKER, connection, m.Refused("other_model", text))
+        self._ledger.log("warning", "worker_refused", worker=hello.worker, reason=text)
+
+    def _rejoin_or_replace(self, before: WorkerSession, hello: m.WorkerHello, now: float) -> None:
+        """The same worker again: on a new connection, or in a new life."""
+        if hello.incarnation > before.incarnation:
+            self._ledger.send(Side.WORKER, before.connection, fenced(before.id, before, hello))
+            self._lose(before, "a newer life of it said hello", now, Blame.GUILTY)
+            return
+        for request_id in hello.held:  # still its own: not lost, and adopted below
+            before.running.pop(request_id, None)
+            if (entry := self._ledger.entries.get(request_id)) is not None:
+                entry.workers.discard(before.id)
+        reason = "it reconnected and no longer has the request"
+        self._lose(before, reason, now, Blame.NONE)
+
+    def disconnected(self, worker: WorkerSession, now: float) -> None:
+        """Its connection is gone; when it comes back, it says what it still has."""
+        self._lose(worker, "its connection closed", now, Blame.SUSPECT)
+
+    def heartbeat(self, worker: WorkerSession, packet: Packet, now: float) -> None:
+        """It is still there; so are we."""
+        worker.direct = cast(m.Heartbeat, packet.message).direct
+        self._ledger.send(Side.WORKER, worker.connection, m.Heartbeat(len(self._ledger.workers)))
+
+    def goodbye(self, worker: WorkerSession, packet: Packet, now: float) -> None:
+        """It leaves on purpose."""
+        self._lose(worker, cast(m.Goodbye, packet.message).reason, now, Blame.NONE)
+
+    def draining(self, worker: WorkerSession, packet: Packet, now: float) -> None:
+        """It finishes what it has, and takes no more."""
+        worker.draining = True
+        self._ledger.pools[worker.model].free.put(worker)
+        self._ledger.log("info", "worker_draining", worker=worker.id, running=len(worker.running))
+
+    def reply(self, worker: WorkerSession, packet: Packet, now: float) -> None:
+        """A reply or a failure came: the worker has a credit again, the client its answer."""
+        message = cast(m.Reply | m.Failure, packet.message)
+        since = worker.running.pop(message.id, None)
+        if since is None:
+            self._ledger.counters["unasked_answers"] += 1
+            self._ledger.log("warning", "unasked_answer", worker=worker.id, request=str(message.id))
+            return
+        worker.answered += 1
+        if not worker.running:
+            worker.busy_until = now
+        pool = self._ledger.pools[worker.model]
+        pool.free.put(worker)
+        entry = self._ledger.entries.get(message.id)
+        if entry is None:
+            self._ledger.counters["late_answers"] += 1
+            self._requests.pass_on_transfer(packet)
+        else:
+            entry.workers.discard(worker.id)
+            self._requests.conclude(entry, worker, packet, since, now)
+        self._dispatcher.dispatch(pool, now)
+
+    def _watch(self, worker: WorkerSession) -> None:
+        def check(now: float) -> None:
+            if self._ledger.workers.get(worker.id) is not worker:
+                return
+            if now < worker.last_seen + self._ledger.config.liveness_s:
+                self._watch(worker)
+            else:
+                reason = f"silent for {now - worker.last_seen:.1f} s"
+                self._lose(worker, reason, now, Blame.SUSPECT)
+
+        self._ledger.at(worker.last_seen + self._ledger.config.liveness_s, check)
+
+    def _lose(self, worker: WorkerSession, reason: str, now: float, blame: Blame) -> None:
+        """Forget a worker; what it was working on goes back to the head of the queue.
+
+        ``blame`` says whether its requests may have taken it down.
+        """
+        del self._ledger.workers[worker.id]
+        del self._ledger.worker_connections[worker.connection]
+        pool = self._ledger.pools[worker.model]
+        del pool.workers[worker.id]
+        pool.free.discard(worker)
+        self._ledger.log(
+            "info", "worker_left", worker=worker.id, reason=reason, running=len(worker.running)
+        )
+        for request_id, since in worker.running.items():
+            entry = self._ledger.entries.get(request_id)
+            if entry is None or worker.id not in entry.workers:
+                continue
+            entry.workers.discard(worker.id)
+            entry.story.append(f"worker {worker.id} had it for {now - since:.1f} s: {reason}")
+            if blame is Blame.SUSPECT:
+                entry.suspects[worker.id] = worker.incarnation
+                self._ledger.bereft[entry.id] = entry
+            self._requests.retry(
+                entry, "" if blame is Blame.NONE else worker.id, "lost_workers", now
+            )
+        self._close_pool(pool, now)
+
+    def _close_pool(self, pool: Pool, now: float) -> None:
+        """A pool that has lost its last worker stays while requests wait for another."""
+        name = pool.description.model
+        if pool.workers or self._ledger.pools.get(name) is not pool:
+            return
+        if any(entry.pool == name for entry in self._ledger.entries.values()):
+            self._ledger.at(
+                now + self._ledger.config.liveness_s, lambda now: self._close_pool(pool, now)
+            )
+        else:
+            del self._ledger.pools[name]
