@@ -67,8 +67,14 @@ class WsgiServer:
     def stop(self) -> None:
         """Finish the answers that are being made, then close, also what browsers keep open."""
         self._server.task_dispatcher.shutdown(timeout=1)
-        self._trigger.pull_trigger(lambda: wasyncore.close_all(self._sockets))
+        self._trigger.pull_trigger(self._leave)
         self._thread.join(timeout=5)
+        self._trigger.close()
+
+    def _leave(self) -> None:
+        """On the server's own thread. What wakes it stays open: it may be in use just now."""
+        self._trigger.del_channel()
+        wasyncore.close_all(self._sockets)
 
 
 class HttpServer(WsgiServer):
