@@ -38,18 +38,24 @@ class Dispatcher:
 
     def dispatch(self, pool: Pool, now: float) -> None:
         """Give queued requests to workers with free credits."""
-        ledger = self._ledger
-        while len(pool.queue) and len(pool.free):
-            entry = cast(Entry, pool.queue.pop())
+        ledger, queue = self._ledger, pool.queue
+        while len(queue) and len(pool.choice.free):
+            entry = cast(Entry, queue.first())
             mapping = entry.request.mapping_id
             if mapping and mapping not in ledger.mappings:  # evicted while it waited
+                queue.remove(entry)
                 self.take(entry, pool, now, again=True)
             elif not ledger.room.fits_client(entry.client, entry.n_tokens):
+                queue.remove(entry)
                 ledger.parked.setdefault(entry.client, {})[entry.id] = entry
             elif not ledger.room.fits_total(entry.client, entry.n_tokens):
+                queue.remove(entry)
                 ledger.crowded[entry.id] = entry
-            elif worker := pool.free.choose(entry.n_tokens, now, entry.avoid):
+            elif worker := pool.choice.choose(entry.n_tokens, now, entry.avoid):
+                queue.pop()
                 self._assign(entry, worker, now)
+            else:
+                return
 
     def unqueue(self, entry: Entry) -> None:
         """Take a request from wherever it waits."""
@@ -95,7 +101,7 @@ class Dispatcher:
         worker.busy_until = expected_finish(worker, entry.n_tokens, now)
         ledger.measures.assigned(entry, now)
         worker.running[entry.id] = now
-        ledger.pools[worker.model].free.put(worker)
+        ledger.pools[worker.model].choice.put(worker)
         ledger.room.expect(entry.id, entry.n_tokens)
         entry.workers.add(worker.id)
         ledger.counters["assignments"] += 1
@@ -112,7 +118,7 @@ class Dispatcher:
         if not alone or worker.running.get(entry.id) is None or entry.packet is None:
             return
         pool = ledger.pools[worker.model]
-        other = pool.free.choose(entry.n_tokens, now, {*entry.avoid, worker.id})
+        other = pool.choice.choose(entry.n_tokens, now, {*entry.avoid, worker.id})
         running = sum(len(each.running) for each in pool.workers.values())
         if other in (None, worker) or not self._may_hedge(entry, running):
             ledger.at(

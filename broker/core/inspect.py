@@ -24,8 +24,8 @@ def validate(core: BrokerCore) -> None:
         assert all(core.entries[request_id].client == client.id for request_id in client.requests)
     for name, pool in core.pools.items():
         assert pool.description.model == name
-        pool.free.validate()
-        assert set(pool.free) == {worker for worker in pool.workers.values() if worker.free}
+        pool.choice.validate()
+        assert set(pool.choice.free) == {worker for worker in pool.workers.values() if worker.free}
         assert all(core.workers[worker.id] is worker for worker in pool.workers.values())
     for worker in core.workers.values():
         assert core.pools[worker.model].workers[worker.id] is worker

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from broker.core.queue import FairQueue
-from broker.core.schedule import FreeWorkers
+from broker.core.schedule import Choice
 from broker.core.state import WorkerSession
 from broker.protocol.messages import ModelDescription
 
@@ -16,6 +16,6 @@ class Pool:
 
     description: ModelDescription
     workers: dict[str, WorkerSession] = field(default_factory=dict)
-    #: those of them that have a free credit
-    free: FreeWorkers = field(default_factory=FreeWorkers)
+    #: the same workers, to choose one from
+    choice: Choice = field(default_factory=Choice)
     queue: FairQueue = field(default_factory=FairQueue)

@@ -82,21 +82,26 @@ class FairQueue:
         heapq.heappush(job.heap, item)
         self._there.add(id(entry))
 
-    def pop(self) -> Queueable:
-        """The entry to serve next. Raises ``IndexError`` when the queue is empty."""
+    def first(self) -> Queueable:
+        """The entry to serve next, which stays. Raises ``IndexError`` when the queue is empty."""
         while self._order:
-            _, _, name = heapq.heappop(self._order)
-            job = self._jobs[name]
-            entry = self._pop_from(job)
-            if entry is None:
-                del self._jobs[name]
-                continue
-            self._there.remove(id(entry))
-            self._now_tokens = max(self._now_tokens, job.virtual_tokens)
-            job.virtual_tokens += max(1, entry.n_tokens)
-            heapq.heappush(self._order, (job.virtual_tokens, next(self._arrivals), name))
-            return entry
+            entry = self._first_of(self._jobs[self._order[0][-1]])
+            if entry is not None:
+                return entry
+            del self._jobs[heapq.heappop(self._order)[-1]]
         raise IndexError("the queue is empty")
+
+    def pop(self) -> Queueable:
+        """Take the entry to serve next. Raises ``IndexError`` when the queue is empty."""
+        entry = self.first()
+        _, _, name = heapq.heappop(self._order)
+        job = self._jobs[name]
+        heapq.heappop(job.heap)
+        self._there.remove(id(entry))
+        self._now_tokens = max(self._now_tokens, job.virtual_tokens)
+        job.virtual_tokens += max(1, entry.n_tokens)
+        heapq.heappush(self._order, (job.virtual_tokens, next(self._arrivals), name))
+        return entry
 
     def remove(self, entry: Queueable) -> None:
         """Forget an entry, if it is queued."""
@@ -119,11 +124,12 @@ class FairQueue:
         self._order = [item for item in self._order if item[2] in self._jobs]
         heapq.heapify(self._order)
 
-    def _pop_from(self, job: _Job) -> Queueable | None:
+    def _first_of(self, job: _Job) -> Queueable | None:
         while job.heap:
-            _, step, _, _, entry = heapq.heappop(job.heap)
+            _, step, _, _, entry = job.heap[0]
             for old in [other for other in job.turns if other < step]:
                 del job.turns[old]
             if id(entry) in self._there:
                 return entry
+            heapq.heappop(job.heap)
         return None

@@ -138,7 +138,7 @@ class Requests:
         message = packet.message
         if isinstance(message, m.Reply):
             learn_speed(worker, entry.n_tokens, message.compute_s)
-            ledger.pools[worker.model].free.put(worker)
+            ledger.pools[worker.model].choice.put(worker)
             ledger.measures.replied(entry, worker, since, message.compute_s, now)
             ledger.counters["replies"] += 1
             ledger.counters["hedges_won"] += entry.hedge == worker.id

@@ -1,11 +1,16 @@
-"""Which worker gets a request: the one expected to finish it first, learned from its answers."""
+"""Which worker gets a request: the one expected to finish it first, learned from its answers.
+
+A worker that has nothing to do may always have one. A busy one gets more in advance, so that it
+need not wait for the network; but not where that would take much longer than to wait for another
+worker that has no credit now: a slow worker must not hoard what the training waits for.
+"""
 
 from __future__ import annotations
 
 import heapq
 import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from broker.core.state import WorkerSession
 
@@ -13,10 +18,13 @@ from broker.core.state import WorkerSession
 _NEWEST = 0.3
 #: Workers whose speeds differ by less than this factor count as equally fast.
 _SAME_SPEED = 2**0.25
+#: A busy worker may finish a request later than one without credit by this factor.
+_WORTH_WAITING = 1.5
 
 
-class FreeWorkers:
-    """The workers of a pool that have a free credit, to be chosen from without looking at all.
+class Candidates:
+    """Those workers of a pool that have something in common, to be chosen from without a look at
+    each.
 
     Among equally fast workers the one that is free first finishes first, whatever the request. So
     there is a heap by that time for each class of speed, of which there are few, and a choice
@@ -26,7 +34,8 @@ class FreeWorkers:
     A worker is put in again after each change; what was put in before is dropped when it comes up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, belongs: Callable[[WorkerSession], bool]) -> None:
+        self._belongs = belongs
         self._classes: dict[int | None, list[tuple[float, int, WorkerSession]]] = {}
         self._numbers = itertools.count()
         #: worker -> number of its newest item; older items are nothing any more
@@ -36,9 +45,9 @@ class FreeWorkers:
         return len(self._newest)
 
     def put(self, worker: WorkerSession) -> None:
-        """Take note of a worker that came, or whose credits or speed have changed."""
+        """Take note of a worker that came, or has changed."""
         self._newest.pop(worker, None)
-        if not worker.free:
+        if not self._belongs(worker):
             return
         number = self._newest[worker] = next(self._numbers)
         heap = self._classes.setdefault(_speed_class(worker), [])
@@ -53,7 +62,7 @@ class FreeWorkers:
     def choose(
         self, n_tokens: int, now: float, avoid: Collection[str] = ()
     ) -> WorkerSession | None:
-        """The free worker that would finish so many tokens first; one of ``avoid`` if need be."""
+        """The one that would finish so many tokens first; one of ``avoid`` if need be."""
         best = min(
             filter(None, [self._first(heap, avoid) for heap in self._classes.values()]),
             key=lambda worker: expected_finish(worker, n_tokens, now),
@@ -63,6 +72,14 @@ class FreeWorkers:
 
     def __iter__(self) -> Iterator[WorkerSession]:
         return iter(self._newest)
+
+    def forget_overdue(self, now: float) -> None:
+        """Leave out, until they change, those that should have finished all that they have."""
+        for heap in self._classes.values():
+            while heap and heap[0][0] <= now:
+                _, number, worker = heapq.heappop(heap)
+                if self._newest.get(worker) == number:
+                    del self._newest[worker]
 
     def _first(
         self, heap: list[tuple[float, int, WorkerSession]], avoid: Collection[str]
@@ -97,9 +114,49 @@ class FreeWorkers:
         for worker, number in self._newest.items():
             busy_until, _, there = items[number]
             assert there is worker
-            assert worker.free
+            assert self._belongs(worker)
             assert busy_until == worker.busy_until
             assert items[number] in self._classes[_speed_class(worker)]
+
+
+class Choice:
+    """All workers of a pool, by what may be asked of them."""
+
+    def __init__(self) -> None:
+        self.free = Candidates(lambda worker: worker.free > 0)
+        self._idle = Candidates(lambda worker: worker.free > 0 and not worker.running)
+        self._full = Candidates(lambda worker: not worker.free and not worker.draining)
+
+    def put(self, worker: WorkerSession) -> None:
+        """Take note of a worker that came, or has changed."""
+        for candidates in (self.free, self._idle, self._full):
+            candidates.put(worker)
+
+    def discard(self, worker: WorkerSession) -> None:
+        """A worker has left."""
+        for candidates in (self.free, self._idle, self._full):
+            candidates.discard(worker)
+
+    def choose(
+        self, n_tokens: int, now: float, avoid: Collection[str] = ()
+    ) -> WorkerSession | None:
+        """Who gets so many tokens now; one of ``avoid`` if need be. None: wait for a better one."""
+        worker = self.free.choose(n_tokens, now, avoid)
+        if worker is None or not worker.running:
+            return worker
+        self._full.forget_overdue(now)
+        better = self._full.choose(n_tokens, now, avoid)
+        takes_s = expected_finish(worker, n_tokens, now) - now
+        if better is None or takes_s <= _WORTH_WAITING * (
+            expected_finish(better, n_tokens, now) - now
+        ):
+            return worker
+        return self._idle.choose(n_tokens, now, avoid)
+
+    def validate(self) -> None:
+        """Check every invariant; raises ``AssertionError``."""
+        for candidates in (self.free, self._idle, self._full):
+            candidates.validate()
 
 
 def _speed_class(worker: WorkerSession) -> int | None:

@@ -50,7 +50,7 @@ class Workers:
         )
         self._requests.acquit(worker, now)
         self._requests.adopt(worker, hello.held, now)
-        pool.free.put(worker)
+        pool.choice.put(worker)
         self._watch(worker)
         self._requests.route_poolless(now)
         self._dispatcher.dispatch(pool, now)
@@ -97,7 +97,7 @@ class Workers:
     def draining(self, worker: WorkerSession, packet: Packet, now: float) -> None:
         """It finishes what it has, and takes no more."""
         worker.draining = True
-        self._ledger.pools[worker.model].free.put(worker)
+        self._ledger.pools[worker.model].choice.put(worker)
         self._ledger.log("info", "worker_draining", worker=worker.id, running=len(worker.running))
 
     def reply(self, worker: WorkerSession, packet: Packet, now: float) -> None:
@@ -109,10 +109,8 @@ class Workers:
             self._ledger.log("warning", "unasked_answer", worker=worker.id, request=str(message.id))
             return
         worker.answered += 1
-        if not worker.running:
-            worker.busy_until = now
         pool = self._ledger.pools[worker.model]
-        pool.free.put(worker)
+        self._reckon(worker, now)
         entry = self._ledger.entries.get(message.id)
         if entry is None:
             self._ledger.counters["late_answers"] += 1
@@ -121,6 +119,13 @@ class Workers:
             entry.workers.discard(worker.id)
             self._requests.conclude(entry, worker, packet, since, now)
         self._dispatcher.dispatch(pool, now)
+
+    def _reckon(self, worker: WorkerSession, now: float) -> None:
+        """It goes on with the rest of what it has, and may be given more."""
+        entries = map(self._ledger.entries.get, worker.running)
+        n_tokens = sum(entry.n_tokens for entry in entries if entry is not None)
+        worker.busy_until = now + (worker.seconds_per_token or 0.0) * n_tokens
+        self._ledger.pools[worker.model].choice.put(worker)
 
     def _watch(self, worker: WorkerSession) -> None:
         def check(now: float) -> None:
@@ -143,7 +148,7 @@ class Workers:
         del self._ledger.worker_connections[worker.connection]
         pool = self._ledger.pools[worker.model]
         del pool.workers[worker.id]
-        pool.free.discard(worker)
+        pool.choice.discard(worker)
         self._ledger.log(
             "info", "worker_left", worker=worker.id, reason=reason, running=len(worker.running)
         )

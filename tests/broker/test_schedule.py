@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.core.schedule import _SAME_SPEED, FreeWorkers, expected_finish
+from broker.core.schedule import _SAME_SPEED, Candidates, expected_finish
 from broker.core.state import WorkerSession
 from broker.protocol.messages import RequestId
 
@@ -33,7 +33,7 @@ workers = st.lists(
 def test_it_is_as_good_as_looking_at_all(
     there: list[WorkerSession], n_tokens: int, now: float, avoided: set[int]
 ) -> None:
-    free = FreeWorkers()
+    free = Candidates(lambda worker: worker.free > 0)
     for worker in there:
         free.put(worker)
     avoid = {f"w{number}" for number in avoided}
@@ -52,7 +52,7 @@ def test_it_is_as_good_as_looking_at_all(
 
 @given(st.data())
 def test_changes_are_seen_and_nothing_piles_up(data: st.DataObject) -> None:
-    free = FreeWorkers()
+    free = Candidates(lambda worker: worker.free > 0)
     there = [make_worker(number, 0.001, 0.0, 2) for number in range(4)]
     for turn in range(200):
         worker = there[data.draw(st.integers(0, 3))]
