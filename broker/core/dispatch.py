@@ -38,24 +38,35 @@ class Dispatcher:
 
     def dispatch(self, pool: Pool, now: float) -> None:
         """Give queued requests to workers with free credits."""
-        ledger, queue = self._ledger, pool.queue
-        while len(queue) and len(pool.choice.free):
-            entry = cast(Entry, queue.first())
-            mapping = entry.request.mapping_id
-            if mapping and mapping not in ledger.mappings:  # evicted while it waited
-                queue.remove(entry)
-                self.take(entry, pool, now, again=True)
-            elif not ledger.room.fits_client(entry.client, entry.n_tokens):
-                queue.remove(entry)
-                ledger.parked.setdefault(entry.client, {})[entry.id] = entry
-            elif not ledger.room.fits_total(entry.client, entry.n_tokens):
-                queue.remove(entry)
-                ledger.crowded[entry.id] = entry
-            elif worker := pool.choice.choose(entry.n_tokens, now, entry.avoid):
-                queue.pop()
-                self._assign(entry, worker, now)
-            else:
+        queue, choice = pool.queue, pool.choice
+        while len(queue) and len(choice.free):
+            entry = cast(Entry, queue.at(0))
+            worker = choice.choose(entry.n_tokens, now, entry.avoid)
+            if worker is None and (later := choice.choose_for_later(entry.n_tokens, now)):
+                worker, place = later
+                entry = cast(Entry, queue.at(place))
+            if worker is None or entry is None:
                 return
+            if not self._must_wait(entry, pool, now):
+                queue.take(entry)
+                self._assign(entry, worker, now)
+
+    def _must_wait(self, entry: Entry, pool: Pool, now: float) -> bool:
+        """Whether a queued entry cannot run yet; then it has left the queue."""
+        ledger = self._ledger
+        mapping = entry.request.mapping_id
+        if mapping and mapping not in ledger.mappings:  # evicted while it waited
+            pool.queue.remove(entry)
+            self.take(entry, pool, now, again=True)
+        elif not ledger.room.fits_client(entry.client, entry.n_tokens):
+            pool.queue.remove(entry)
+            ledger.parked.setdefault(entry.client, {})[entry.id] = entry
+        elif not ledger.room.fits_total(entry.client, entry.n_tokens):
+            pool.queue.remove(entry)
+            ledger.crowded[entry.id] = entry
+        else:
+            return False
+        return True
 
     def unqueue(self, entry: Entry) -> None:
         """Take a request from wherever it waits."""

@@ -1,8 +1,8 @@
 """Which worker gets a request: the one expected to finish it first, learned from its answers.
 
-A worker that has nothing to do may always have one. A busy one gets more in advance, so that it
-need not wait for the network; but not where that would take much longer than to wait for another
-worker that has no credit now: a slow worker must not hoard what the training waits for.
+A busy worker gets more in advance, so that it need not wait for the network. But nobody gets what
+another, that has no credit just now, would finish much sooner: a slow worker must not hold what the
+training waits for. While it is idle it gets one that is not wanted soon.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from broker.core.state import WorkerSession
 _NEWEST = 0.3
 #: Workers whose speeds differ by less than this factor count as equally fast.
 _SAME_SPEED = 2**0.25
-#: A busy worker may finish a request later than one without credit by this factor.
-_WORTH_WAITING = 1.5
+#: A request goes to a worker that takes no longer for it, by this factor, than one without credit.
+_PATIENCE = 1.5
+#: A worker that was too slow gets the next request after so many times what one takes it: it may
+#: have become faster.
+_FORGIVEN_AFTER = 8
 
 
 class Candidates:
@@ -62,13 +65,12 @@ class Candidates:
     def choose(
         self, n_tokens: int, now: float, avoid: Collection[str] = ()
     ) -> WorkerSession | None:
-        """The one that would finish so many tokens first; one of ``avoid`` if need be."""
-        best = min(
+        """The one that would finish so many tokens first, without those of ``avoid``."""
+        return min(
             filter(None, [self._first(heap, avoid) for heap in self._classes.values()]),
             key=lambda worker: expected_finish(worker, n_tokens, now),
             default=None,
         )
-        return self.choose(n_tokens, now) if best is None and avoid else best
 
     def __iter__(self) -> Iterator[WorkerSession]:
         return iter(self._newest)
@@ -126,14 +128,21 @@ class Choice:
         self.free = Candidates(lambda worker: worker.free > 0)
         self._idle = Candidates(lambda worker: worker.free > 0 and not worker.running)
         self._full = Candidates(lambda worker: not worker.free and not worker.draining)
+        #: worker -> its tokens per second, and how many requests it has; and their sums
+        self._counted: dict[WorkerSession, tuple[float, int]] = {}
+        self._tokens_per_s = 0.0
+        self._n_running = 0
 
     def put(self, worker: WorkerSession) -> None:
         """Take note of a worker that came, or has changed."""
+        self._count(worker, (_tokens_per_s(worker), len(worker.running)))
         for candidates in (self.free, self._idle, self._full):
             candidates.put(worker)
 
     def discard(self, worker: WorkerSession) -> None:
         """A worker has left."""
+        self._count(worker, (0.0, 0))
+        del self._counted[worker]
         for candidates in (self.free, self._idle, self._full):
             candidates.discard(worker)
 
@@ -141,22 +150,45 @@ class Choice:
         self, n_tokens: int, now: float, avoid: Collection[str] = ()
     ) -> WorkerSession | None:
         """Who gets so many tokens now; one of ``avoid`` if need be. None: wait for a better one."""
-        worker = self.free.choose(n_tokens, now, avoid)
-        if worker is None or not worker.running:
-            return worker
+        worker = self.free.choose(n_tokens, now, avoid) or self.free.choose(n_tokens, now)
         self._full.forget_overdue(now)
         better = self._full.choose(n_tokens, now, avoid)
-        takes_s = expected_finish(worker, n_tokens, now) - now
-        if better is None or takes_s <= _WORTH_WAITING * (
-            expected_finish(better, n_tokens, now) - now
-        ):
+        if worker is None or better is None:
             return worker
-        return self._idle.choose(n_tokens, now, avoid)
+        wait_s = expected_finish(better, n_tokens, now) - now
+        takes_s = expected_finish(worker, n_tokens, now) - now
+        return worker if takes_s <= _PATIENCE * wait_s else None
+
+    def choose_for_later(self, n_tokens: int, now: float) -> tuple[WorkerSession, int] | None:
+        """An idle worker that is too slow for the next request; and how many requests the others
+        will have taken before it would be done with one.
+        """
+        worker = self._idle.choose(n_tokens, now)
+        if worker is None:
+            return None
+        takes_s = (worker.seconds_per_token or 0.0) * n_tokens
+        if now > worker.busy_until + _FORGIVEN_AFTER * takes_s:
+            return worker, 0
+        others_per_s = self._tokens_per_s - _tokens_per_s(worker)
+        return worker, max(0, math.ceil(takes_s * others_per_s / n_tokens) - self._n_running)
+
+    def _count(self, worker: WorkerSession, counted: tuple[float, int]) -> None:
+        per_s, running = self._counted.get(worker, (0.0, 0))
+        self._tokens_per_s += counted[0] - per_s
+        self._n_running += counted[1] - running
+        self._counted[worker] = counted
 
     def validate(self) -> None:
         """Check every invariant; raises ``AssertionError``."""
         for candidates in (self.free, self._idle, self._full):
             candidates.validate()
+        assert self._n_running == sum(len(worker.running) for worker in self._counted)
+        total = sum(map(_tokens_per_s, self._counted))
+        assert math.isclose(self._tokens_per_s, total, rel_tol=1e-6, abs_tol=1e-6 * (1 + total))
+
+
+def _tokens_per_s(worker: WorkerSession) -> float:
+    return 1 / worker.seconds_per_token if worker.seconds_per_token else 0.0
 
 
 def _speed_class(worker: WorkerSession) -> int | None:

@@ -40,7 +40,7 @@ def test_it_is_as_good_as_looking_at_all(
     chosen = free.choose(n_tokens, now, avoid)
     free.validate()
     candidates = [worker for worker in there if worker.free]
-    preferred = [worker for worker in candidates if worker.id not in avoid] or candidates
+    preferred = [worker for worker in candidates if worker.id not in avoid]
     if not preferred:
         assert chosen is None
         return

@@ -92,7 +92,8 @@ class Pool:
     [
         pytest.param([0.05] * 4, 2, 0.95, id="equal-workers"),
         pytest.param([0.05] * 3 + [0.2], 4, 0.95, id="one-four-times-slower"),
-        pytest.param([0.05] * 3 + [0.5], 6, 0.93, id="one-ten-times-slower"),
+        pytest.param([0.05] * 3 + [0.5], 12, 0.95, id="one-ten-times-slower"),
+        pytest.param([0.05] * 3 + [0.5], 2, 0.75, id="one-ten-times-slower-and-little-ahead"),
     ],
 )
 def test_training_gets_nearly_all_of_the_workers_rate(
@@ -101,31 +102,44 @@ def test_training_gets_nearly_all_of_the_workers_rate(
     assert Pool(seconds, ahead, delay_s=0.002, credits=2).share() >= share
 
 
-def test_a_slow_worker_hoards_nothing_while_fast_ones_are_about_to_be_free() -> None:
+def test_a_slow_worker_gets_only_what_is_not_wanted_soon() -> None:
     rig = Rig()
     rig.worker("fast", credits=1)
     rig.worker("slow", credits=2)
     rig.client("c")
-    first, second = rig.ask("c", 0), rig.ask("c", 1)
-    had = {message.id for message in rig.sent["slow"] if isinstance(message, m.Request)}
-    (to_slow,) = had
-    rig.now += 0.1
-    rig.reply("fast", ({first, second} - had).pop(), compute_s=0.1)
-    rig.now += 0.9
-    rig.reply("slow", to_slow, compute_s=1.0)
-    assert _requests(rig, "slow") == 1
+    rig.ask("c", 0)
+    rig.ask("c", 1)
+    for name, seconds in (("fast", 0.1), ("slow", 0.9)):
+        rig.now += seconds
+        rig.reply(name, _asked(rig, name)[0], compute_s=seconds)
     for number in range(2, 6):
         rig.ask("c", number)
-    assert (_requests(rig, "fast"), _requests(rig, "slow")) == (2, 2)  # an idle one may have it
-    for _ in range(2):
+    assert len(_asked(rig, "slow")) == 1  # the fast one will have done these four sooner
+    for number in range(6, 14):
+        rig.ask("c", number)
+    (_, late) = _asked(rig, "slow")
+    assert late.number >= 9
+    assert len(_asked(rig, "fast")) == 2
+
+
+def test_a_worker_that_was_slow_once_is_tried_again() -> None:
+    rig = Rig()
+    rig.worker("fast", credits=1)
+    rig.worker("slow", credits=1)
+    rig.client("c")
+    rig.ask("c", 0)
+    rig.ask("c", 1)
+    for name, seconds in (("fast", 0.1), ("slow", 0.4)):
+        rig.now += seconds
+        rig.reply(name, _asked(rig, name)[0], compute_s=seconds)
+    for number in range(2, 40):
+        rig.ask("c", number)
+        rig.ask("c", 100 + number)
         rig.now += 0.1
-        rig.reply("fast", _last(rig, "fast"), compute_s=0.1)
-    assert _requests(rig, "slow") == 2  # and now had a credit more
+        rig.reply("fast", _asked(rig, "fast")[-1], compute_s=0.1)
+        rig.from_client("c", m.Cancel(rig.id("c", 100 + number)))
+    assert len(_asked(rig, "slow")) == 2
 
 
-def _requests(rig: Rig, name: str) -> int:
-    return sum(isinstance(message, m.Request) for message in rig.sent[name])
-
-
-def _last(rig: Rig, name: str) -> m.RequestId:
-    return [each.id for each in rig.sent[name] if isinstance(each, m.Request)][-1]
+def _asked(rig: Rig, name: str) -> list[m.RequestId]:
+    return [each.id for each in rig.sent[name] if isinstance(each, m.Request)]
