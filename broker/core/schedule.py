@@ -43,6 +43,8 @@ class Candidates:
         self._numbers = itertools.count()
         #: worker -> number of its newest item; older items are nothing any more
         self._newest: dict[WorkerSession, int] = {}
+        #: items since the last sweep, at least as many as there are in the heaps
+        self._n_items = 0
 
     def __len__(self) -> int:
         return len(self._newest)
@@ -55,7 +57,8 @@ class Candidates:
         number = self._newest[worker] = next(self._numbers)
         heap = self._classes.setdefault(_speed_class(worker), [])
         heapq.heappush(heap, (worker.busy_until, number, worker))
-        if sum(map(len, self._classes.values())) > 4 * len(self._newest) + 64:
+        self._n_items += 1
+        if self._n_items > 4 * len(self._newest) + 64:
             self._sweep()
 
     def discard(self, worker: WorkerSession) -> None:
@@ -103,6 +106,7 @@ class Candidates:
         return found
 
     def _sweep(self) -> None:
+        self._n_items = len(self._newest)
         for name, heap in list(self._classes.items()):
             true = [item for item in heap if self._newest.get(item[2]) == item[1]]
             heapq.heapify(true)
