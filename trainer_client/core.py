@@ -299,6 +299,9 @@ class ClientCore:
             self._answered(link, packet, now)
         elif isinstance(message, m.MappingWanted):
             self._offer(link, message.mapping_id)
+        elif isinstance(message, m.RequestWanted):
+            if message.id in self.in_flight[link.endpoint]:
+                self.tickets[message.id].resend_at = now
         elif isinstance(message, m.Refused):
             self._log("error", "refused", endpoint=link.endpoint, text=message.text)
             self._fail_if_refused()

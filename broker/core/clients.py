@@ -45,7 +45,7 @@ class Clients:
         client.connection = connection
         client.last_seen = now
         self._ledger.client_connections[connection] = client
-        self._ledger.room.free_sent(client.id, client.requests)
+        self._ledger.reply_room.free_sent(client.id, client.requests)
         self._ledger.welcome(Side.CLIENT, connection)
 
     def disconnected(self, client: ClientSession, now: float) -> None:
@@ -54,7 +54,7 @@ class Clients:
         del self._ledger.client_connections[client.connection]
         client.connection = None
         client.last_seen = now
-        self._ledger.room.free_sent(client.id, client.requests)
+        self._ledger.reply_room.free_sent(client.id, client.requests)
         self._ledger.log(
             "info", "client_disconnected", client=client.id, requests=len(client.requests)
         )
@@ -87,7 +87,7 @@ class Clients:
             del self._ledger.client_connections[client.connection]
         for request_id in list(client.requests):
             self._requests.drop(self._ledger.entries[request_id], cancel=True)
-        self._ledger.room.forget(client.id)
+        self._ledger.reply_room.forget(client.id)
         self._ledger.log("info", "client_left", client=client.id, reason=reason)
 
     def cancel(self, client: ClientSession, packet: Packet, now: float) -> None:
@@ -95,7 +95,7 @@ class Clients:
         request_id = cast(m.Cancel, packet.message).id
         if request_id.client == client.id:
             self._ledger.answers.discard(request_id)
-            self._ledger.room.free(request_id)
+            self._ledger.reply_room.free(request_id)
         entry = self._ledger.entries.get(request_id)
         if entry is not None and request_id in client.requests:
             self._requests.drop(entry, cancel=True)
@@ -105,7 +105,7 @@ class Clients:
         for request_id in cast(m.Received, packet.message).ids:
             if request_id.client == client.id:
                 self._ledger.answers.discard(request_id)
-                self._ledger.room.free(request_id)
+                self._ledger.reply_room.free(request_id)
 
     def mapping_offer(self, client: ClientSession, packet: Packet, now: float) -> None:
         """The content of a mapping that requests wait for."""

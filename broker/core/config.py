@@ -38,6 +38,11 @@ class BrokerConfig:
     max_client_bytes: int = 1 * GIB
     #: And for all clients together.
     max_total_bytes: int = 8 * GIB
+    #: Requests that may lie here for one client: a window of much longer ones than trainers send.
+    #: What is over is let go, and asked for again when there is room.
+    max_client_request_bytes: int = 128 * MIB
+    #: And for all clients together.
+    max_total_request_bytes: int = 1 * GIB
     #: Answers kept until the client says it has them: a resend costs no second forward.
     held_answer_bytes: int = 256 * MIB
     #: And no longer than this: its client has given the request up, or its acknowledgement is lost.
@@ -55,7 +60,7 @@ class BrokerConfig:
     def __post_init__(self) -> None:
         positive = (
             "window heartbeat_s liveness_s max_losses held_answer_s hello_s max_strangers "
-            "max_client_bytes max_total_bytes"
+            "max_client_bytes max_total_bytes max_client_request_bytes max_total_request_bytes"
         )
         for name in positive.split():
             if getattr(self, name) <= 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
@@ -58,12 +57,8 @@ class Dispatcher:
         if mapping and mapping not in ledger.mappings:  # evicted while it waited
             pool.queue.remove(entry)
             self.take(entry, pool, now, again=True)
-        elif not ledger.room.fits_client(entry.client, entry.n_tokens):
+        elif ledger.waiting_for_reply_room.must_wait(entry):
             pool.queue.remove(entry)
-            ledger.parked.setdefault(entry.client, {})[entry.id] = entry
-        elif not ledger.room.fits_total(entry.client, entry.n_tokens):
-            pool.queue.remove(entry)
-            ledger.crowded[entry.id] = entry
         else:
             return False
         return True
@@ -73,27 +68,21 @@ class Dispatcher:
         ledger = self._ledger
         ledger.poolless.pop(entry.id, None)
         ledger.suspected.pop(entry.id, None)
-        ledger.crowded.pop(entry.id, None)
-        _discard(ledger.parked, entry.client, entry)
-        _discard(ledger.mappingless, entry.request.mapping_id, entry)
+        ledger.waiting_for_reply_room.discard(entry)
+        ledger.waiting_for_request_room.discard(entry)
+        if ledger.recalled.pop(entry.id, None):
+            ledger.request_room.free(entry.id)
+        mapping = entry.request.mapping_id
+        if waiting := ledger.mappingless.get(mapping):
+            waiting.pop(entry.id, None)
+            if not waiting:
+                del ledger.mappingless[mapping]
         if entry.pool:
             ledger.pools[entry.pool].queue.remove(entry)
 
     def use_room(self, now: float) -> None:
         """Where replies have made room, serve who waited for it before all new ones."""
-        room = self._ledger.room
-        for client_id in room.take_freed():
-            self._unpark(self._ledger.parked.get(client_id, {}), room.fits_client, now)
-            self._unpark(self._ledger.crowded, room.fits_total, now)
-
-    def _unpark(
-        self, waiting: dict[m.RequestId, Entry], fits: Callable[[str, int], bool], now: float
-    ) -> None:
-        while waiting:
-            entry = next(iter(waiting.values()))
-            if not fits(entry.client, entry.n_tokens):
-                return
-            self.unqueue(entry)
+        for entry in self._ledger.waiting_for_reply_room.take_ready():
             self.take(entry, self._ledger.pools[entry.pool], now, again=True)
 
     def _assign(
@@ -113,7 +102,7 @@ class Dispatcher:
         ledger.measures.assigned(entry, now)
         worker.running[entry.id] = now
         ledger.pools[worker.model].choice.put(worker)
-        ledger.room.expect(entry.id, entry.n_tokens)
+        ledger.reply_room.expect(entry)
         entry.workers.add(worker.id)
         ledger.counters["assignments"] += 1
         ledger.forward(Side.WORKER, worker.connection, packet)
@@ -155,11 +144,3 @@ def _by_wire(packet: Packet) -> Packet:
     if request.direct is None:
         return packet
     return encode(replace(request, direct=None), packet.payload)
-
-
-def _discard(waiting: dict[str, dict[m.RequestId, Entry]], key: str, entry: Entry) -> None:
-    """Take an entry from one of the groups; a group does not stay empty."""
-    if group := waiting.get(key):
-        group.pop(entry.id, None)
-        if not group:
-            del waiting[key]

@@ -40,8 +40,9 @@ def validate(core: BrokerCore) -> None:
             "suspected": request_id in core.suspected,
             "without its mapping": request_id in core.mappingless.get(entry.request.mapping_id, {}),
             "queued": entry in queue,
-            "parked": request_id in core.parked.get(entry.client, {}),
-            "crowded out": request_id in core.crowded,
+            "waiting for room for its reply": entry in core.waiting_for_reply_room,
+            "waiting for room": entry in core.waiting_for_request_room,
+            "recalled": request_id in core.recalled,
         }
         assert sum(places.values()) == 1, f"{entry} is in these places: {places}"
         assert all(request_id in core.workers[worker].running for worker in entry.workers)
@@ -49,8 +50,16 @@ def validate(core: BrokerCore) -> None:
     assert core.bereft.items() <= core.entries.items()
     assert core.suspected.keys() <= core.bereft.keys()
     assert core.hedged == {id_ for id_, entry in core.entries.items() if entry.hedge}
-    core.room.validate()
-    assert all(core.parked.values())
+    for each in (
+        core.request_room,
+        core.waiting_for_request_room,
+        core.reply_room,
+        core.waiting_for_reply_room,
+    ):
+        each.validate()
+    kept = {request_id: e.nbytes for request_id, e in core.entries.items() if e.packet is not None}
+    kept |= {request_id: e.nbytes for request_id, e in core.recalled.items()}
+    assert core.request_room.taken_bytes == sum(kept.values())
     core.mappings.validate()
     core.answers.validate()
 

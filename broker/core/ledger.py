@@ -14,7 +14,7 @@ from broker.core.config import BrokerConfig
 from broker.core.events import Action, Log, Send, Side
 from broker.core.measures import Measures
 from broker.core.pool import Pool
-from broker.core.room import Room
+from broker.core.room import ReplyRoom, Room, Waiting
 from broker.core.state import ClientSession, Entry, PacketStore, WorkerSession
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
@@ -47,11 +47,14 @@ class Ledger:
         self.hedged: set[m.RequestId] = set()
         self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
         self.measures = Measures()
-        self.room = Room(config.max_client_bytes, config.max_total_bytes)
-        #: client -> its requests that wait because it has enough replies, in order
-        self.parked: dict[str, dict[m.RequestId, Entry]] = {}
-        #: requests that wait because all clients together have, in order
-        self.crowded: dict[m.RequestId, Entry] = {}
+        self.request_room = Room(config.max_client_request_bytes, config.max_total_request_bytes)
+        #: requests whose payload was let go, and will be asked for when there is room for it
+        self.waiting_for_request_room = Waiting(self.request_room, lambda entry: entry.nbytes)
+        #: those that were asked for again; the room for them is taken
+        self.recalled: dict[m.RequestId, Entry] = {}
+        self.reply_room = ReplyRoom(config.max_client_bytes, config.max_total_bytes)
+        #: requests that are not given to a worker yet, for want of room for the reply
+        self.waiting_for_reply_room = Waiting(self.reply_room, self.reply_room.expected_bytes)
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._timer_numbers = itertools.count()
         self._actions: list[Action] = []
@@ -132,6 +135,7 @@ COUNTERS = (
     "failures",
     "resends",
     "answered_again",
+    "recalls",
     "requeues",
     "hedges",
     "hedges_won",

@@ -34,15 +34,15 @@ class BrokerCore(Ledger):
     def __init__(self, incarnation: str, config: BrokerConfig | None = None) -> None:
         super().__init__(incarnation, config or BrokerConfig())
         self._dispatcher = Dispatcher(self)
-        requests = Requests(self, self._dispatcher)
-        self._clients = Clients(self, requests)
-        self._workers = Workers(self, requests, self._dispatcher)
+        self._requests = Requests(self, self._dispatcher)
+        self._clients = Clients(self, self._requests)
+        self._workers = Workers(self, self._requests, self._dispatcher)
         self._handlers: dict[Side, _Handlers] = {
             Side.CLIENT: {
                 m.ClientHello: self._clients.hello,
                 m.Heartbeat: self._clients.heartbeat,
                 m.Goodbye: self._clients.goodbye,
-                m.Request: requests.accept,
+                m.Request: self._requests.accept,
                 m.Cancel: self._clients.cancel,
                 m.Received: self._clients.acknowledged,
                 m.MappingOffer: self._clients.mapping_offer,
@@ -67,6 +67,7 @@ class BrokerCore(Ledger):
             self._bad_bytes(event)
         self.run_timers(now)
         self._dispatcher.use_room(now)
+        self._requests.recall()
         return self.take_actions()
 
     def goodbye(self) -> list[Action]:

@@ -32,7 +32,7 @@ class Requests:
             ledger.log("warning", "foreign_request", client=client.id, request=str(request.id))
         elif (held := ledger.answers.get(request.id)) is not None:
             ledger.counters["answered_again"] += 1
-            ledger.room.owe(request.id, request.n_tokens, held.nbytes)
+            ledger.reply_room.owe(request.id, request.n_tokens, held.nbytes)
             ledger.forward(Side.CLIENT, client.connection, held)
         elif (entry := ledger.entries.get(request.id)) is not None:
             self._asked_again(entry, packet, client, now)
@@ -41,21 +41,48 @@ class Requests:
             text = f"{there} requests are under way, the window is {window}"
             ledger.answer(client, m.Failure(request.id, "over_window", text))
         else:
-            entry = Entry(request, packet, client.job, now, now + request.ttl_s)
+            entry = Entry(request, None, client.job, now, now + request.ttl_s)
             ledger.entries[request.id] = entry
             client.requests.add(request.id)
             ledger.counters["requests"] += 1
-            self.route(entry, now)
+            if self._keep(entry, packet):
+                self.route(entry, now)
 
     def _asked_again(self, entry: Entry, packet: Packet, client: ClientSession, now: float) -> None:
         request = cast(m.Request, packet.message)
         self._ledger.counters["resends"] += 1
         entry.expires_at = now + request.ttl_s
-        if entry.packet is None:  # a worker brought it along from before a restart
-            entry.packet, entry.request, entry.job = packet, request, client.job
+        if entry.packet is None and entry.workers:  # one has it from before a restart
+            entry.request, entry.job = request, client.job
             client.requests.add(entry.id)
+        if entry.packet is None and self._keep(entry, packet) and not entry.workers:
+            self.route(entry, now)
         if entry.id in self._ledger.mappingless.get(request.mapping_id, {}):
             self._ledger.answer(client, m.MappingWanted(request.mapping_id))
+
+    def _keep(self, entry: Entry, packet: Packet) -> bool:
+        """Whether there is room for the request's payload; without, it is asked for again later.
+
+        What a worker has already is kept in any case: it may have to be given to another.
+        """
+        ledger = self._ledger
+        entry.nbytes = packet.nbytes
+        ledger.waiting_for_request_room.discard(entry)
+        asked_for = ledger.recalled.pop(entry.id, None) is not None
+        if not asked_for and not entry.workers and ledger.waiting_for_request_room.must_wait(entry):
+            return False
+        ledger.request_room.put(entry.id, entry.nbytes)
+        entry.packet = packet
+        return True
+
+    def recall(self) -> None:
+        """Where requests have made room, ask for those that were let go."""
+        ledger = self._ledger
+        for entry in ledger.waiting_for_request_room.take_ready():
+            ledger.request_room.put(entry.id, entry.nbytes)
+            ledger.recalled[entry.id] = entry
+            ledger.counters["recalls"] += 1
+            ledger.answer(ledger.clients[entry.client], m.RequestWanted(entry.id))
 
     def route(self, entry: Entry, now: float, *, again: bool = False) -> None:
         """Find the pool that serves an entry; without one it waits for it."""
@@ -211,9 +238,11 @@ class Requests:
             return
         entry.hedge = ""
         self._ledger.hedged.discard(entry.id)
-        self._ledger.room.free(entry.id)
-        if entry.packet is None:  # its client asks again, if it is there
+        self._ledger.reply_room.free(entry.id)
+        if entry.packet is None:  # from before a restart: its client has it, if it is there
             self.drop(entry, cancel=False)
+            if (client := self._ledger.clients.get(entry.client)) is not None:
+                self._ledger.answer(client, m.RequestWanted(entry.id))
         else:
             self._ledger.counters["requeues"] += 1
             self.route(entry, now, again=True)
@@ -233,7 +262,7 @@ class Requests:
         if client is not None:
             client.answered += 1
             if client.connection is not None and isinstance(answer.message, m.Reply):
-                self._ledger.room.owe(entry.id, entry.n_tokens, answer.nbytes)
+                self._ledger.reply_room.owe(entry.id, entry.n_tokens, answer.nbytes)
             self._ledger.forward(Side.CLIENT, client.connection, answer)
 
     def _hold(self, request_id: m.RequestId, answer: Packet, now: float) -> None:
@@ -253,8 +282,9 @@ class Requests:
         """Forget a request wherever it is; workers that run it are told if ``cancel``."""
         del self._ledger.entries[entry.id]
         self._ledger.bereft.pop(entry.id, None)
+        self._ledger.request_room.free(entry.id)
         self._ledger.hedged.discard(entry.id)
-        self._ledger.room.free(entry.id)
+        self._ledger.reply_room.free(entry.id)
         self._dispatcher.unqueue(entry)
         if (client := self._ledger.clients.get(entry.client)) is not None:
             client.requests.discard(entry.id)

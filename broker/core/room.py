@@ -1,21 +1,23 @@
-"""How many bytes of replies the broker may have for each client, and for all together.
+"""How many bytes the broker may have for each client, and for all together.
 
-A reply lies here from its arrival until its client says that it has it. So a request is given to a
-worker only when there is room for its reply; until then it waits, and so does its caller. How large
-a reply will be is learned from those before: a client's requests are much alike.
+A request lies here with its payload until it is answered. A reply lies here from its arrival until
+its client says that it has it; so a request is given to a worker only when there is room for its
+reply, and until then it waits, and so does its caller. How large a reply will be is learned from
+those before: a client's requests are much alike.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 
+from broker.core.state import Entry
 from broker.protocol.messages import RequestId
 
 
 class Room:
-    """Bytes expected from workers, or sent to clients and not acknowledged.
-
-    Whoever has nothing outstanding may always have one reply, however large.
+    """Bytes that are taken, by client and request. Whoever has nothing may always have one thing,
+    however large.
     """
 
     def __init__(self, client_bytes: int, total_bytes: int) -> None:
@@ -25,34 +27,24 @@ class Room:
         self._freed: dict[str, None] = {}
         #: client -> request -> bytes; no empty ones
         self._taken: defaultdict[str, dict[RequestId, int]] = defaultdict(dict)
-        #: client -> bytes of its last reply, for one token
-        self._bytes_per_token: dict[str, float] = {}
-        self._last_bytes_per_token: float | None = None
 
-    def fits_client(self, client: str, n_tokens: int) -> bool:
-        """Whether this client may have a reply to so many tokens."""
+    def fits_client(self, client: str, nbytes: int) -> bool:
+        """Whether this client may have so much more."""
         taken = self._taken.get(client)
-        if not taken:
-            return True
-        return sum(taken.values()) + self._expected(client, n_tokens) <= self.client_bytes
+        return not taken or sum(taken.values()) + nbytes <= self.client_bytes
 
-    def fits_total(self, client: str, n_tokens: int) -> bool:
-        """Whether there is room for it beside everybody else's."""
-        more = self._expected(client, n_tokens)
-        return not self._taken or self.taken_bytes + more <= self.total_bytes
+    def fits_total(self, client: str, nbytes: int) -> bool:
+        """Whether there is so much more beside what all have."""
+        return not self._taken or self.taken_bytes + nbytes <= self.total_bytes
 
-    def expect(self, request_id: RequestId, n_tokens: int) -> None:
-        """A worker computes this reply."""
-        self._put(request_id, self._expected(request_id.client, n_tokens))
-
-    def owe(self, request_id: RequestId, n_tokens: int, nbytes: int) -> None:
-        """The reply came, and is on its way to the client."""
-        known = self._last_bytes_per_token = nbytes / max(1, n_tokens)
-        self._bytes_per_token[request_id.client] = known
-        self._put(request_id, nbytes)
+    def put(self, request_id: RequestId, nbytes: int) -> None:
+        """Take so much, in place of what the request had."""
+        self.free(request_id)
+        self._taken[request_id.client][request_id] = nbytes
+        self.taken_bytes += nbytes
 
     def free(self, request_id: RequestId) -> None:
-        """The client has it, or nobody wants it any more."""
+        """It is no longer there, or nobody wants it any more."""
         taken = self._taken.get(request_id.client)
         if taken is None or request_id not in taken:
             return
@@ -60,6 +52,41 @@ class Room:
         self._freed[request_id.client] = None
         if not taken:
             del self._taken[request_id.client]
+
+    def take_freed(self) -> list[str]:
+        """Clients for whom anything was freed since the last call."""
+        freed, self._freed = list(self._freed), {}
+        return freed
+
+    def validate(self) -> None:
+        """Check every invariant; raises ``AssertionError``."""
+        assert all(self._taken.values())
+        assert self.taken_bytes == sum(sum(taken.values()) for taken in self._taken.values())
+
+
+class ReplyRoom(Room):
+    """Bytes of replies: expected from workers, or sent to clients and not acknowledged."""
+
+    def __init__(self, client_bytes: int, total_bytes: int) -> None:
+        super().__init__(client_bytes, total_bytes)
+        #: client -> bytes of its last reply, for one token
+        self._bytes_per_token: dict[str, float] = {}
+        self._last_bytes_per_token: float | None = None
+
+    def expected_bytes(self, entry: Entry) -> int:
+        """As the client's last reply, or anybody's; before any, a quarter of what it may have."""
+        known = self._bytes_per_token.get(entry.client, self._last_bytes_per_token)
+        return self.client_bytes // 4 if known is None else int(known * max(1, entry.n_tokens))
+
+    def expect(self, entry: Entry) -> None:
+        """A worker computes this reply."""
+        self.put(entry.id, self.expected_bytes(entry))
+
+    def owe(self, request_id: RequestId, n_tokens: int, nbytes: int) -> None:
+        """The reply came, and is on its way to the client."""
+        known = self._last_bytes_per_token = nbytes / max(1, n_tokens)
+        self._bytes_per_token[request_id.client] = known
+        self.put(request_id, nbytes)
 
     def forget(self, client: str) -> None:
         """The client has left."""
@@ -72,22 +99,56 @@ class Room:
         for request_id in [id_ for id_ in self._taken.get(client, {}) if id_ not in unfinished]:
             self.free(request_id)
 
-    def take_freed(self) -> list[str]:
-        """Clients for whom anything was freed since the last call."""
-        freed, self._freed = list(self._freed), {}
-        return freed
 
-    def _expected(self, client: str, n_tokens: int) -> int:
-        """As its last reply, or anybody's; before any, a quarter of what a client may have."""
-        known = self._bytes_per_token.get(client, self._last_bytes_per_token)
-        return self.client_bytes // 4 if known is None else int(known * max(1, n_tokens))
+class Waiting:
+    """Requests for which there is no room now, in the order in which they came."""
 
-    def _put(self, request_id: RequestId, nbytes: int) -> None:
-        self.free(request_id)
-        self._taken[request_id.client][request_id] = nbytes
-        self.taken_bytes += nbytes
+    def __init__(self, room: Room, size: Callable[[Entry], int]) -> None:
+        self._room = room
+        self._size = size
+        #: client -> its requests that wait because it has enough itself; no empty ones
+        self._parked: dict[str, dict[RequestId, Entry]] = {}
+        #: requests that wait because all clients together have enough
+        self._crowded: dict[RequestId, Entry] = {}
+
+    def __contains__(self, entry: Entry) -> bool:
+        return entry.id in self._crowded or entry.id in self._parked.get(entry.client, {})
+
+    def must_wait(self, entry: Entry) -> bool:
+        """Whether there is no room for it; then it is here now."""
+        nbytes = self._size(entry)
+        if not self._room.fits_client(entry.client, nbytes):
+            self._parked.setdefault(entry.client, {})[entry.id] = entry
+        elif not self._room.fits_total(entry.client, nbytes):
+            self._crowded[entry.id] = entry
+        else:
+            return False
+        return True
+
+    def discard(self, entry: Entry) -> None:
+        """It waits no longer."""
+        self._crowded.pop(entry.id, None)
+        if parked := self._parked.get(entry.client):
+            parked.pop(entry.id, None)
+            if not parked:
+                del self._parked[entry.client]
+
+    def take_ready(self) -> Iterator[Entry]:
+        """Those for which there is room now; what the caller does with one counts for the next."""
+        for client in self._room.take_freed():
+            yield from self._take(self._parked.get(client, {}), self._room.fits_client)
+            yield from self._take(self._crowded, self._room.fits_total)
+
+    def _take(
+        self, waiting: dict[RequestId, Entry], fits: Callable[[str, int], bool]
+    ) -> Iterator[Entry]:
+        while waiting:
+            entry = next(iter(waiting.values()))
+            if not fits(entry.client, self._size(entry)):
+                return
+            self.discard(entry)
+            yield entry
 
     def validate(self) -> None:
         """Check every invariant; raises ``AssertionError``."""
-        assert all(self._taken.values())
-        assert self.taken_bytes == sum(sum(taken.values()) for taken in self._taken.values())
+        assert all(self._parked.values())

@@ -65,11 +65,14 @@ class Entry:
     """One request from acceptance to answer: queued, waiting for its mapping, or running."""
 
     request: Request
-    #: None for a request that a worker brought along and whose client has not asked again yet
+    #: None for a request that a worker brought along and whose client has not asked again yet, and
+    #: for one that is waiting for room
     packet: Packet | None
     job: str
     accepted_at: float
     expires_at: float
+    #: of the packet
+    nbytes: int = 0
     #: the pool that took it, once one has
     pool: str = ""
     #: since when it has waited for one

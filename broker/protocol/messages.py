@@ -313,6 +313,14 @@ class Draining:
     KIND: ClassVar[int] = 15
 
 
+@dataclass(frozen=True, slots=True)
+class RequestWanted:
+    """The broker had no room for this request's payload, and has it now: send it again."""
+
+    KIND: ClassVar[int] = 16
+    id: RequestId
+
+
 Message = Union[  # noqa: UP007 - evaluated at run time, on Python 3.10 too
     ClientHello,
     WorkerHello,
@@ -329,6 +337,7 @@ Message = Union[  # noqa: UP007 - evaluated at run time, on Python 3.10 too
     MappingWanted,
     MappingOffer,
     Draining,
+    RequestWanted,
 ]
 
 #: Why a request can end without a result, and who says so.
