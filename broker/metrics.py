@@ -18,6 +18,7 @@ _COUNTED = {
     "failures": "Requests that ended without a result.",
     "resends": "Requests that trainers sent again while they were here.",
     "answered_again": "Requests answered from the held answers, without another forward.",
+    "recalls": "Requests asked for again, because there had been no room for their payload.",
     "requeues": "Requests queued again after their worker was lost or failed.",
     "hedges": "Requests run a second time elsewhere, because their worker was slow.",
     "hedges_won": "Of these, requests that the second worker answered first.",

@@ -302,6 +302,8 @@ class ClientCore:
         elif isinstance(message, m.RequestWanted):
             if message.id in self.in_flight[link.endpoint]:
                 self.tickets[message.id].resend_at = now
+            else:
+                self._send(link.endpoint, m.Cancel(message.id))
         elif isinstance(message, m.Refused):
             self._log("error", "refused", endpoint=link.endpoint, text=message.text)
             self._fail_if_refused()

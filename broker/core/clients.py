@@ -93,11 +93,12 @@ class Clients:
     def cancel(self, client: ClientSession, packet: Packet, now: float) -> None:
         """It no longer wants one of its requests."""
         request_id = cast(m.Cancel, packet.message).id
-        if request_id.client == client.id:
-            self._ledger.answers.discard(request_id)
-            self._ledger.reply_room.free(request_id)
+        if request_id.client != client.id:
+            return
+        self._ledger.answers.discard(request_id)
+        self._ledger.reply_room.free(request_id)
         entry = self._ledger.entries.get(request_id)
-        if entry is not None and request_id in client.requests:
+        if entry is not None:
             self._requests.drop(entry, cancel=True)
 
     def acknowledged(self, client: ClientSession, packet: Packet, now: float) -> None:

@@ -80,6 +80,8 @@ class _Maker:
                 held_mapping_bytes=rng.choice((200, 1 << 20, 1 << 20)),
                 max_client_bytes=(1, 700, 1 << 30)[self.seed % 3],
                 max_total_bytes=(500, 8 << 30)[self.seed % 2],
+                max_client_request_bytes=(1, 400, 1 << 30)[self.seed // 6 % 3],
+                max_total_request_bytes=(1 << 30, 600)[self.seed // 18 % 2],
             )  # fmt: skip
         for n, name in enumerate(self.workers):
             self._add(

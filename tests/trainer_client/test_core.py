@@ -329,6 +329,19 @@ def test_a_wanted_mapping_is_offered() -> None:
     assert [log.event for log in rig.logs if log.level == "warning"] == ["unknown_mapping_wanted"]
 
 
+def test_a_wanted_request_is_sent_again_or_is_not_wanted_any_more() -> None:
+    rig = Rig()
+    rig.welcome()
+    request = rig.submit(1)
+    assert isinstance(request.message, m.Request)
+    assert rig.requests() == [1]
+    rig.arrive(m.RequestWanted(request.message.id))
+    assert rig.requests() == [1]
+    rig.reply(request)
+    rig.arrive(m.RequestWanted(request.message.id))
+    assert rig.sent[-1][1] == m.Cancel(request.message.id)
+
+
 def test_a_refusal_by_the_only_broker_ends_all_requests() -> None:
     rig = Rig()
     rig.welcome()
