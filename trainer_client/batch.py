@@ -1,13 +1,13 @@
 """What a target gives for one training batch, and the contract of every target backend.
 
 The field names and ``to_trainer_inputs`` follow NeMo AutoModel's ``Eagle3TargetBatch``; the
-``hidden`` encoding (``last_hidden_state``) is ours and moves a fifth of the bytes.
+encodings ``hidden`` (``last_hidden_state``) and ``topk`` are ours and move a fifth of the bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -22,9 +22,20 @@ class LmHeadRows:
     bias: Tensor | None = None  # [D]
 
 
+#: What a batch has beside the tokens and the aux states, but for logits.
+_SUPERVISION = (
+    "target_probs",
+    "last_hidden_state",
+    "topk_log_probs",
+    "topk_ids",
+    "rest_mass",
+    "position_mask",
+)
+
+
 @dataclass(frozen=True)
 class Eagle3TargetBatch:
-    """Supervision for one batch: exactly one of logits, target_probs or last_hidden_state.
+    """Supervision for one batch: exactly one of logits, target_probs, last_hidden_state, topk.
 
     B batch, T tokens, H target hidden size, V target vocabulary, D draft vocabulary. *Shifted*
     means moved left by one with zeros at the end, so that slot t speaks of token t + 1.
@@ -40,6 +51,9 @@ class Eagle3TargetBatch:
     target_probs: Tensor | None = None  # [B, T, D] float32, shifted
     position_mask: Tensor | None = None  # [B, T, 1] bool: target's argmax is in the draft vocab
     last_hidden_state: Tensor | None = None  # [B, T, H] after the final norm, shifted
+    topk_log_probs: Tensor | None = None  # [B, T, K] float32 over the draft vocab, shifted
+    topk_ids: Tensor | None = None  # [B, T, K] draft ids, int16 or int32
+    rest_mass: Tensor | None = None  # [B, T, 1] float32: the probability of all other draft ids
 
     def __post_init__(self) -> None:
         sources = {
@@ -49,6 +63,15 @@ class Eagle3TargetBatch:
             "last_hidden_state with position_mask": self.last_hidden_state is not None
             and self.position_mask is not None
             and self.logits is None,
+            "topk_log_probs, topk_ids and rest_mass with position_mask": all(
+                tensor is not None
+                for tensor in (
+                    self.topk_log_probs,
+                    self.topk_ids,
+                    self.rest_mass,
+                    self.position_mask,
+                )
+            ),
         }
         if sum(sources.values()) != 1:
             given = [name for name, there in sources.items() if there]
@@ -56,6 +79,19 @@ class Eagle3TargetBatch:
                 f"a batch carries exactly one source of supervision, got {given or 'none'}; "
                 f"give one of {list(sources)}"
             )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Eagle3TargetBatch:
+        """The same batch with each of its tensors changed."""
+        return Eagle3TargetBatch(**{name: change(t) for name, t in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to_trainer_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments for :class:`trainer_client.eagle3.unroll.Eagle3Unroll`."""
@@ -67,17 +103,7 @@ class Eagle3TargetBatch:
         }
         if self.logits is not None:
             return inputs | {"target_logits": self.logits}
-        assert self.position_mask is not None  # by __post_init__
-        if self.target_probs is not None:
-            return inputs | {
-                "target_probs": self.target_probs,
-                "position_mask": self.position_mask,
-            }
-        assert self.last_hidden_state is not None
-        return inputs | {
-            "last_hidden_state": self.last_hidden_state,
-            "position_mask": self.position_mask,
-        }
+        return inputs | {n: t for n, t in self._tensors().items() if n in _SUPERVISION}
 
 
 class BatchHandle(Protocol):
@@ -86,6 +112,9 @@ class BatchHandle(Protocol):
     def result(self, timeout: float | None = None) -> Eagle3TargetBatch: ...
 
     def cancel(self) -> bool: ...
+
+    def done(self) -> bool:
+        """Whether ``result`` would come at once."""
 
 
 class HasWeight(Protocol):
@@ -103,7 +132,7 @@ class TargetBackend(Protocol):
 
     @property
     def encoding(self) -> str:
-        """What batches carry: ``logits``, ``probs`` or ``hidden``."""
+        """What batches carry: ``logits``, ``probs``, ``hidden`` or ``topk``."""
 
     def model_info(self) -> Mapping[str, Any]: ...
 

@@ -16,7 +16,7 @@ from worker.targets import as_target
 from worker.targets.contract import describe
 
 #: ``logits`` is the seed's: the full vocabulary [B, T, V], projected by the trainer.
-ENCODINGS = ("probs", "hidden", "logits")
+ENCODINGS = ("probs", "hidden", "topk", "logits")
 
 
 class ColocatedTarget:
@@ -134,3 +134,7 @@ class LazyBatch:
             if self._batch is None:
                 self._tokens = None
             return self._batch is None
+
+    def done(self) -> bool:
+        """Whether it is computed already."""
+        return self._batch is not None

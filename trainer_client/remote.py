@@ -57,12 +57,15 @@ class RemoteEagle3TargetModel:
 
     ``urls`` are broker endpoints (``tcp://host:5555``); with several, requests are spread over them
     and fail over. ``timeout`` seconds times ``max_retries + 1`` is the deadline of a request: until
-    then it survives lost connections, workers and brokers. ``encoding`` is what the workers send
-    (``probs``: the contract's ``target_probs``; ``hidden``: the last hidden state, a fifth of the
-    bytes; ``auto``: ``hidden`` where it is offered). ``model`` may be empty where the broker has
-    one model. ``direct`` says how large tensors may come past the broker (``auto``, a backend,
-    ``off``, or all of :class:`DirectConfig`). ``key`` and ``broker_key`` are
-    for brokers that want keys, as for :class:`trainer_client.service.Client`.
+    then it survives lost connections, workers and brokers. ``model`` may be empty where the broker
+    has one model. ``direct`` says how large tensors may come past the broker (``auto``, a backend,
+    ``off``, or all of :class:`DirectConfig`). With ``host_batches`` what came by wire stays on the
+    CPU, for a trainer that copies it while it computes. ``key`` and ``broker_key`` are for brokers
+    that want keys, as for :class:`trainer_client.service.Client`.
+
+    ``encoding`` is what the workers send: ``probs``, the contract's ``target_probs``; ``hidden``,
+    the last hidden state, a fifth of the bytes; ``topk``, the most likely tokens, fewer bytes and
+    not exact; ``auto``, which is ``hidden`` where that is offered, else ``probs``.
 
     Errors are :class:`trainer_client.errors.RequestError`; see there.
     """
@@ -81,6 +84,7 @@ class RemoteEagle3TargetModel:
         rank: int = 0,
         config: ClientConfig | None = None,
         direct: DirectConfig | str = "auto",
+        host_batches: bool = False,
         trace: Trace | None = None,
         key: KeyLike | None = None,
         broker_key: KeyLike | Sequence[KeyLike] | None = None,
@@ -104,6 +108,7 @@ class RemoteEagle3TargetModel:
             broker_key=broker_key,
         )
         self._device = torch.device(device)
+        self._host_batches = host_batches
         self._deadline_s = float(timeout) * (max_retries + 1)
         self._model = model
         self._wanted_encoding = encoding
@@ -142,7 +147,7 @@ class RemoteEagle3TargetModel:
 
     @property
     def encoding(self) -> str:
-        """What the workers send: ``probs`` or ``hidden``."""
+        """What the workers send: ``probs``, ``hidden`` or ``topk``."""
         if self._wanted_encoding != "auto":
             return self._wanted_encoding
         return "hidden" if "hidden" in self._info["encodings"] else "probs"
@@ -228,6 +233,11 @@ class RemoteEagle3TargetModel:
         )
         return RemoteHandle(pending, lambda answer: self._batch(answer, attention_mask))
 
+    @property
+    def window(self) -> int:
+        """How many requests the brokers take without an answer, all together; 0: not known yet."""
+        return self._client.window
+
     def counters(self) -> dict[str, int]:
         """Requests, replies, resends and the like of this client."""
         return self._client.counters()
@@ -266,5 +276,5 @@ class RemoteEagle3TargetModel:
                 tensor.is_cuda
             ):  # it came directly, on a stream of its channel's, and is used on ours
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        tensors = {name: tensor.to(self._device) for name, tensor in answer.tensors.items()}
-        return Eagle3TargetBatch(attention_mask=attention_mask.to(self._device), **tensors)
+        batch = Eagle3TargetBatch(attention_mask=attention_mask, **answer.tensors)
+        return batch if self._host_batches else batch.map(lambda t: t.to(self._device))
