@@ -16,7 +16,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 import zmq
@@ -33,6 +32,7 @@ from broker.protocol.names import own_name
 from broker.protocol.sockets import Dealer
 from broker.service import Broker
 from tests.keyring import Keyring
+from tests.zmtp import connect, frame, greeting, null_handshake
 
 CONFIG = BrokerConfig(hello_s=0.5, max_strangers=64, liveness_s=60)
 
@@ -92,24 +92,6 @@ def healthy(broker: Broker, keyring: Keyring) -> Iterator[Healthy]:
     peer.close()
 
 
-def connect(endpoint: str) -> socket.socket:
-    where = urlsplit(endpoint)
-    return socket.create_connection((where.hostname, where.port), timeout=20)
-
-
-def greeting(mechanism: bytes = b"NULL") -> bytes:
-    return b"\xff" + bytes(8) + b"\x7f\x03\x00" + mechanism.ljust(20, b"\0") + bytes(32)
-
-
-def null_handshake(sock: socket.socket) -> None:
-    """The whole of ZMTP's handshake as a DEALER without keys."""
-    ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
-    sock.sendall(greeting() + b"\x04" + bytes([len(ready)]) + ready)
-    theirs = sock.recv(64 + 2, socket.MSG_WAITALL)
-    if theirs[12:17] != b"CURVE":
-        sock.recv(theirs[-1], socket.MSG_WAITALL)
-
-
 def hung_up(sock: socket.socket) -> bool:
     """Wait until the other side closes; True when it did within the socket's timeout."""
     try:
@@ -120,10 +102,6 @@ def hung_up(sock: socket.socket) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-def frame(body: bytes, *, more: bool = False) -> bytes:
-    return bytes([2 | more]) + struct.pack(">Q", len(body)) + body
 
 
 def eventually(condition: Callable[[], object], seconds: float = 20.0) -> None:
