@@ -78,7 +78,7 @@ class Load:
         return BASE_BYTES + self.clients * CONNECTION_BYTES + limits
 
 
-FULL = Load(clients=1000, reply_bytes=256 * MIB)
+FULL = Load(clients=1000, reply_bytes=256 * MIB, rounds=2)
 SMALL = Load(clients=100, reply_bytes=32 * MIB)
 
 
@@ -96,8 +96,8 @@ class Figures:
 
 
 def measure(load: Load, **limits: int) -> Figures:
-    """Put the load on a broker with the load's limits, but for these; until all is done that can be,
-    or at twice the memory that the formula allows.
+    """Put the load on a broker with the load's limits, but for these, until all is done that can
+    be, or it has twice the memory that the formula allows.
     """
     began = time.monotonic()
     figures = Figures(formula_bytes=load.formula_bytes)
