@@ -154,6 +154,20 @@ FAULTS = (
         f"{_DOORS}::test_a_broker_without_descriptors_goes_on",
     ),
     Fault(
+        "file descriptors run out",
+        "at a worker or a trainer, whose connection is cut",
+        "it connects again when there are some, and the log says why it could not",
+        "tests/integration/test_descriptors.py::"
+        "test_a_worker_without_descriptors_goes_on_when_it_has_some",
+    ),
+    Fault(
+        "clients ask for as many large replies as they may, and read nothing",
+        "at the broker, with 1,000 others",
+        "the others are served; memory stays within its formula",
+        "tests/integration/test_memory.py::"
+        "test_1000_clients_and_replies_of_256_mib_stay_within_the_formula",
+    ),
+    Fault(
         "the disk is full",
         "while a checkpoint is written",
         "one sentence; the older checkpoints stay",
