@@ -89,6 +89,7 @@ def worker(
     import torch
 
     from broker.notify import notify
+    from broker.signals import wait_until
     from worker.service import Worker
     from worker.targets import load_factory, load_target
 
@@ -134,4 +135,4 @@ def worker(
     signal.signal(signal.SIGINT, leave)
     with service:
         notify("READY=1")
-        service.wait()
+        wait_until(service.wait)
