@@ -8,16 +8,18 @@ from typing import cast
 
 import zmq
 
-from broker.connections import Connection, Connections, cut
+from broker.connections import Allowance, Connection, Connections, cut
 from broker.core import BadBytes, BrokerConfig, ConnectionLost, Event, Received, Send, Side
 from broker.errors import BrokerError
 from broker.protocol import RemoteProtocolError, VersionMismatchError, decode
-from broker.protocol.sockets import HANDSHAKE_FAILED, Curve, Monitor, configure
+from broker.protocol.sockets import HANDSHAKE_FAILED, Curve, Monitor, configure, receive
 
 #: Messages taken from one socket before the other gets a turn.
 _BATCH = 64
 #: How often strangers are looked at, while there are any connections.
 _SWEEP_S = 0.2
+#: What a frame takes on the wire beside its bytes, at the most: ZMTP's 9 bytes, CURVE's 33.
+_FRAME_OVERHEAD_BYTES = 42
 #: What a stopping broker waits for its goodbyes to leave.
 _LINGER_S = 0.5
 
@@ -44,9 +46,7 @@ class Port:
         self.limits = config.limits
         self._keyed = curve is not None
         self._note = note
-        #: before its hello a connection is good for one header, and some
-        allowance = config.limits.max_header_bytes + 65536
-        self.connections = Connections(known, config.hello_s, config.max_strangers, allowance)
+        self.connections = Connections(known, _allowance(side, config))
         self.next_sweep: float | None = None
         self._events: list[Event] = []
         self.socket = context.socket(zmq.ROUTER)
@@ -74,11 +74,12 @@ class Port:
         self._read_monitor(now)
         for _ in range(_BATCH):
             try:
-                name, *frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                name, *frames = receive(self.socket, self.limits.max_frames + 2)
             except zmq.Again:
                 break
-            self.received_bytes += sum(map(len, frames))
-            self._receive(name.bytes, frames, now)
+            nbytes = sum(map(len, frames))
+            self.received_bytes += nbytes
+            self._receive(name.bytes, frames, nbytes, now)
         events, self._events = self._events, []
         return events
 
@@ -88,7 +89,7 @@ class Port:
         for connection in surplus:
             self._cut(connection, "too many connections without a hello")
         if self.next_sweep is not None and now >= self.next_sweep:
-            for connection, why in self.connections.overdue(now):
+            for connection, why in self.connections.overdue(now) + self.connections.overdrawn():
                 self._cut(connection, why)
             self.next_sweep = now + _SWEEP_S if len(self.connections) else None
         return len(surplus)
@@ -109,9 +110,13 @@ class Port:
             else:
                 self._note("handshake_failed", side=self.side.value, why=_handshake(event, value))
 
-    def _receive(self, name: bytes, frames: list[zmq.Frame], now: float) -> None:
+    def _receive(self, name: bytes, frames: list[zmq.Frame], nbytes: int, now: float) -> None:
         connection = self._connection(name, frames, now)
         if connection is None:
+            return
+        connection.taken_bytes += nbytes + len(frames) * _FRAME_OVERHEAD_BYTES
+        if frames[-1].more:
+            self._cut(connection, f"a message of more than {len(frames)} frames")
             return
         if self.connections.too_strange(connection):
             self._cut(connection, "many messages and no hello")
@@ -156,12 +161,25 @@ class Port:
             if error.errno == zmq.EHOSTUNREACH:
                 return False
             raise
-        self.sent_bytes += sum(map(len, action.frames))
+        nbytes = sum(map(len, action.frames))
+        self.sent_bytes += nbytes
+        self.connections.sent(action.connection, nbytes)
         return True
 
     def close(self) -> None:
         self.monitor.close()
         self.socket.close(linger=int(1000 * _LINGER_S))
+
+
+def _allowance(side: Side, config: BrokerConfig) -> Allowance:
+    limits, of_clients = config.limits, side is Side.CLIENT
+    return Allowance(
+        config.hello_s,
+        config.max_strangers,
+        strange_bytes=limits.max_header_bytes + 65536,  # a hello, and some
+        message_bytes=limits.max_request_bytes if of_clients else limits.max_reply_bytes,
+        queued_bytes=config.max_client_bytes if of_clients else config.max_total_bytes,
+    )
 
 
 def _handshake(event: int, value: int) -> str:

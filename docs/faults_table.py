@@ -216,6 +216,24 @@ FAULTS = (
         f"{_DOORS}::test_a_message_that_never_ends_cannot_fill_the_memory",
     ),
     Fault(
+        "a message without end",
+        "from a peer with a session",
+        "it is cut off within a second or two",
+        f"{_DOORS}::test_a_peers_message_without_end_is_cut_off",
+    ),
+    Fault(
+        "a message of very many frames",
+        "from any peer",
+        "it is cut off; the others wait while it is read",
+        f"{_DOORS}::test_a_message_of_very_many_frames_is_not_kept",
+    ),
+    Fault(
+        "a client says that it has its replies, and takes none",
+        "at the broker",
+        "it is cut off before they are more than its share and one",
+        f"{_DOORS}::test_a_peer_that_only_says_that_it_has_its_replies_is_cut_off",
+    ),
+    Fault(
         "a key is revoked",
         "while its worker computes",
         "the worker is cut off, its requests go to another",

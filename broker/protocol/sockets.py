@@ -69,6 +69,20 @@ def configure(sock: zmq.Socket[bytes], limits: Limits, curve: Curve | None = Non
         curve.apply(sock)
 
 
+def receive(sock: zmq.Socket[bytes], max_frames: int) -> list[zmq.Frame]:
+    """The frames of the next message, or the first ``max_frames``: then the last of them says
+    ``more``, and the rest is dropped. libzmq limits the size of a frame and not their number.
+
+    Raises ``zmq.Again`` where there is no message.
+    """
+    frames = [frame := sock.recv(zmq.NOBLOCK, copy=False)]
+    while frame.more:
+        frame = sock.recv(copy=False)
+        if len(frames) < max_frames:
+            frames.append(frame)
+    return frames
+
+
 #: number and value of an event, as libzmq's monitors send them
 _EVENT = struct.Struct("=Hi")
 
