@@ -18,7 +18,7 @@ _STRANGE_MESSAGES = 64
 #: Where ``tcpi_bytes_acked`` and, behind it, ``tcpi_bytes_received`` lie in ``struct tcp_info``.
 _TCP_BYTES = struct.Struct("=QQ")
 _TCP_BYTES_AT = 120
-#: Connections with a session that are looked at in one sweep: 1 ms for all.
+#: Connections with a session that are looked at in one sweep: 2 ms for all.
 _LOOKS = 256
 #: What the kernel may hold beyond the message in hand, twice libzmq's buffer for a socket.
 _SLACK_BYTES = 16 << 20
