@@ -15,7 +15,6 @@ import time
 import uuid
 import weakref
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from broker.credentials import KeyLike, credentials
@@ -179,12 +178,7 @@ class Worker:
     def __enter__(self) -> Worker:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def __repr__(self) -> str:
