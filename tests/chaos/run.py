@@ -144,8 +144,8 @@ class Run:
         cluster.start_broker()
         for number in range(N_WORKERS):
             cluster.start_worker(f"worker{number}")
-        cluster.wait_for_workers(N_WORKERS)
         self.round("undisturbed", lambda: None)
+        cluster.wait_for_workers(N_WORKERS)
         self.result.median_step_s = self.steps.median_s
         self.wanted = weights(cluster.output)
         self.usual = self._usage()
