@@ -35,9 +35,10 @@ check: venv ## Lint, format and types
 sim: venv ## 10,000 simulated schedules of faults; SEED=n replays one and tells its story
 	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED))
 
-chaos: venv ## Train a draft through ten minutes of faults, then through 500 cut connections
+chaos: venv ## Train drafts through ten minutes of faults, 500 cut connections, 8 broker restarts
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(or $(SEED),0)
 	$(BIN)/python -m tests.chaos --cuts 500 --seed $(or $(SEED),0) --output build/chaos-cuts.json
+	$(BIN)/python -m tests.chaos --restarts 8 --output build/chaos-restarts.json
 
 test-engines: venv ## Load an exported draft in speculators and vLLM (an environment of its own)
 	tests/engines/run.sh

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import resource
 from collections.abc import Sequence
 
+from broker import operators
 from broker.addresses import is_local
 from broker.allow import AllowList
 from broker.core import Side
 from broker.errors import BrokerError
-from broker.keys import KeyFileError, PublicKey, Role, SecretKey, parse, read_secret, require_curve
-from broker.logs import log
+from broker.keys import KeyFileError, PublicKey, Role, SecretKey, read_secret, require_curve
 from broker.protocol.sockets import Curve
 from broker.zap import Refusal
 
-_logger = logging.getLogger("draftmq.broker")
 ROLES = {Side.CLIENT: Role.TRAINER, Side.WORKER: Role.WORKER}
 #: How often files of keys are looked at.
 REREAD_S = 2.0
@@ -67,13 +65,7 @@ class Access:
 
     def admits_operator(self, token: str) -> bool:
         """Whether this is the secret key of an operator on the allow-list."""
-        try:
-            key = parse(token, "the token")
-        except KeyFileError:
-            return False
-        if not isinstance(key, SecretKey) or self._allowed is None:
-            return False
-        return self._allowed.find(Role.OPERATOR, key.public.key) is not None
+        return self._allowed is not None and operators.admits(self._allowed, token)
 
     def explain(self, refusal: Refusal) -> str:
         """Why a key was refused, for the log."""
@@ -85,15 +77,7 @@ class Access:
 
     def reread(self, *, forced: bool = False) -> bool:
         """Read the allow-list again if it changed; whether it did. A bad one changes nothing."""
-        if self._allowed is None or not (forced or self._allowed.changed()):
-            return False
-        try:
-            self._allowed.reread()
-        except KeyFileError as error:
-            log(_logger, "error", "allow_list_kept", {"error": str(error)})
-            return False
-        log(_logger, "info", "allow_list_read", {"keys": len(self._allowed)})
-        return True
+        return self._allowed is not None and self._allowed.refresh(forced=forced)
 
     def check_ports(self, *addresses: str) -> None:
         """Raises :class:`BrokerError` for an address that strangers reach and nothing guards."""
@@ -110,15 +94,7 @@ class Access:
 
         Raises :class:`BrokerError` where it should and no operator is on the allow-list.
         """
-        if self._insecure or is_local(f"tcp://{address}"):
-            return False
-        if self._allowed is None or not any(key.role is Role.OPERATOR for key in self._allowed):
-            raise BrokerError(
-                f"'{address}' can be reached from other machines, and anyone could look; put an "
-                "operator's key on the --allow list (draftmq keygen --role operator), listen on "
-                "127.0.0.1, or say --insecure where the network itself keeps strangers out"
-            )
-        return True
+        return operators.guards(address, self._allowed or (), insecure=self._insecure)
 
 
 def max_connections() -> int:

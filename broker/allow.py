@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from broker.keys import KeyFileError, PublicKey, Role, parse_public, read_text
+from broker.logs import log
+
+_logger = logging.getLogger("draftmq.allow")
 
 
 def parse_list(text: str, where: str) -> list[PublicKey]:
@@ -53,6 +57,18 @@ class AllowList:
     def changed(self) -> bool:
         """Whether a file has changed, come or gone since the keys were last read."""
         return self._state() != self._seen
+
+    def refresh(self, *, forced: bool = False) -> bool:
+        """Read the files again if they changed; whether they did. Bad ones change nothing."""
+        if not (forced or self.changed()):
+            return False
+        try:
+            self.reread()
+        except KeyFileError as error:
+            log(_logger, "error", "allow_list_kept", {"error": str(error)})
+            return False
+        log(_logger, "info", "allow_list_read", {"keys": len(self)})
+        return True
 
     def reread(self) -> None:
         """Read all files again; the new keys hold from now on, or none of them."""

@@ -78,6 +78,7 @@ def broker(
     from broker.access import raise_descriptor_limit
     from broker.notify import notify
     from broker.service import Broker
+    from broker.signals import wait_until
 
     try:
         config = BrokerConfig(
@@ -110,7 +111,7 @@ def broker(
         }
         logging.getLogger("draftmq.broker").info("listening", extra={"fields": fields})
         notify("READY=1")
-        service.wait()
+        wait_until(service.wait)
         notify("STOPPING=1")
     if service.failed:
         raise BrokerError("the broker ended on an error of its own; see the log above")

@@ -6,17 +6,22 @@ file descriptor, and :func:`cut` shuts that down, which libzmq sees as the peer'
 
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
-import sys
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 #: Messages taken from a connection before its hello; a peer of ours sends a handful at most.
 _STRANGE_MESSAGES = 64
-#: Where ``tcpi_bytes_received`` lies in Linux's ``struct tcp_info``.
-_BYTES_RECEIVED_AT = 128
+#: Where ``tcpi_bytes_acked`` and, behind it, ``tcpi_bytes_received`` lie in ``struct tcp_info``.
+_TCP_BYTES = struct.Struct("=QQ")
+_TCP_BYTES_AT = 120
+#: Connections with a session that are looked at in one sweep: 2 ms for all.
+_LOOKS = 256
+#: What the kernel may hold beyond the message in hand, twice libzmq's buffer for a socket.
+_SLACK_BYTES = 16 << 20
 _LINGER_NOT = struct.pack("ii", 1, 0)
 
 T = TypeVar("T")
@@ -33,23 +38,51 @@ class Connection:
     messages: int = 0
     #: bytes that came on it while it had a session, which are not held against it
     excused_bytes: int = 0
+    #: on the wire: all messages that we have taken, and those that we have sent
+    taken_bytes: int = 0
+    sent_bytes: int = 0
+    largest_bytes: int = 0
+    #: what had been taken when far more than that had come
+    suspected_at_bytes: int = -1
+
+    def account(self, acked_bytes: int, received_bytes: int) -> tuple[int, int]:
+        """``(queued, unfinished)`` bytes: sent and not on the peer's machine, come and not taken.
+
+        What the kernel has counted beyond our own count is written off: handshakes, ZMTP's pings.
+        """
+        self.sent_bytes = max(self.sent_bytes, acked_bytes)
+        self.taken_bytes = min(self.taken_bytes, received_bytes)
+        return self.sent_bytes - acked_bytes, received_bytes - self.taken_bytes
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What connections may do: until a hello is accepted, and afterwards.
+
+    A stranger has ``hello_s`` to say hello, may send ``strange_bytes`` and a few messages until
+    then, and there are at most ``max_strangers``: over that the oldest goes, since an honest hello
+    takes milliseconds. With a session a connection may send ``message_bytes`` until a message ends,
+    and leave ``queued_bytes`` and one message untaken. libzmq has no limit for either, but the
+    kernel counts the bytes of each connection.
+    """
+
+    hello_s: float
+    max_strangers: int
+    strange_bytes: int
+    message_bytes: int = 1 << 62
+    queued_bytes: int = 1 << 62
 
 
 class Connections:
     """Connections by descriptor: *strangers*, oldest first, until the core knows them.
 
-    A stranger has ``hello_s`` to say hello, may send ``max_bytes`` and a few messages until then,
-    and there are at most ``max_strangers``: over that the oldest goes, since an honest hello takes
-    milliseconds. ``known`` are the ROUTER's names of connections with a session.
+    ``known`` are the ROUTER's names of connections with a session.
     """
 
-    def __init__(
-        self, known: Container[bytes], hello_s: float, max_strangers: int, max_bytes: int
-    ) -> None:
+    def __init__(self, known: Container[bytes], allowance: Allowance) -> None:
         self._known_names = known
-        self._hello_s = hello_s
-        self._max_strangers = max_strangers
-        self._max_bytes = max_bytes
+        self._allowance = allowance
+        self._by_name: dict[bytes, Connection] = {}
         self._strangers: dict[int, Connection] = {}
         self._known: dict[int, Connection] = {}
 
@@ -74,7 +107,15 @@ class Connections:
         connection = self._known.get(descriptor) or self._strangers.get(descriptor)
         if connection is not None:
             connection.name, connection.user = name, user
+            self._by_name[name] = connection
         return connection
+
+    def sent(self, name: bytes, nbytes: int) -> None:
+        """A message was queued for it."""
+        connection = self._by_name.get(name)
+        if connection is not None:
+            connection.sent_bytes += nbytes
+            connection.largest_bytes = max(connection.largest_bytes, nbytes)
 
     def too_strange(self, connection: Connection) -> bool:
         """Count a message; whether that was one too many for a connection without a hello."""
@@ -86,20 +127,45 @@ class Connections:
 
     def closed(self, descriptor: int) -> Connection | None:
         """It is gone; what was known of it."""
-        return self._known.pop(descriptor, None) or self._strangers.pop(descriptor, None)
+        known = self._known.pop(descriptor, None) or self._strangers.pop(descriptor, None)
+        if known is not None:
+            self._by_name.pop(known.name, None)
+        return known
 
     def surplus(self, at_most: int) -> list[Connection]:
         """The strangers that must go for no more than ``at_most`` connections to remain."""
         found: list[Connection] = []
         strangers = iter(list(self._strangers.values()))
         while (
-            len(self._strangers) - len(found) > self._max_strangers
+            len(self._strangers) - len(found) > self._allowance.max_strangers
             or len(self) - len(found) > at_most
         ) and (connection := next(strangers, None)):
             if connection.name in self._known_names:
                 self._known[connection.descriptor] = self._strangers.pop(connection.descriptor)
             else:
                 found.append(connection)
+        return found
+
+    def overdrawn(self) -> list[tuple[Connection, str]]:
+        """Connections with a session that send without end, or do not take what is theirs.
+
+        A few in each call, in turns.
+        """
+        found = []
+        for connection in list(itertools.islice(self._known.values(), _LOOKS)):
+            self._known[connection.descriptor] = self._known.pop(connection.descriptor)
+            if (counted := _tcp_bytes(connection.descriptor)) is None:
+                continue
+            queued, unfinished = connection.account(*counted)
+            if queued > self._allowance.queued_bytes + connection.largest_bytes + _SLACK_BYTES:
+                found.append((connection, f"{queued} bytes that it does not take"))
+            elif unfinished <= self._allowance.message_bytes + _SLACK_BYTES:
+                connection.suspected_at_bytes = -1
+            elif connection.suspected_at_bytes != connection.taken_bytes:
+                # whole messages, perhaps, that we have not come to; the next look will tell
+                connection.suspected_at_bytes = connection.taken_bytes
+            else:
+                found.append((connection, f"{unfinished} bytes and no end of the message"))
         return found
 
     def overdue(self, now: float) -> list[tuple[Connection, str]]:
@@ -114,10 +180,12 @@ class Connections:
             excused = connection.excused_bytes
             if connection.name in self._known_names:
                 self._known[connection.descriptor] = self._strangers.pop(connection.descriptor)
-            elif now - connection.since >= self._hello_s:
-                found.append((connection, f"no hello within {self._hello_s:g} s"))
-            elif _bytes_received(connection.descriptor) > excused + self._max_bytes:
-                found.append((connection, f"over {self._max_bytes} bytes and no hello"))
+            elif now - connection.since >= self._allowance.hello_s:
+                found.append((connection, f"no hello within {self._allowance.hello_s:g} s"))
+            elif _bytes_received(connection.descriptor) > excused + self._allowance.strange_bytes:
+                found.append(
+                    (connection, f"over {self._allowance.strange_bytes} bytes and no hello")
+                )
         return found
 
 
@@ -147,15 +215,27 @@ def port_of(address: object) -> object:
 
 def _bytes_received(descriptor: int) -> int:
     """What the kernel took for a connection; 0 where it does not say."""
+    counted = _tcp_bytes(descriptor)
+    return counted[1] if counted is not None else 0
+
+
+def _tcp_bytes(descriptor: int) -> tuple[int, int] | None:
+    """``(acked, received)``: what the peer's machine has of ours, and ours of the peer's.
+
+    None where the kernel does not say: it is no TCP connection, or not Linux.
+    """
     option = getattr(socket, "TCP_INFO", None)
     if option is None:
-        return 0
+        return None
 
-    def ask(sock: socket.socket) -> int:
-        info = sock.getsockopt(socket.IPPROTO_TCP, option, _BYTES_RECEIVED_AT + 8)
-        return int.from_bytes(info[_BYTES_RECEIVED_AT:], sys.byteorder)
+    def ask(sock: socket.socket) -> tuple[int, int] | None:
+        info = sock.getsockopt(socket.IPPROTO_TCP, option, _TCP_BYTES_AT + _TCP_BYTES.size)
+        if len(info) < _TCP_BYTES_AT + _TCP_BYTES.size:
+            return None
+        acked, received = _TCP_BYTES.unpack_from(info, _TCP_BYTES_AT)
+        return acked, received
 
-    return _borrow(descriptor, ask, 0)
+    return _borrow(descriptor, ask, None)
 
 
 def _borrow(descriptor: int, use: Callable[[socket.socket], T], otherwise: T) -> T:

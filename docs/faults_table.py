@@ -154,6 +154,20 @@ FAULTS = (
         f"{_DOORS}::test_a_broker_without_descriptors_goes_on",
     ),
     Fault(
+        "file descriptors run out",
+        "at a worker or a trainer, whose connection is cut",
+        "it connects again when there are some, and the log says why it could not",
+        "tests/integration/test_descriptors.py::"
+        "test_a_worker_without_descriptors_goes_on_when_it_has_some",
+    ),
+    Fault(
+        "clients ask for as many large replies as they may, and read nothing",
+        "at the broker, with 1,000 others",
+        "the others are served; memory stays within its formula",
+        "tests/integration/test_memory.py::"
+        "test_1000_clients_and_replies_of_256_mib_stay_within_the_formula",
+    ),
+    Fault(
         "the disk is full",
         "while a checkpoint is written",
         "one sentence; the older checkpoints stay",
@@ -200,6 +214,24 @@ FAULTS = (
         "before a hello",
         "the stranger is cut off; memory is bounded",
         f"{_DOORS}::test_a_message_that_never_ends_cannot_fill_the_memory",
+    ),
+    Fault(
+        "a message without end",
+        "from a peer with a session",
+        "it is cut off within a second or two",
+        f"{_DOORS}::test_a_peers_message_without_end_is_cut_off",
+    ),
+    Fault(
+        "a message of very many frames",
+        "from any peer",
+        "it is cut off; the others wait while it is read",
+        f"{_DOORS}::test_a_message_of_very_many_frames_is_not_kept",
+    ),
+    Fault(
+        "a client says that it has its replies, and takes none",
+        "at the broker",
+        "it is cut off before they are more than its share and one",
+        f"{_DOORS}::test_a_peer_that_only_says_that_it_has_its_replies_is_cut_off",
     ),
     Fault(
         "a key is revoked",

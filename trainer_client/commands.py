@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from broker import logs
+from broker.operators import options as operator_options
 from trainer_client.errors import DataError, TrainerClientError
 from trainer_client.export import export_checkpoint, read_draft
 from trainer_client.lint import check_draft
@@ -103,6 +104,7 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--timeout-s", default=120.0, help="Patience with one request, before retries.")
 @click.option("--retries", default=3, help="A request's deadline is timeout x (retries + 1).")
 @click.option("--http", help="Serve /metrics on HOST:PORT, each rank on PORT plus its rank.")
+@operator_options
 @click.option(
     "--trace",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -128,6 +130,8 @@ def train(
     timeout_s: float,
     retries: int,
     http: str | None,
+    allow: tuple[Path, ...],
+    insecure: bool,
     trace: Path | None,
     trace_broker: tuple[str, ...],
     as_json: bool,
@@ -151,7 +155,7 @@ def train(
         local = os.environ.get("LOCAL_RANK", "0")
         device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     job = job or str(settings.output.resolve())
-    observed = Observed(ranks.rank, http, trace, trace_broker)
+    observed = Observed(ranks.rank, http, trace, trace_broker, allow=allow, insecure=insecure)
     target = RemoteEagle3TargetModel(
         list(broker),
         device=device,

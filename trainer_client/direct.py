@@ -18,7 +18,7 @@ from broker.protocol.tensors import shaped
 from worker.direct.backend import Backend
 from worker.direct.config import DirectConfig, choose, host_id
 from worker.direct.rendezvous import End, join
-from worker.direct.runner import Move, Runner
+from worker.direct.runner import Ending, Move, Runner
 
 _logger = logging.getLogger("draftmq.client")
 #: Told how a transfer ended: its tensors, or why it failed. May be told a failure twice.
@@ -45,8 +45,7 @@ class Receiver:
         self._device = torch.device(device)
         #: by the worker's name: it has one channel with us at a time
         self._peers: dict[str, _Peer] = {}
-        #: closed, and perhaps still freeing what they held
-        self._ending: list[Runner] = []
+        self._ending = Ending()
         log(_logger, "info", "direct", {"choice": str(self.choice)})
 
     @property
@@ -87,8 +86,7 @@ class Receiver:
         """Free whoever waits and end all channels."""
         for worker in list(self._peers):
             self._drop(worker, "the client leaves")
-        for runner in self._ending:
-            runner.join()
+        self._ending.join()
 
     def summary(self) -> str:
         """One line for operators: what was chosen and why, and how the channels are."""
@@ -126,8 +124,7 @@ class Receiver:
     def _drop(self, worker: str, why: str) -> None:
         peer = self._peers.pop(worker, None)
         if peer is not None:
-            peer.runner.close(why)
-            self._ending = [runner for runner in self._ending if runner.running] + [peer.runner]
+            self._ending.close(peer.runner, why)
 
     def _drop_idle(self) -> None:
         now = time.monotonic()

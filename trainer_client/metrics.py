@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from broker.errors import BrokerError
 from broker.exposition import Metric, Sample, Snapshot, one
 from broker.http import HttpServer
 from broker.measures import Histogram
+from broker.operators import door
 from broker.pages import peer_pages
 from trainer_client.core import COUNTERS
 from trainer_client.errors import TrainerClientError
@@ -52,12 +54,18 @@ class Measures:
 
 @contextlib.contextmanager
 def served(
-    address: str | None, rank: int, snapshot: Callable[[], dict[str, Any]]
+    address: str | None,
+    rank: int,
+    snapshot: Callable[[], dict[str, Any]],
+    *,
+    allow: Sequence[str | os.PathLike[str]] = (),
+    insecure: bool = False,
 ) -> Iterator[str | None]:
     """Serve ``/metrics``, ``/status`` and ``/healthz`` on ``HOST:PORT``; gives where.
 
     Each rank has a port of its own: the first rank's, plus its rank. Raises
-    :class:`TrainerClientError` when that one is not to be had.
+    :class:`TrainerClientError` when that one is not to be had, or other machines reach it and
+    neither an operator's key is in ``allow`` nor ``insecure`` is said.
     """
     if not address:
         yield None
@@ -67,7 +75,8 @@ def served(
         raise TrainerClientError(f"{address!r} is no address; give --http HOST:PORT")
     number = int(port) + rank if int(port) else 0
     try:
-        server = HttpServer(f"{host}:{number}", peer_pages(METRICS, snapshot))
+        admits = door(f"{host}:{number}", allow, insecure=insecure)
+        server = HttpServer(f"{host}:{number}", peer_pages(METRICS, snapshot), admits)
     except BrokerError as error:
         raise TrainerClientError(str(error)) from error
     server.start()

@@ -26,17 +26,27 @@ _logger = logging.getLogger("draftmq.client")
 class Observed:
     """One rank as others see it: on ``http`` while it trains, in the file ``trace`` afterwards.
 
-    ``brokers`` are the HTTP addresses of those whose times belong in the trace. Raises
+    ``brokers`` are the HTTP addresses of those whose times belong in the trace. ``allow`` and
+    ``insecure`` say who may look, as in :func:`trainer_client.metrics.served`. Raises
     :class:`TrainerClientError` at once where the file cannot be written.
     """
 
     def __init__(
-        self, rank: int, http: str | None, trace: Path | None, brokers: Sequence[str]
+        self,
+        rank: int,
+        http: str | None,
+        trace: Path | None,
+        brokers: Sequence[str],
+        *,
+        allow: Sequence[Path] = (),
+        insecure: bool = False,
     ) -> None:
         self.rank = rank
         self.trace = Trace(f"trainer rank {rank}") if trace is not None else None
         self.measures = Measures()
         self._http = http
+        self._allow = allow
+        self._insecure = insecure
         self._brokers = brokers
         #: the first rank's file is as asked for, the others' say their rank
         self._path = trace.with_stem(f"{trace.stem}-rank{rank}") if trace and rank else trace
@@ -58,7 +68,11 @@ class Observed:
     def of(self, target: RemoteEagle3TargetModel) -> Iterator[None]:
         """Watch a training run that asks this target; however it ends, the trace is written."""
         with served(
-            self._http, self.rank, lambda: target.snapshot() | {"training": self.measures.plain()}
+            self._http,
+            self.rank,
+            lambda: target.snapshot() | {"training": self.measures.plain()},
+            allow=self._allow,
+            insecure=self._insecure,
         ) as address:
             if address is not None:
                 log(_logger, "info", "listening", {"http": address, "rank": self.rank})

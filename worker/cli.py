@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from broker import logs
+from broker.operators import options as operator_options
 from worker.direct import options as direct_options
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class _Layers(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--http", help="Serve /metrics, /status and /healthz on HOST:PORT (default: nowhere)."
 )
+@operator_options
 @logs.options
 def worker(
     broker: tuple[str, ...],
@@ -76,6 +79,8 @@ def worker(
     name: str | None,
     direct: DirectConfig,
     http: str | None,
+    allow: tuple[Path, ...],
+    insecure: bool,
 ) -> None:
     """Serve a frozen target until SIGTERM, which drains: finish what is held, take nothing new.
 
@@ -84,6 +89,7 @@ def worker(
     import torch
 
     from broker.notify import notify
+    from broker.signals import wait_until
     from worker.service import Worker
     from worker.targets import load_factory, load_target
 
@@ -112,6 +118,8 @@ def worker(
         drain_s=drain_s,
         direct=direct,
         http=http,
+        allow=allow,
+        insecure=insecure,
         key=key,
         broker_key=broker_key,
     )
@@ -127,4 +135,4 @@ def worker(
     signal.signal(signal.SIGINT, leave)
     with service:
         notify("READY=1")
-        service.wait()
+        wait_until(service.wait)

@@ -15,7 +15,6 @@ import time
 import uuid
 import weakref
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from broker.credentials import KeyLike, credentials
@@ -23,6 +22,7 @@ from broker.errors import BrokerError
 from broker.http import HttpServer
 from broker.keys import Role
 from broker.logs import log
+from broker.operators import door
 from broker.pages import peer_pages
 from broker.protocol import Limits, Packet
 from broker.protocol import messages as m
@@ -47,7 +47,8 @@ class Worker:
     here when one ends. :meth:`drain` (what SIGTERM does to the command) finishes what is held and
     leaves; :meth:`stop` leaves at once, and the broker gives its requests to others. ``direct``
     says how tensors may go to clients past the broker. ``http`` is ``HOST:PORT`` of ``/metrics``,
-    ``/status`` and ``/healthz``, or None.
+    ``/status`` and ``/healthz``, or None; where other machines reach it, it is for the operators
+    whose public keys are in the files ``allow``, or with ``insecure`` for anyone.
 
     ``key`` (a file) and ``broker_key`` (a file, or the key's text; one for all brokers or one for
     each) are for brokers that want keys; see :func:`broker.credentials.credentials`.
@@ -64,6 +65,8 @@ class Worker:
         drain_s: float = 30.0,
         direct: DirectConfig | None = None,
         http: str | None = None,
+        allow: Sequence[KeyLike] = (),
+        insecure: bool = False,
         key: KeyLike | None = None,
         broker_key: KeyLike | Sequence[KeyLike] | None = None,
     ) -> None:
@@ -89,6 +92,8 @@ class Worker:
         )
         self.measures = Measures()
         self._http_address = http
+        self._allow = allow
+        self._insecure = insecure
         self._http: HttpServer | None = None
         #: what the compute thread is to do, in order; None ends it
         self._work: queue.SimpleQueue[Compute | Learn | Forget | None] = queue.SimpleQueue()
@@ -104,10 +109,15 @@ class Worker:
         )
 
     def start(self) -> Worker:
-        """Connect and serve. Raises :class:`WorkerError` when the HTTP port is not to be had."""
+        """Connect and serve.
+
+        Raises :class:`WorkerError` when the HTTP port is not to be had, or is open to strangers.
+        """
         if self._http_address is not None:
             try:
-                self._http = HttpServer(self._http_address, peer_pages(METRICS, self.snapshot))
+                admits = door(self._http_address, self._allow, insecure=self._insecure)
+                shown = peer_pages(METRICS, self.snapshot)
+                self._http = HttpServer(self._http_address, shown, admits)
             except BrokerError as error:
                 raise WorkerError(str(error)) from error
             self._http.start()
@@ -168,12 +178,7 @@ class Worker:
     def __enter__(self) -> Worker:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def __repr__(self) -> str:

@@ -67,6 +67,7 @@ def chaos(
     from broker.chaos.control import Control
     from broker.chaos.proxy import ChaosProxy
     from broker.chaos.script import load_script
+    from broker.signals import wait_until
 
     rules = _rules(**faults)
     if script is not None:
@@ -91,7 +92,7 @@ def chaos(
             "seed": seed or 0,
         }
         logging.getLogger("draftmq.chaos").info("listening", extra={"fields": fields})
-        ending.wait(duration)
+        wait_until(ending.wait, duration)
         if server is not None:
             server.stop()
         snapshot = proxy.snapshot()

@@ -9,7 +9,6 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
 from typing import Any, TypeVar
 
 from broker.chaos.addresses import (
@@ -116,12 +115,7 @@ class ChaosProxy:
     def __enter__(self) -> ChaosProxy:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property

@@ -127,9 +127,10 @@ class PeerLoop:
     def _read(self, dealer: Dealer) -> None:
         endpoint = dealer.endpoint
         for up, why in dealer.changes():
-            if why and why != self.core.links[endpoint].trouble:
-                self._logger.warning("cannot_connect", extra={"fields": {"why": why}})
-            self._handle(Connected(endpoint) if up else Disconnected(endpoint, why))
+            if up:
+                self._handle(Connected(endpoint))
+            else:
+                self._disconnected(endpoint, why)
         for _ in range(_BATCH):
             frames = dealer.receive()
             if frames is None:
@@ -144,6 +145,11 @@ class PeerLoop:
                 packet = lost_message(self.core.links[endpoint])
             self._handle(Arrived(endpoint, packet))
 
+    def _disconnected(self, endpoint: str, why: str) -> None:
+        if why and why != self.core.links[endpoint].trouble:
+            self._logger.warning("cannot_connect", extra={"fields": {"why": why}})
+        self._handle(Disconnected(endpoint, why))
+
     def _handle(self, event: Any) -> None:
         self._act(self.core.handle(event, time.monotonic()))
 
@@ -152,6 +158,7 @@ class PeerLoop:
             if isinstance(action, SendTo):
                 self._dealers[action.endpoint].send(action.packet.frames)
             elif isinstance(action, Reopen):
-                self._dealers[action.endpoint].reopen()
+                if why := self._dealers[action.endpoint].reopen():
+                    self._disconnected(action.endpoint, why)
             else:
                 self._perform(action)

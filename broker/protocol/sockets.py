@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import struct
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from broker.protocol.wire import Buffer
 _SOCKET_BUFFER_BYTES = 4 << 20
 #: Time for a handshake, also on a loaded machine; what has not finished it then is closed.
 _HANDSHAKE_MS = 5000
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -67,6 +69,20 @@ def configure(sock: zmq.Socket[bytes], limits: Limits, curve: Curve | None = Non
         curve.apply(sock)
 
 
+def receive(sock: zmq.Socket[bytes], max_frames: int) -> list[zmq.Frame]:
+    """The frames of the next message, or the first ``max_frames``: then the last of them says
+    ``more``, and the rest is dropped. libzmq limits the size of a frame and not their number.
+
+    Raises ``zmq.Again`` where there is no message.
+    """
+    frames = [frame := sock.recv(zmq.NOBLOCK, copy=False)]
+    while frame.more:
+        frame = sock.recv(copy=False)
+        if len(frames) < max_frames:
+            frames.append(frame)
+    return frames
+
+
 #: number and value of an event, as libzmq's monitors send them
 _EVENT = struct.Struct("=Hi")
 
@@ -107,20 +123,35 @@ class Dealer:
         self._curve = curve
         #: why the last handshakes failed, as far as this side was told
         self._why = ""
-        self._open()
+        self.socket, self.monitor = self._open()
 
-    def _open(self) -> None:
-        self.socket = self._context.socket(zmq.DEALER)
-        configure(self.socket, Limits(), self._curve)
-        self.socket.reconnect_ivl = 50  # ms: a restarted broker is found again in no time
-        self.socket.reconnect_ivl_max = 1000
-        self.monitor = Monitor(self.socket)
-        self.socket.connect(self.endpoint)
+    def _open(self) -> tuple[zmq.Socket[bytes], Monitor]:
+        sock = self._context.socket(zmq.DEALER)
+        try:
+            configure(sock, Limits(), self._curve)
+            sock.reconnect_ivl = 50  # ms: a restarted broker is found again in no time
+            sock.reconnect_ivl_max = 1000
+            monitor = Monitor(sock)
+            sock.connect(self.endpoint)
+        except zmq.ZMQError:
+            sock.close(linger=0)
+            raise
+        return sock, monitor
 
-    def reopen(self) -> None:
-        """Drop the connection and whatever is still queued for it; connect again."""
+    def reopen(self) -> str:
+        """Drop the connection and whatever is still queued for it; connect again.
+
+        Where this process has no file descriptor left for that, the old socket stays; says so.
+        """
+        try:
+            fresh = self._open()
+        except zmq.ZMQError as error:
+            if error.errno not in _NO_DESCRIPTORS:
+                raise
+            return "this process has no file descriptor left; raise its limit (ulimit -n)"
         self.close()
-        self._open()
+        self.socket, self.monitor = fresh
+        return ""
 
     def send(self, frames: Sequence[Buffer]) -> None:
         """Queue a message; never blocks, for windows and credits bound what is queued."""

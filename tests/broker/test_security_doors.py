@@ -16,12 +16,11 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 import zmq
 
-from broker.connections import Connections, cut, port_of
+from broker.connections import Allowance, Connections, cut, port_of
 from broker.core import BrokerConfig
 from broker.credentials import credentials
 from broker.http import HttpServer, text
@@ -32,7 +31,9 @@ from broker.protocol import messages as m
 from broker.protocol.names import own_name
 from broker.protocol.sockets import Dealer
 from broker.service import Broker
+from tests.broker.rig import model
 from tests.keyring import Keyring
+from tests.zmtp import connect, frame, greeting, null_handshake, read_message
 
 CONFIG = BrokerConfig(hello_s=0.5, max_strangers=64, liveness_s=60)
 
@@ -92,24 +93,6 @@ def healthy(broker: Broker, keyring: Keyring) -> Iterator[Healthy]:
     peer.close()
 
 
-def connect(endpoint: str) -> socket.socket:
-    where = urlsplit(endpoint)
-    return socket.create_connection((where.hostname, where.port), timeout=20)
-
-
-def greeting(mechanism: bytes = b"NULL") -> bytes:
-    return b"\xff" + bytes(8) + b"\x7f\x03\x00" + mechanism.ljust(20, b"\0") + bytes(32)
-
-
-def null_handshake(sock: socket.socket) -> None:
-    """The whole of ZMTP's handshake as a DEALER without keys."""
-    ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
-    sock.sendall(greeting() + b"\x04" + bytes([len(ready)]) + ready)
-    theirs = sock.recv(64 + 2, socket.MSG_WAITALL)
-    if theirs[12:17] != b"CURVE":
-        sock.recv(theirs[-1], socket.MSG_WAITALL)
-
-
 def hung_up(sock: socket.socket) -> bool:
     """Wait until the other side closes; True when it did within the socket's timeout."""
     try:
@@ -120,10 +103,6 @@ def hung_up(sock: socket.socket) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-def frame(body: bytes, *, more: bool = False) -> bytes:
-    return bytes([2 | more]) + struct.pack(">Q", len(body)) + body
 
 
 def eventually(condition: Callable[[], object], seconds: float = 20.0) -> None:
@@ -252,6 +231,73 @@ def test_a_header_that_is_too_long_is_a_bad_message(broker: Broker, healthy: Hea
     healthy.ping()
 
 
+# -- peers with a session -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def session(endpoint: str, name: str = "peer") -> Iterator[socket.socket]:
+    """A client whose hello was accepted, on a socket of its own."""
+    with connect(endpoint) as sock:
+        null_handshake(sock)
+        sock.sendall(frame(encode(m.ClientHello(name, 1, "", 0)).frames[0]))
+        assert isinstance(decode(read_message(sock)).message, m.Welcome)
+        yield sock
+
+
+@pytest.mark.parametrize("broker", ["clear"], indirect=True)
+def test_a_peers_message_without_end_is_cut_off(
+    broker: Broker, healthy: Healthy, caplog: pytest.LogCaptureFixture
+) -> None:
+    with session(broker.client_endpoint) as sock:
+        began = time.monotonic()
+        send_until_cut(sock, frame(bytes(1 << 16), more=True) * 4, 4 << 30)
+        assert time.monotonic() - began < CONFIG.liveness_s / 2  # and not for its silence
+    healthy.ping()
+    assert [why for why in cut_for(caplog) if why.endswith("bytes and no end of the message")]
+
+
+def test_a_message_of_very_many_frames_is_not_kept(
+    broker: Broker, healthy: Healthy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """65 KB as 20,000 frames are a hello's right by their bytes."""
+    healthy._dealer.send([b"x"] * 20_000)
+    eventually(lambda: "a message of more than 8193 frames" in cut_for(caplog))
+
+
+@pytest.mark.parametrize("broker", ["clear"], indirect=True)
+def test_a_peer_that_only_says_that_it_has_its_replies_is_cut_off(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With small replies in place of large ones, and as much less room for them."""
+    config = BrokerConfig(liveness_s=60, max_client_bytes=8 << 20)
+    payload = [bytes(1 << 20)] * 8
+    manifest = (m.TensorSpec("x", "uint8", (8 << 20,), 8),)
+    with (
+        Broker(config=config) as small,
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as worker,
+        session(small.client_endpoint) as sock,
+    ):
+        worker.linger = 0
+        worker.connect(small.worker_endpoint)
+        worker.send(encode(m.WorkerHello("w", 1, model(), 1, ())).frames[0])
+        worker.recv()
+        with contextlib.suppress(ConnectionError):
+            for number in range(20):
+                request_id = m.RequestId("peer", 1, number)
+                asked = m.Request(request_id, "generate", "", 0, 1, "", "probs", 60.0, ())
+                sock.sendall(frame(encode(asked).frames[0]))
+                assert worker.poll(20_000)
+                worker.recv()
+                fields = (request_id, "w", "tiny", "f0", (1, 3, 4), 0, "", "probs", 0.1, "")
+                reply = encode(m.Reply(*fields, manifest), payload)
+                worker.send_multipart(reply.frames)
+                peer = small.core.clients["peer"]
+                eventually(lambda peer=peer, number=number: peer.answered > number)
+                sock.sendall(frame(encode(m.Received((request_id,))).frames[0]))
+        eventually(lambda: [why for why in cut_for(caplog) if why.endswith("does not take")])
+
+
 # -- many strangers -----------------------------------------------------------------------------
 
 
@@ -343,7 +389,7 @@ def test_sighup_rereads_the_allow_list_of_a_real_process(keyring: Keyring) -> No
 
 def test_the_oldest_strangers_go_and_those_with_a_hello_stay() -> None:
     known = {b"a"}
-    there = Connections(known, hello_s=10, max_strangers=2, max_bytes=100)
+    there = Connections(known, Allowance(hello_s=10, max_strangers=2, strange_bytes=100))
     for descriptor in range(1001, 1005):
         there.accepted(descriptor, now=descriptor)
     there.spoke(1001, b"a", "")

@@ -17,6 +17,8 @@ _ROUND_STEPS = 400
 _STEPS_A_CUT, _CUT_EVERY_S = 4, 0.12
 #: A cut connection is back within the first reconnect interval (0.05 s) and these seconds.
 _MAX_CUT_STALL_S = 2.05
+#: Steps for one restart of the broker, and what one may cost beyond the time that it is away.
+_STEPS_A_RESTART, _MAX_RESTART_COST_S = 40, 3.0
 #: No fault lasts longer than 7 s; what stands still for longer than this has hung.
 _MAX_STALL_S = 30.0
 
@@ -25,19 +27,23 @@ _MAX_STALL_S = 30.0
 @click.option("--minutes", type=float, default=10.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--cuts", type=int, default=0, help="Only cut connections, so often, in one round.")
+@click.option("--restarts", type=int, default=0, help="Only restart the broker, so often.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("build/chaos.json"))
-def main(minutes: float, seed: int, cuts: int, output: Path) -> None:
+def main(minutes: float, seed: int, cuts: int, restarts: int, output: Path) -> None:
     """Train a draft under faults, and see that it is the draft of an undisturbed run.
 
     Logs, checkpoints and drafts stay in a directory beside the output, with its name.
     """
     directory = output.with_suffix("")
     shutil.rmtree(directory, ignore_errors=True)
-    run = Run(directory, seed, cuts * _STEPS_A_CUT or _ROUND_STEPS)
+    steps = cuts * _STEPS_A_CUT or restarts * _STEPS_A_RESTART or _ROUND_STEPS
+    run = Run(directory, seed, steps)
     try:
         run.prepare()
         if cuts:
             run.cuts(cuts, _CUT_EVERY_S)
+        elif restarts:
+            run.restarts(restarts)
         else:
             run.chaos(60 * minutes)
         result = run.finish()
@@ -46,8 +52,13 @@ def main(minutes: float, seed: int, cuts: int, output: Path) -> None:
     limit_s = _MAX_CUT_STALL_S if cuts else _MAX_STALL_S
     if result.longest_stall_s > limit_s:
         result.broken.append(f"a stall of {result.longest_stall_s:.2f} s, allowed are {limit_s} s")
+    cost_s = max(result.restart_costs_s, default=0.0)
+    if cost_s > _MAX_RESTART_COST_S:
+        result.broken.append(f"a restart cost {cost_s:.2f} s, allowed are {_MAX_RESTART_COST_S} s")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(as_json(result, seed=seed, cuts=cuts), indent=1) + "\n")
+    output.write_text(
+        json.dumps(as_json(result, seed=seed, cuts=cuts, restarts=restarts), indent=1) + "\n"
+    )
     show(result)
     sys.exit(bool(result.broken))
 
@@ -62,6 +73,11 @@ def show(result: Result) -> None:
         *result.counters.items(),
         ("longest stall", f"{result.longest_stall_s:.2f} s"),
         ("median step, undisturbed", f"{result.median_step_s:.3f} s"),
+        *(
+            ("longest restart, beyond absence", f"{max(costs):.2f} s")
+            for costs in [result.restart_costs_s]
+            if costs
+        ),
         ("weights identical", "yes" if result.weights_identical else "NO"),
         ("orphan processes", result.orphans),
         ("files more than undisturbed", result.files_more),

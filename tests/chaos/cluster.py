@@ -96,6 +96,8 @@ class Cluster:
             ChaosProxy(["tcp://127.0.0.1:0"] * 2, upstream, seed=seed)
         )
         self.broker: Process | None = None
+        #: how long a broker that has ended stays away
+        self.broker_away_s = 0.0
         self.workers: dict[str, Process] = {}
         self.trainer: Process | None = None
         self.output = directory / "none"
@@ -171,7 +173,8 @@ class Cluster:
             tail = " | ".join(self.log_of(process).splitlines()[-3:])
             self.broken.append(f"{process.log} ended with {code}: {tail}")
         if process is self.broker:
-            self.start_broker()
+            self.broker = None
+            self.later(self.broker_away_s, self.start_broker)
         elif self.workers.get(process.name) is process:
             self.start_worker(process.name)
 
@@ -187,6 +190,12 @@ class Cluster:
             return None
         self.broker_counters[status["broker"]] = status["counters"]
         return status
+
+    def listens(self) -> bool:
+        """Whether a broker is there again; it listens for HTTP last."""
+        host, _, port = self._ports[2].partition(":")
+        with socket.socket() as probe:
+            return probe.connect_ex((host, int(port))) == 0
 
     def wait_for_workers(self, n_workers: int) -> None:
         end = time.monotonic() + _START_S

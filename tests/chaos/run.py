@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import statistics
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ from random import Random
 from typing import Any
 
 from broker.chaos.faults import How, Which
-from tests.chaos.cluster import N_WORKERS, Cluster
+from tests.chaos.cluster import N_WORKERS, Cluster, Process
 from tests.chaos.faults import network_fault, process_fault
 
 _TURN_S = 0.01
@@ -33,8 +34,10 @@ class Steps:
     """Watches a run's metrics file: when each training step was seen."""
 
     gaps_s: list[float] = field(default_factory=list)
+
+    #: steps that were seen
+    count: int = 0
     _size: int = 0
-    _steps: int = 0
     _seen_at: float | None = None
 
     def look(self, metrics: Path, now: float) -> int:
@@ -43,10 +46,10 @@ class Steps:
         if size != self._size:
             self._size = size
             steps = metrics.read_bytes().count(b"\n") if size else 0
-            if steps > self._steps and self._seen_at is not None:
+            if steps > self.count and self._seen_at is not None:
                 self.gaps_s.append(now - self._seen_at)
-            self._steps, self._seen_at = steps, now
-        return self._steps
+            self.count, self._seen_at = steps, now
+        return self.count
 
     def interrupted(self) -> None:
         """The trainer was ended: the time until its next step is no stall."""
@@ -75,7 +78,52 @@ class Result:
     orphans: int = 0
     files_more: int = 0
     mib_more: float = 0.0
+    #: from the moment at which a broker listened again to the next training step
+    restart_costs_s: list[float] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+
+
+class Restarts:
+    """Ends the broker again and again, for longer each time, and takes the time from when it
+    listens again to the next training step.
+    """
+
+    AWAY_S = (0.0, 0.5, 1.5, 3.0)
+    #: between two of them
+    _REST_S = 1.0
+
+    def __init__(self, cluster: Cluster, steps: Steps, n_restarts: int) -> None:
+        self.costs_s: list[float] = []
+        self._cluster = cluster
+        self._steps = steps
+        self._n_restarts = n_restarts
+        self._due = 0.0
+        self._away: Process | None = None
+        self._back_at: float | None = None
+        self._steps_before = 0
+
+    def strike(self) -> None:
+        """Whatever is next."""
+        now = time.monotonic()
+        broker = self._cluster.broker
+        if self._away is None:
+            wanted = len(self.costs_s) < self._n_restarts and now >= self._due
+            if wanted and broker is not None and self._cluster.stepping:
+                self._end(broker)
+        elif self._back_at is None:
+            if broker not in (None, self._away) and self._cluster.listens():
+                self._back_at, self._steps_before = now, self._steps.count
+        elif self._steps.count > self._steps_before:
+            self.costs_s.append(now - self._back_at)
+            self._away, self._back_at, self._due = None, None, now + self._REST_S
+
+    def _end(self, broker: Process) -> None:
+        number = len(self.costs_s)
+        self._cluster.broker_away_s = self.AWAY_S[number % len(self.AWAY_S)]
+        how = signal.SIGTERM if number % 2 else signal.SIGKILL
+        broker.may_end |= {-how}
+        broker.signal(how)
+        self._away = broker
 
 
 class Run:
@@ -96,8 +144,8 @@ class Run:
         cluster.start_broker()
         for number in range(N_WORKERS):
             cluster.start_worker(f"worker{number}")
-        cluster.wait_for_workers(N_WORKERS)
         self.round("undisturbed", lambda: None)
+        cluster.wait_for_workers(N_WORKERS)
         self.result.median_step_s = self.steps.median_s
         self.wanted = weights(cluster.output)
         self.usual = self._usage()
@@ -143,6 +191,17 @@ class Run:
         self.result.seconds = time.monotonic() - began
         if self.result.faults["cut"] < n_cuts:
             self._broken(f"the round was over after {self.result.faults['cut']} cuts")
+
+    def restarts(self, n_restarts: int) -> None:
+        """One round in which the broker is restarted so often."""
+        restarts = Restarts(self.cluster, self.steps, n_restarts)
+        began = time.monotonic()
+        self.compared(restarts.strike)
+        self.result.seconds = time.monotonic() - began
+        self.result.restart_costs_s = restarts.costs_s
+        self.result.faults["restart broker"] = len(restarts.costs_s)
+        if len(restarts.costs_s) < n_restarts:
+            self._broken(f"the round was over after {len(restarts.costs_s)} restarts")
 
     def compared(self, strike: Callable[[], None]) -> None:
         """A round whose weights must be those of the undisturbed one."""

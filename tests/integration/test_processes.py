@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -15,11 +14,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from broker.errors import BrokerError
+from broker.look import fetch
 from tests.integration.conftest import eventually
 from trainer_client.colocated import ColocatedTarget
 from trainer_client.demo import Processes
 from trainer_client.training import metrics
 from trainer_client.training.run import TrainSettings, train
+from worker.service import Worker
 from worker.targets import EMBEDDED, load_target
 from worker.targets.embedded import heldout
 
@@ -84,8 +86,11 @@ class Commands:
         return self.start(*torchrun, "-m", "trainer_client", *self.training(output))
 
     def status(self) -> dict[str, Any]:
-        result = draftmq("status", "--http", self.http, "--json")
-        return dict(json.loads(result.stdout))
+        """The broker's, or nothing while it does not answer."""
+        try:
+            return fetch(self.http, "/status")
+        except BrokerError:
+            return {}
 
     def steps(self, output: Path | None = None) -> int:
         return len(metrics.read((output or self.output) / "metrics.jsonl"))
@@ -155,24 +160,27 @@ def test_two_ranks_do_not_notice_workers_that_attach_and_detach(
     quiet, churned = tmp_path / "quiet", tmp_path / "churned"
     ends_well(commands.ranks(2, quiet))
     ranks = commands.ranks(2, churned)
+    target = load_target("embedded")
     eventually(lambda: commands.steps(churned) >= 5, PATIENCE_S)
-    commands.worker("third")
-    eventually(lambda: len(commands.status()["workers"]) == 3, PATIENCE_S)
-    first.send_signal(signal.SIGTERM)
-    ends_well(first)
-    ends_well(ranks)
-    status = commands.status()
+    with Worker(target, commands.workers, name="third"):  # there at once, and in mid-run
+        eventually(lambda: len(commands.status()["workers"]) == 3, PATIENCE_S)
+        assert commands.steps(churned) < STEPS, "the run was over before anything could happen"
+        first.send_signal(signal.SIGTERM)
+        ends_well(first)
+        ends_well(ranks)
+        status = commands.status()
     assert losses(churned) == losses(quiet)
     assert len(losses(quiet)) == STEPS
     answered = {worker["worker"]: worker["answered"] for worker in status["workers"]}
     assert set(answered) == {"second", "third"}
+    assert answered["third"] > 0
     assert status["counters"]["requeues"] == 0
 
 
 def test_a_broker_ends_cleanly_on_sigterm_and_sigint(commands: Commands) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         broker = commands.broker()
-        eventually(lambda: draftmq("status", "--http", commands.http).returncode == 0, PATIENCE_S)
+        eventually(commands.status, PATIENCE_S)
         broker.send_signal(number)
         ends_well(broker)
 

@@ -31,10 +31,13 @@ from tests.integration.conftest import Cluster, eventually, tokens
 from tests.keyring import Keyring
 from trainer_client.cli import cli
 from trainer_client.core import ClientConfig
-from trainer_client.errors import DeadlineError
+from trainer_client.errors import DeadlineError, TrainerClientError
+from trainer_client.metrics import served
 from trainer_client.remote import RemoteEagle3TargetModel
+from worker.errors import WorkerError
 from worker.mapping import VocabMapping
 from worker.service import Worker
+from worker.targets.stub import StubTarget
 
 PATIENCE = ClientConfig(notice_s=0.2)
 
@@ -391,6 +394,52 @@ def test_status_beyond_loopback_is_for_operators(tmp_path: Path) -> None:
         without = CliRunner().invoke(cli, asked)
         assert isinstance(without.exception, BrokerError)
         assert "give an operator's key that it allows (--key)" in str(without.exception)
+
+
+@contextlib.contextmanager
+def worker_http(address: str, **options: Any) -> Iterator[str | None]:
+    with Worker(StubTarget(), "ipc:///tmp/draftmq-nobody", http=address, **options) as worker:
+        yield worker.http_address
+
+
+@contextlib.contextmanager
+def trainer_http(address: str, **options: Any) -> Iterator[str | None]:
+    with served(address, 0, lambda: {"here": True}, **options) as shown:
+        yield shown
+
+
+@pytest.mark.parametrize("serve", [worker_http, trainer_http])
+def test_workers_and_trainers_too_show_strangers_nothing(tmp_path: Path, serve: Any) -> None:
+    keys = Keyring(tmp_path)
+    operator, worker = keys.make("o", Role.OPERATOR), keys.make("w", Role.WORKER)
+    token = f"Bearer {operator.read_text().strip()}"
+    with serve("0.0.0.0:0", allow=[keys.allow]) as shown:
+        address = f"127.0.0.1:{shown.rpartition(':')[2]}"
+        assert fetch(address) == 401
+        assert fetch(address, f"Bearer {worker.read_text().strip()}") == 401
+        assert fetch(address, token) == 200
+        keys.revoke("o")
+        assert fetch(address, token) == 401
+    with (
+        pytest.raises((WorkerError, TrainerClientError), match="put an operator's key on the"),
+        serve("0.0.0.0:0", allow=[keys.allow]),
+    ):
+        pass
+    for options in ({"address": "0.0.0.0:0", "insecure": True}, {"address": "127.0.0.1:0"}):
+        with serve(**options) as shown:
+            assert fetch(f"127.0.0.1:{shown.rpartition(':')[2]}") == 200
+
+
+@pytest.mark.parametrize("command", ["worker", "train"])
+def test_no_command_shows_itself_to_everyone_unasked(tmp_path: Path, command: str) -> None:
+    needed = {
+        "worker": ["--target-factory=worker.targets.stub:StubTarget"],
+        "train": [f"--data={tmp_path}", f"--output={tmp_path}"],
+    }
+    asked = [command, "--broker=ipc:///tmp/draftmq-nobody", *needed[command], "--http=0.0.0.0:0"]
+    run = CliRunner().invoke(cli, asked)
+    assert isinstance(run.exception, WorkerError | TrainerClientError)
+    assert "put an operator's key on the --allow list" in str(run.exception)
 
 
 def test_status_on_loopback_needs_no_key(keyed: KeyedCluster) -> None:

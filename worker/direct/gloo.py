@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroupGloo
 
 from broker.protocol.memory import POOL
 from worker.direct.backend import CLIENT, WORKER, TransferError, plain
-from worker.direct.pair import PairStore
+from worker.direct.pair import OnPair, PairStore
 from worker.direct.parts import parts
 
 #: Tags of transfers go round below this one, which is never sent: a receive on it must time out.
@@ -28,11 +28,11 @@ _NEVER = 1 << 30
 _SOON = timedelta(milliseconds=1)
 
 
-class GlooBackend:
+class GlooBackend(OnPair):
     """See :class:`worker.direct.backend.Backend`."""
 
     def __init__(self, store: PairStore, rank: int, address: str, limit_s: float) -> None:
-        self._store = store
+        super().__init__(store)
         self._peer = CLIENT if rank == WORKER else WORKER
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=limit_s)
@@ -101,16 +101,9 @@ class GlooBackend:
         self._tag = (self._tag + 1) % _NEVER
         return self._tag
 
-    @property
-    def gone(self) -> bool:
-        return self._store.gone
-
     def interrupt(self) -> None:
         with contextlib.suppress(RuntimeError):  # the timeout, or it was closed before
             self._group.recv([torch.zeros(1)], self._peer, _NEVER).wait(_SOON)
-
-    def close(self) -> None:
-        self._store.close()
 
 
 def _on_host(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from worker.direct.backend import TransferError
-from worker.direct.pair import PairStore
+from worker.direct.pair import OnPair, PairStore
 
 _POLL_S = 0.0005
 #: Types of the fields that stand for one tensor's memory, in order.
 _FIELDS = (str, int, bytes, int, int, bytes, int, bytes, bool)
 
 
-class IpcBackend:
+class IpcBackend(OnPair):
     """See :class:`worker.direct.backend.Backend`."""
 
     def __init__(self, store: PairStore, device: torch.device) -> None:
-        self._store = store
+        super().__init__(store)
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._interrupted = threading.Event()
@@ -54,13 +54,6 @@ class IpcBackend:
         del mapped
         self._store.set(f"copied/{seq}", "1")
         return tensors
-
-    @property
-    def gone(self) -> bool:
-        return self._store.gone
-
-    def close(self) -> None:
-        self._store.close()
 
     def interrupt(self) -> None:
         self._interrupted.set()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from broker.protocol.limits import MIB
 from worker.direct.backend import CLIENT, WORKER, TransferError, plain
-from worker.direct.pair import PairStore
+from worker.direct.pair import OnPair, PairStore
 from worker.direct.parts import parts
 
 #: One coalesced operation: large, since each costs a kernel; its time limit is the channel's.
@@ -31,13 +31,13 @@ _POLL_S = 0.0002
 _constructing = threading.Lock()
 
 
-class NcclBackend:
+class NcclBackend(OnPair):
     """See :class:`worker.direct.backend.Backend`."""
 
     def __init__(self, store: PairStore, rank: int, device: torch.device, limit_s: float) -> None:
         from torch.distributed import ProcessGroupNCCL
 
-        self._store = store
+        super().__init__(store)
         self._peer = CLIENT if rank == WORKER else WORKER
         self._device = device
         self._stream = torch.cuda.Stream(device)
@@ -71,13 +71,6 @@ class NcclBackend:
                     f"out of step: part {(seq, number)} was expected, {tuple(note.tolist())} came"
                 )
         return tensors
-
-    @property
-    def gone(self) -> bool:
-        return self._store.gone
-
-    def close(self) -> None:
-        self._store.close()
 
     def interrupt(self) -> None:
         if not self._interrupted.is_set():

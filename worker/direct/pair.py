@@ -125,3 +125,17 @@ class PairStore(Store):
         value = bytes(self._unread[_HEAD.size + key_bytes : end])
         del self._unread[:end]
         return key, value
+
+
+class OnPair:
+    """What every backend has of its pair's own connection: it tells that the other end has gone."""
+
+    def __init__(self, store: PairStore) -> None:
+        self._store = store
+
+    @property
+    def gone(self) -> bool:
+        return self._store.gone
+
+    def close(self) -> None:
+        self._store.close()

@@ -195,6 +195,22 @@ class Runner:
             self._backend = None
 
 
+class Ending:
+    """Runners that are closed, and perhaps still free what they held."""
+
+    def __init__(self) -> None:
+        self._runners: list[Runner] = []
+
+    def close(self, runner: Runner, why: str) -> None:
+        runner.close(why)
+        self._runners = [other for other in self._runners if other.running] + [runner]
+
+    def join(self) -> None:
+        """Wait for all of them, as :meth:`Runner.join` does."""
+        for runner in self._runners:
+            runner.join()
+
+
 def _abandon_all() -> None:
     for runner in list(_runners):
         runner._abandon()

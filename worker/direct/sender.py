@@ -19,7 +19,7 @@ from worker.direct.backend import Backend, TransferError
 from worker.direct.config import Choice, DirectConfig, choose, host_id, split_address
 from worker.direct.parts import octets
 from worker.direct.rendezvous import End, Rendezvous
-from worker.direct.runner import Move, Runner
+from worker.direct.runner import Ending, Move, Runner
 
 _logger = logging.getLogger("draftmq.worker")
 #: Channels that a worker keeps at most; the one that moved nothing for longest goes first.
@@ -61,8 +61,7 @@ class Sender:
         self._device = torch.device(device)
         self._rendezvous: Rendezvous | None = None
         self._peers: dict[str, _Peer] = {}
-        #: closed, and perhaps still freeing what they held
-        self._ending: list[Runner] = []
+        self._ending = Ending()
         self._lock = threading.Lock()
         self._staged_bytes = 0
         log(_logger, "info", "direct", {"choice": str(self.choice)})
@@ -112,8 +111,7 @@ class Sender:
         """Free whoever waits and end all channels."""
         for client in list(self._peers):
             self._drop(client, "the worker leaves")
-        for runner in self._ending:
-            runner.join()
+        self._ending.join()
         if self._rendezvous is not None:
             self._rendezvous.close()
             self._rendezvous = None
@@ -189,8 +187,7 @@ class Sender:
     def _drop(self, client: str, why: str) -> None:
         peer = self._peers.pop(client, None)
         if peer is not None and peer.runner is not None:
-            peer.runner.close(why)
-            self._ending = [runner for runner in self._ending if runner.running] + [peer.runner]
+            self._ending.close(peer.runner, why)
 
     def _drop_idle(self) -> None:
         """Let go of channels that nobody uses, and of the least used when there are too many."""
