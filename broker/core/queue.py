@@ -75,6 +75,7 @@ class FairQueue:
 
     def push(self, entry: Queueable, *, again: bool = False) -> None:
         """Add an entry; ``again`` puts one that was lost on its way before all new ones."""
+        assert entry not in self
         job = self._jobs.get(entry.job)
         if job is None:
             job = self._jobs[entry.job] = _Job(virtual_tokens=self._now_tokens)

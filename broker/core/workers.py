@@ -112,7 +112,8 @@ class Workers:
         pool = self._ledger.pools[worker.model]
         self._reckon(worker, now)
         entry = self._ledger.entries.get(message.id)
-        if entry is None:
+        earlier = entry is not None and worker.id not in entry.workers  # cancelled and asked again
+        if entry is None or (earlier and isinstance(message, m.Failure)):
             self._ledger.counters["late_answers"] += 1
             self._requests.pass_on_transfer(packet)
         else:

@@ -287,6 +287,20 @@ def test_the_late_answer_of_a_lost_worker_is_used_once(rig: Rig) -> None:
     assert rig.core.counters["late_answers"] == 1
 
 
+def test_a_failure_of_a_cancelled_run_says_nothing_of_the_next() -> None:
+    rig = Rig()
+    rig.client("c")
+    rig.worker("w", credits=1)
+    request_id = rig.ask("c", 1)
+    rig.from_client("c", m.Cancel(request_id))
+    rig.ask("c", 1)
+    assert rig.requests("w") == ["c#1"]
+    rig.fail("w", request_id, "cancelled")
+    assert rig.requests("w") == ["c#1"]
+    rig.reply("w", request_id)
+    assert len(rig.got("c", m.Reply)) == 1
+
+
 def test_a_worker_that_reconnects_without_its_request_loses_it(rig: Rig) -> None:
     rig.client("a")
     rig.worker("w")
