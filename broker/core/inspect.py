@@ -25,6 +25,7 @@ def validate(core: BrokerCore) -> None:
     for name, pool in core.pools.items():
         assert pool.description.model == name
         pool.choice.validate()
+        pool.queue.validate()
         assert set(pool.choice.free) == {worker for worker in pool.workers.values() if worker.free}
         assert all(core.workers[worker.id] is worker for worker in pool.workers.values())
     for worker in core.workers.values():

@@ -75,7 +75,6 @@ class FairQueue:
 
     def push(self, entry: Queueable, *, again: bool = False) -> None:
         """Add an entry; ``again`` puts one that was lost on its way before all new ones."""
-        assert entry not in self
         job = self._jobs.get(entry.job)
         if job is None:
             job = self._jobs[entry.job] = _Job(virtual_tokens=self._now_tokens)
@@ -126,3 +125,11 @@ class FairQueue:
         first = -job.items[-1][1] if job.items else entry.step + 1
         for over in [step for step in job.turns if step < min(first, entry.step + 1)]:
             del job.turns[over]
+
+    def validate(self) -> None:
+        """Check every invariant; raises ``AssertionError``."""
+        items = [item for job in self._jobs.values() for item in job.items]
+        assert {id(item[-1]): item for item in items} == self._there
+        assert len(items) == len(self._there)
+        assert all(job.items == sorted(job.items) for job in self._jobs.values())
+        assert self.n_tokens == sum(item[-1].n_tokens for item in items)
