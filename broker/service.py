@@ -8,25 +8,21 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import zmq
 
 from broker.access import REREAD_S, Access, max_connections
-from broker.connections import Connection, Connections, cut
 from broker.core import (
     Action,
-    BadBytes,
     BrokerConfig,
     BrokerCore,
     ConnectionLost,
     Event,
     Log,
-    Received,
-    Send,
     Side,
     Tick,
 )
@@ -35,20 +31,14 @@ from broker.errors import BrokerError
 from broker.http import HttpServer
 from broker.logs import Throttle, log
 from broker.pages import pages
-from broker.protocol import RemoteProtocolError, VersionMismatchError, decode
-from broker.protocol.sockets import HANDSHAKE_FAILED, Curve, Monitor, Wakeup, configure, poll
+from broker.port import Port
+from broker.protocol.sockets import Wakeup, poll
 from broker.zap import ZapHandler
 
 _logger = logging.getLogger("draftmq.broker")
-#: Messages taken from one socket before the other gets a turn.
-_BATCH = 64
-#: How often strangers are looked at, while there are any connections.
-_SWEEP_S = 0.2
 #: libzmq's I/O threads where they encrypt, which takes four times as long as the rest; connections
 #: are spread over them. One moves more in the clear than a network card does.
 _CRYPTO_THREADS = 4
-#: What a stopping broker waits for its goodbyes to leave.
-_LINGER_S = 0.5
 
 
 class Broker:
@@ -85,7 +75,7 @@ class Broker:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._wakeup = Wakeup()
-        self._ports: dict[Side, _Port] = {}
+        self._ports: dict[Side, Port] = {}
         self._zap: ZapHandler | None = None
         self._throttle = Throttle()
         self._max_connections = max_connections()
@@ -112,7 +102,7 @@ class Broker:
                     else self.core.worker_connections
                 )
                 curve = self._access.curve(side)
-                self._ports[side] = _Port(
+                self._ports[side] = Port(
                     self._context, side, address, self.core.config, known, curve, self._note
                 )
             if self._http_address is not None:
@@ -277,162 +267,3 @@ class Broker:
             self._zap.close()
         self._context.term()
         self._wakeup.close()
-
-
-class _Port:
-    """One ROUTER socket, with what its transport says of lost connections.
-
-    Connections are named by the ROUTER, not by the peers, so nobody can take another's name. A
-    closed TCP connection is known at once: the monitor names its file descriptor, and so does
-    each message that came from it. ``known`` are the connections that said hello; ``note`` logs.
-    """
-
-    def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        side: Side,
-        address: str,
-        config: BrokerConfig,
-        known: Container[bytes],
-        curve: Curve | None,
-        note: Callable[..., None],
-    ) -> None:
-        self.side = side
-        self.limits = config.limits
-        self._keyed = curve is not None
-        self._note = note
-        #: before its hello a connection is good for one header, and some
-        allowance = config.limits.max_header_bytes + 65536
-        self.connections = Connections(known, config.hello_s, config.max_strangers, allowance)
-        self.next_sweep: float | None = None
-        self._events: list[Event] = []
-        self.socket = context.socket(zmq.ROUTER)
-        configure(self.socket, config.limits, curve)
-        self.socket.router_mandatory = True
-        self.socket.backlog = 4096
-        self.monitor = Monitor(
-            self.socket, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
-        )
-        self.received_bytes = 0
-        self.sent_bytes = 0
-        try:
-            self.socket.bind(address)
-        except zmq.ZMQError as error:
-            self.close()
-            raise BrokerError(
-                f"cannot listen for {side.value}s on {address!r}: {error}; "
-                f"is another broker there? choose another with --{side.value}s"
-            ) from error
-        self.endpoint = self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
-        self._own_port = _port_of_endpoint(self.endpoint)
-
-    def events(self, now: float) -> list[Event]:
-        """What came, a batch at most. Losses come first: a descriptor may be in use again."""
-        self._read_monitor(now)
-        for _ in range(_BATCH):
-            try:
-                name, *frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                break
-            self.received_bytes += sum(map(len, frames))
-            self._receive(name.bytes, frames, now)
-        events, self._events = self._events, []
-        return events
-
-    def sweep(self, now: float, at_most: int) -> int:
-        """Cut off strangers that are too many or take too long; how many."""
-        surplus = self.connections.surplus(at_most)
-        for connection in surplus:
-            self._cut(connection, "too many connections without a hello")
-        if self.next_sweep is not None and now >= self.next_sweep:
-            for connection, why in self.connections.overdue(now):
-                self._cut(connection, why)
-            self.next_sweep = now + _SWEEP_S if len(self.connections) else None
-        return len(surplus)
-
-    def cut_revoked(self, allowed: Callable[[str], bool]) -> None:
-        """Cut off connections whose key may not connect any more."""
-        for connection in self.connections:
-            if connection.user and not allowed(connection.user):
-                self._cut(connection, f"the key {connection.user} was revoked")
-
-    def _read_monitor(self, now: float) -> None:
-        for event, value in self.monitor.read():
-            if event == zmq.EVENT_ACCEPTED:
-                self.connections.accepted(value, now)
-                self.next_sweep = self.next_sweep or now + _SWEEP_S
-            elif event == zmq.EVENT_DISCONNECTED:
-                self._lost(self.connections.closed(value))
-            else:
-                self._note("handshake_failed", side=self.side.value, why=_handshake(event, value))
-
-    def _receive(self, name: bytes, frames: list[zmq.Frame], now: float) -> None:
-        connection = self._connection(name, frames, now)
-        if connection is None:
-            return
-        if self.connections.too_strange(connection):
-            self._cut(connection, "many messages and no hello")
-            return
-        try:
-            packet = decode(frames, self.limits)
-            self._events.append(Received(self.side, name, packet, connection.user))
-        except RemoteProtocolError as error:
-            other = isinstance(error, VersionMismatchError)
-            self._events.append(BadBytes(self.side, name, str(error), other))
-
-    def _connection(self, name: bytes, frames: list[zmq.Frame], now: float) -> Connection | None:
-        """What a message came on; None where that is gone, for nobody waits for an answer then."""
-        if not frames:
-            return None
-        try:
-            descriptor = cast(int, frames[0].get(zmq.SRCFD))
-            user = cast(str, frames[0].get("User-Id")) if self._keyed else ""
-        except zmq.ZMQError:  # noise that passed for a ZMTP 1 peer has neither
-            return None
-        connection = self.connections.spoke(descriptor, name, user)
-        if connection is None:  # accepted after the monitor was read, or closed
-            self._read_monitor(now)
-            connection = self.connections.spoke(descriptor, name, user)
-        return connection
-
-    def _cut(self, connection: Connection, why: str) -> None:
-        address = cut(connection.descriptor, self._own_port)
-        if address:
-            self._note("cut_off", side=self.side.value, address=address, why=why)
-        self._lost(self.connections.closed(connection.descriptor))
-
-    def _lost(self, connection: Connection | None) -> None:
-        if connection is not None and connection.name:
-            self._events.append(ConnectionLost(self.side, connection.name))
-
-    def send(self, action: Send) -> bool:
-        """Queue a message; False when the connection is gone."""
-        try:
-            self.socket.send_multipart((action.connection, *action.frames), copy=False)
-        except zmq.ZMQError as error:
-            if error.errno == zmq.EHOSTUNREACH:
-                return False
-            raise
-        self.sent_bytes += sum(map(len, action.frames))
-        return True
-
-    def close(self) -> None:
-        self.monitor.close()
-        self.socket.close(linger=int(1000 * _LINGER_S))
-
-
-def _handshake(event: int, value: int) -> str:
-    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-        return "the key is not allowed here"
-    if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-        return os.strerror(value) if value else "broken off"
-    if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-        return "one side has keys and the other has none (--key)"
-    if value == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
-        return "the peer expects another key of this broker (--broker-key)"
-    return f"not ZeroMQ's handshake (protocol error {value:#x})"
-
-
-def _port_of_endpoint(endpoint: str) -> object:
-    kind, _, rest = endpoint.partition("://")
-    return int(rest.rpartition(":")[2]) if kind == "tcp" else rest
