@@ -70,10 +70,11 @@ class Connections:
         self._strangers[descriptor] = Connection(descriptor, now)
 
     def spoke(self, descriptor: int, name: bytes, user: str) -> Connection | None:
-        """A message came on it; None where the connection is gone already."""
+        """A message came on it; None where no connection of this name is known to have it."""
         connection = self._known.get(descriptor) or self._strangers.get(descriptor)
-        if connection is not None:
-            connection.name, connection.user = name, user
+        if connection is None or connection.name not in (b"", name):
+            return None
+        connection.name, connection.user = name, user
         return connection
 
     def too_strange(self, connection: Connection) -> bool:

@@ -69,10 +69,11 @@ class Port:
         self.endpoint = self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._own_port = _port_of_endpoint(self.endpoint)
 
-    def events(self, now: float) -> list[Event]:
-        """What came, a batch at most. Losses come first: a descriptor may be in use again."""
-        self._read_monitor(now)
-        for _ in range(_BATCH):
+    def events(self, now: float, ready: Container[object]) -> list[Event]:
+        """What came on sockets that are ``ready``, a batch at most."""
+        if self.monitor.socket in ready:
+            self._read_monitor(now)
+        for _ in range(_BATCH if self.socket in ready else 0):
             try:
                 name, *frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -133,7 +134,7 @@ class Port:
         except zmq.ZMQError:  # noise that passed for a ZMTP 1 peer has neither
             return None
         connection = self.connections.spoke(descriptor, name, user)
-        if connection is None:  # accepted after the monitor was read, or closed
+        if connection is None:  # news of it waits in the monitor: accepted, closed, in use again
             self._read_monitor(now)
             connection = self.connections.spoke(descriptor, name, user)
         return connection

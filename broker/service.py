@@ -32,7 +32,7 @@ from broker.http import HttpServer
 from broker.logs import Throttle, log
 from broker.pages import pages
 from broker.port import Port
-from broker.protocol.sockets import Wakeup, poll
+from broker.protocol.sockets import Waiter, Wakeup
 from broker.zap import ZapHandler
 
 _logger = logging.getLogger("draftmq.broker")
@@ -186,21 +186,21 @@ class Broker:
     # -- the loop -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._wakeup.reader, zmq.POLLIN)
-        for port in self._ports.values():
-            poller.register(port.socket, zmq.POLLIN)
-            poller.register(port.monitor.socket, zmq.POLLIN)
+        sockets = [port.socket for port in self._ports.values()]
         if self._zap is not None:
-            poller.register(self._zap.socket, zmq.POLLIN)
+            sockets.append(self._zap.socket)
+        waiter = Waiter(self._wakeup, sockets, [port.monitor for port in self._ports.values()])
         try:
             while not self._stopping.is_set():
-                poll(poller, self._next_timer(), time.monotonic())
-                self._wakeup.clear()
+                timer = self._next_timer()
+                ready = waiter.wait(timer, time.monotonic())
+                if self._wakeup in ready:
+                    self._wakeup.clear()
                 self._guard(time.monotonic())
                 for port in self._ports.values():
-                    self._handle(port.events(time.monotonic()))
-                self._handle([Tick()])
+                    self._handle(port.events(time.monotonic(), ready))
+                if timer is not None and time.monotonic() >= timer:
+                    self._handle([Tick()])
             self._act(self.core.goodbye())
         except Exception:
             self.failed = True

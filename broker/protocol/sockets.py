@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import zmq
 
@@ -172,6 +173,10 @@ class Dealer:
         self.socket.close(linger=int(1000 * linger_s))
 
 
+#: wake-ups that are taken back at once
+_WAKEUPS = 4096
+
+
 class Wakeup:
     """Wakes a poller from another thread."""
 
@@ -185,8 +190,9 @@ class Wakeup:
             self._writer.send(b"\0")
 
     def clear(self) -> None:
+        """Take back every wake-up so far; what woke must be looked for after this."""
         with contextlib.suppress(BlockingIOError):
-            while self.reader.recv(4096):
+            while len(self.reader.recv(_WAKEUPS)) == _WAKEUPS:
                 pass
 
     def close(self) -> None:
@@ -194,7 +200,37 @@ class Wakeup:
         self._writer.close()
 
 
-def poll(poller: zmq.Poller, next_timer: float | None, now: float) -> set[Any]:
-    """Wait for sockets or for the next timer; what is ready, as registered (sockets, fds)."""
-    wait_ms = None if next_timer is None else max(0, int(1000 * (next_timer - now)) + 1)
-    return {ready for ready, _ in poller.poll(wait_ms)}
+class Waiter:
+    """Waits for sockets by their file descriptors.
+
+    ``zmq.Poller`` asks libzmq about every socket before and after it sleeps, several system calls
+    each. A descriptor of libzmq (``ZMQ_FD``) only tells of changes, and any call on its socket may
+    take that news. So ``sockets``, which are sent on too, are asked once before sleeping. On
+    ``monitors`` nothing is done but to read them empty: once asked they need no more than their
+    descriptors.
+    """
+
+    def __init__(
+        self,
+        wakeup: Wakeup,
+        sockets: Iterable[zmq.Socket[bytes]],
+        monitors: Iterable[Monitor] = (),
+    ) -> None:
+        self._sockets = list(sockets)
+        self._not_asked_yet = [monitor.socket for monitor in monitors]
+        self._by_descriptor: dict[int, Any] = {wakeup.reader.fileno(): wakeup}
+        for sock in (*self._sockets, *self._not_asked_yet):
+            self._by_descriptor[sock.fd] = sock
+        self._poll = select.poll()
+        for descriptor in self._by_descriptor:
+            self._poll.register(descriptor, select.POLLIN)
+
+    def wait(self, next_timer: float | None, now: float) -> set[Any]:
+        """Wait for a socket, the wake-up or the next timer; which of them may have something."""
+        asked = [*self._sockets, *self._not_asked_yet]
+        self._not_asked_yet = []
+        ready = {sock for sock in asked if cast(int, sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN}
+        wait_ms = None if next_timer is None else max(0, int(1000 * (next_timer - now)) + 1)
+        for descriptor, _ in self._poll.poll(0 if ready else wait_ms):
+            ready.add(self._by_descriptor[descriptor])
+        return ready
