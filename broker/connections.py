@@ -60,6 +60,10 @@ class Connections:
     def n_strangers(self) -> int:
         return len(self._strangers)
 
+    @property
+    def too_many_strangers(self) -> bool:
+        return len(self._strangers) > self._max_strangers
+
     def __iter__(self) -> Iterator[Connection]:
         yield from list(self._strangers.values())
         yield from list(self._known.values())

@@ -12,7 +12,7 @@ from broker.connections import Connection, Connections, cut
 from broker.core import BadBytes, BrokerConfig, ConnectionLost, Event, Received, Send, Side
 from broker.errors import BrokerError
 from broker.protocol import RemoteProtocolError, VersionMismatchError, decode
-from broker.protocol.sockets import HANDSHAKE_FAILED, Curve, Monitor, configure
+from broker.protocol.sockets import HANDSHAKE_FAILED, Curve, Monitor, configure, has_message
 
 #: Messages taken from one socket before the other gets a turn.
 _BATCH = 64
@@ -74,14 +74,18 @@ class Port:
         if self.monitor.socket in ready:
             self._read_monitor(now)
         for _ in range(_BATCH if self.socket in ready else 0):
-            try:
-                name, *frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            if not has_message(self.socket):
                 break
+            name, *frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             self.received_bytes += sum(map(len, frames))
             self._receive(name.bytes, frames, now)
         events, self._events = self._events, []
         return events
+
+    def wants_sweep(self, now: float) -> bool:
+        """Whether strangers should be looked at."""
+        due = self.next_sweep is not None and now >= self.next_sweep
+        return due or self.connections.too_many_strangers
 
     def sweep(self, now: float, at_most: int) -> int:
         """Cut off strangers that are too many or take too long; how many."""

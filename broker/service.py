@@ -196,7 +196,7 @@ class Broker:
                 ready = waiter.wait(timer, time.monotonic())
                 if self._wakeup in ready:
                     self._wakeup.clear()
-                self._guard(time.monotonic())
+                self._guard(time.monotonic(), ready)
                 for port in self._ports.values():
                     self._handle(port.events(time.monotonic(), ready))
                 if timer is not None and time.monotonic() >= timer:
@@ -215,9 +215,9 @@ class Broker:
             timers.append(self._reread_at)
         return min((timer for timer in timers if timer is not None), default=None)
 
-    def _guard(self, now: float) -> None:
+    def _guard(self, now: float, ready: Container[object]) -> None:
         """Say who may connect, and see that those who no longer may are gone."""
-        if self._zap is not None:
+        if self._zap is not None and self._zap.socket in ready:
             for refusal in self._zap.serve():
                 why = self._access.explain(refusal)
                 key = refusal.key.hex()
@@ -230,6 +230,8 @@ class Broker:
                     port.cut_revoked(functools.partial(self._access.has, side))
         surplus = sum(len(port.connections) for port in self._ports.values())
         surplus = max(0, surplus - self._max_connections)
+        if not surplus and not any(port.wants_sweep(now) for port in self._ports.values()):
+            return
         # where most strangers are: a flood of one port must not cost the other its newcomers
         for port in sorted(self._ports.values(), key=lambda port: -port.connections.n_strangers):
             surplus -= port.sweep(now, len(port.connections) - surplus)
