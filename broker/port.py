@@ -11,6 +11,7 @@ import zmq
 from broker.connections import Connection, Connections, cut
 from broker.core import BadBytes, BrokerConfig, ConnectionLost, Event, Received, Send, Side
 from broker.errors import BrokerError
+from broker.local import Place
 from broker.protocol import RemoteProtocolError, VersionMismatchError, decode
 from broker.protocol.sockets import HANDSHAKE_FAILED, Curve, Monitor, configure, has_message
 
@@ -56,10 +57,15 @@ class Port:
         self.monitor = Monitor(
             self.socket, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
         )
+        self._place = Place(address)
         self.received_bytes = 0
         self.sent_bytes = 0
         try:
-            self.socket.bind(address)
+            with self._place.taken():
+                self.socket.bind(address)
+        except BrokerError:
+            self.close()
+            raise
         except zmq.ZMQError as error:
             self.close()
             raise BrokerError(
@@ -165,6 +171,7 @@ class Port:
         return True
 
     def close(self) -> None:
+        self._place.leave()
         self.monitor.close()
         self.socket.close(linger=int(1000 * _LINGER_S))
 
