@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import socket
 import struct
-import sys
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+
+from broker.protocol.kernel import Progress, borrow, tcp_bytes
 
 #: Messages taken from a connection before its hello; a peer of ours sends a handful at most.
 _STRANGE_MESSAGES = 64
-#: Where ``tcpi_bytes_received`` lies in Linux's ``struct tcp_info``.
-_BYTES_RECEIVED_AT = 128
 _LINGER_NOT = struct.pack("ii", 1, 0)
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -33,6 +29,10 @@ class Connection:
     messages: int = 0
     #: bytes that came on it while it had a session, which are not held against it
     excused_bytes: int = 0
+    heard_at: float = 0.0
+    progress: Progress = field(default_factory=Progress)
+    #: whether ``progress`` was looked at since the last message
+    watched: bool = False
 
 
 class Connections:
@@ -73,12 +73,13 @@ class Connections:
         self.closed(descriptor)
         self._strangers[descriptor] = Connection(descriptor, now)
 
-    def spoke(self, descriptor: int, name: bytes, user: str) -> Connection | None:
+    def spoke(self, descriptor: int, name: bytes, user: str, now: float) -> Connection | None:
         """A message came on it; None where no connection of this name is known to have it."""
         connection = self._known.get(descriptor) or self._strangers.get(descriptor)
         if connection is None or connection.name not in (b"", name):
             return None
         connection.name, connection.user = name, user
+        connection.heard_at, connection.watched = now, False
         return connection
 
     def too_strange(self, connection: Connection) -> bool:
@@ -107,12 +108,25 @@ class Connections:
                 found.append(connection)
         return found
 
+    def moving(self, now: float, silent_s: float) -> list[Connection]:
+        """Those with a session, silent for so long, on which a message is still on its way."""
+        found = []
+        for connection in self._known.values():
+            if now < connection.heard_at + silent_s:
+                continue
+            made = connection.progress.made(connection.descriptor)
+            if connection.watched and made:
+                connection.heard_at = now
+                found.append(connection)
+            connection.watched = True
+        return found
+
     def overdue(self, now: float) -> list[tuple[Connection, str]]:
         """Strangers whose time, or allowance, is spent, and which of them."""
         for connection in list(self._known.values()):
             if connection.name not in self._known_names:
                 connection.since = now
-                connection.excused_bytes = _bytes_received(connection.descriptor)
+                connection.excused_bytes = tcp_bytes(connection.descriptor)[1]
                 self._strangers[connection.descriptor] = self._known.pop(connection.descriptor)
         found = []
         for connection in list(self._strangers.values()):
@@ -121,7 +135,7 @@ class Connections:
                 self._known[connection.descriptor] = self._strangers.pop(connection.descriptor)
             elif now - connection.since >= self._hello_s:
                 found.append((connection, f"no hello within {self._hello_s:g} s"))
-            elif _bytes_received(connection.descriptor) > excused + self._max_bytes:
+            elif tcp_bytes(connection.descriptor)[1] > excused + self._max_bytes:
                 found.append((connection, f"over {self._max_bytes} bytes and no hello"))
         return found
 
@@ -142,36 +156,9 @@ def cut(descriptor: int, local_port: object) -> str:
         sock.shutdown(socket.SHUT_RDWR)
         return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "local"
 
-    return _borrow(descriptor, shut, "")
+    return borrow(descriptor, shut, "")
 
 
 def port_of(address: object) -> object:
     """The port of a socket's address; the path of a local one."""
     return address[1] if isinstance(address, tuple) else address
-
-
-def _bytes_received(descriptor: int) -> int:
-    """What the kernel took for a connection; 0 where it does not say."""
-    option = getattr(socket, "TCP_INFO", None)
-    if option is None:
-        return 0
-
-    def ask(sock: socket.socket) -> int:
-        info = sock.getsockopt(socket.IPPROTO_TCP, option, _BYTES_RECEIVED_AT + 8)
-        return int.from_bytes(info[_BYTES_RECEIVED_AT:], sys.byteorder)
-
-    return _borrow(descriptor, ask, 0)
-
-
-def _borrow(descriptor: int, use: Callable[[socket.socket], T], otherwise: T) -> T:
-    """Use libzmq's descriptor as a socket, which stays libzmq's; ``otherwise`` where it is none."""
-    try:
-        sock = socket.socket(fileno=descriptor)
-    except OSError:
-        return otherwise
-    try:
-        return use(sock)
-    except OSError:
-        return otherwise
-    finally:
-        sock.detach()

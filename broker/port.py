@@ -9,7 +9,7 @@ from typing import cast
 import zmq
 
 from broker.connections import Connection, Connections, cut
-from broker.core import BadBytes, BrokerConfig, ConnectionLost, Event, Received, Send, Side
+from broker.core import BadBytes, BrokerConfig, ConnectionLost, Event, Moving, Received, Send, Side
 from broker.errors import BrokerError
 from broker.local import Place
 from broker.protocol import RemoteProtocolError, VersionMismatchError, decode
@@ -48,6 +48,8 @@ class Port:
         #: before its hello a connection is good for one header, and some
         allowance = config.limits.max_header_bytes + 65536
         self.connections = Connections(known, config.hello_s, config.max_strangers, allowance)
+        #: after two missed heartbeats it is asked whether bytes flow
+        self._silent_s = 2 * config.heartbeat_s
         self.next_sweep: float | None = None
         self._events: list[Event] = []
         self.socket = context.socket(zmq.ROUTER)
@@ -101,6 +103,8 @@ class Port:
         if self.next_sweep is not None and now >= self.next_sweep:
             for connection, why in self.connections.overdue(now):
                 self._cut(connection, why)
+            for connection in self.connections.moving(now, self._silent_s):
+                self._events.append(Moving(self.side, connection.name))
             self.next_sweep = now + _SWEEP_S if len(self.connections) else None
         return len(surplus)
 
@@ -143,10 +147,10 @@ class Port:
             user = cast(str, frames[0].get("User-Id")) if self._keyed else ""
         except zmq.ZMQError:  # noise that passed for a ZMTP 1 peer has neither
             return None
-        connection = self.connections.spoke(descriptor, name, user)
+        connection = self.connections.spoke(descriptor, name, user, now)
         if connection is None:  # news of it waits in the monitor: accepted, closed, in use again
             self._read_monitor(now)
-            connection = self.connections.spoke(descriptor, name, user)
+            connection = self.connections.spoke(descriptor, name, user, now)
         return connection
 
     def _cut(self, connection: Connection, why: str) -> None:

@@ -107,6 +107,7 @@ class PeerLoop:
                 for dealer in self._dealers.values():
                     self._read(dealer, ready)
                 if timer is not None and time.monotonic() >= timer:
+                    self._notice_progress()
                     self._handle(Tick())
                 if self._stopping:
                     self._act(self.core.goodbye())
@@ -119,6 +120,11 @@ class PeerLoop:
                 dealer.close(self._linger_s)
             self._context.term()
             self._wakeup.close()
+
+    def _notice_progress(self) -> None:
+        for endpoint, dealer in self._dealers.items():
+            if dealer.moving():
+                self.core.links[endpoint].moving(time.monotonic())
 
     def _new_waiter(self) -> Waiter:
         dealers = self._dealers.values()

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import zmq
 
+from broker.protocol.kernel import Progress
 from broker.protocol.limits import Limits
 from broker.protocol.wire import Buffer
 
@@ -24,7 +25,9 @@ HANDSHAKE_FAILED = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-_MONITORED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
+_MONITORED = (
+    zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class Dealer:
         self.endpoint = endpoint
         self._context = context
         self._curve = curve
+        self._descriptor = -1
+        self._progress = Progress()
         #: why the last handshakes failed, as far as this side was told
         self._why = ""
         self._open()
@@ -121,6 +126,7 @@ class Dealer:
     def reopen(self) -> None:
         """Drop the connection and whatever is still queued for it; connect again."""
         self.close()
+        self._descriptor = -1
         self._open()
 
     def send(self, frames: Sequence[Buffer]) -> None:
@@ -139,10 +145,19 @@ class Dealer:
         """
         changes = []
         for event, value in self.monitor.read():
+            if event == zmq.EVENT_CONNECTED:
+                self._descriptor = value
+                continue
             made = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if not made:
+                self._descriptor = -1
             self._why = "" if made else self._trouble(event, value) or self._why
             changes.append((made, self._why))
         return changes
+
+    def moving(self) -> bool:
+        """Whether a message has moved on its way, out or in, since this was asked last."""
+        return self._descriptor >= 0 and self._progress.made(self._descriptor)
 
     def _trouble(self, event: int, value: int) -> str:
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
