@@ -21,8 +21,14 @@ _FILE = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option("--clients", default="tcp://127.0.0.1:5555", help="Listen here for trainers.")
-@click.option("--workers", default="tcp://127.0.0.1:5556", help="Listen here for workers.")
+@click.option(
+    "--clients",
+    default="tcp://127.0.0.1:5555",
+    help="Listen here for trainers: tcp://HOST:PORT or, on one machine, ipc://PATH.",
+)
+@click.option(
+    "--workers", default="tcp://127.0.0.1:5556", help="Listen here for workers, likewise."
+)
 @click.option(
     "--http",
     default=HTTP_ADDRESS,

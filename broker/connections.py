@@ -9,22 +9,18 @@ from __future__ import annotations
 import itertools
 import socket
 import struct
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+
+from broker.protocol.kernel import Progress, borrow, tcp_bytes
 
 #: Messages taken from a connection before its hello; a peer of ours sends a handful at most.
 _STRANGE_MESSAGES = 64
-#: Where ``tcpi_bytes_acked`` and, behind it, ``tcpi_bytes_received`` lie in ``struct tcp_info``.
-_TCP_BYTES = struct.Struct("=QQ")
-_TCP_BYTES_AT = 120
 #: Connections with a session that are looked at in one sweep: 2 ms for all.
 _LOOKS = 256
 #: What the kernel may hold beyond the message in hand, twice libzmq's buffer for a socket.
 _SLACK_BYTES = 16 << 20
 _LINGER_NOT = struct.pack("ii", 1, 0)
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -38,6 +34,10 @@ class Connection:
     messages: int = 0
     #: bytes that came on it while it had a session, which are not held against it
     excused_bytes: int = 0
+    heard_at: float = 0.0
+    progress: Progress = field(default_factory=Progress)
+    #: whether ``progress`` was looked at since the last message
+    watched: bool = False
     #: on the wire: all messages that we have taken, and those that we have sent
     taken_bytes: int = 0
     sent_bytes: int = 0
@@ -93,6 +93,10 @@ class Connections:
     def n_strangers(self) -> int:
         return len(self._strangers)
 
+    @property
+    def too_many_strangers(self) -> bool:
+        return len(self._strangers) > self._allowance.max_strangers
+
     def __iter__(self) -> Iterator[Connection]:
         yield from list(self._strangers.values())
         yield from list(self._known.values())
@@ -102,12 +106,14 @@ class Connections:
         self.closed(descriptor)
         self._strangers[descriptor] = Connection(descriptor, now)
 
-    def spoke(self, descriptor: int, name: bytes, user: str) -> Connection | None:
-        """A message came on it; None where the connection is gone already."""
+    def spoke(self, descriptor: int, name: bytes, user: str, now: float) -> Connection | None:
+        """A message came on it; None where no connection of this name is known to have it."""
         connection = self._known.get(descriptor) or self._strangers.get(descriptor)
-        if connection is not None:
-            connection.name, connection.user = name, user
-            self._by_name[name] = connection
+        if connection is None or connection.name not in (b"", name):
+            return None
+        connection.name, connection.user = name, user
+        connection.heard_at, connection.watched = now, False
+        self._by_name[name] = connection
         return connection
 
     def sent(self, name: bytes, nbytes: int) -> None:
@@ -154,9 +160,10 @@ class Connections:
         found = []
         for connection in list(itertools.islice(self._known.values(), _LOOKS)):
             self._known[connection.descriptor] = self._known.pop(connection.descriptor)
-            if (counted := _tcp_bytes(connection.descriptor)) is None:
+            acked, received = tcp_bytes(connection.descriptor)
+            if not received:  # the kernel does not say, as of local sockets
                 continue
-            queued, unfinished = connection.account(*counted)
+            queued, unfinished = connection.account(acked, received)
             if queued > self._allowance.queued_bytes + connection.largest_bytes + _SLACK_BYTES:
                 found.append((connection, f"{queued} bytes that it does not take"))
             elif unfinished <= self._allowance.message_bytes + _SLACK_BYTES:
@@ -168,12 +175,25 @@ class Connections:
                 found.append((connection, f"{unfinished} bytes and no end of the message"))
         return found
 
+    def moving(self, now: float, silent_s: float) -> list[Connection]:
+        """Those with a session, silent for so long, on which a message is still on its way."""
+        found = []
+        for connection in self._known.values():
+            if now < connection.heard_at + silent_s:
+                continue
+            made = connection.progress.made(connection.descriptor)
+            if connection.watched and made:
+                connection.heard_at = now
+                found.append(connection)
+            connection.watched = True
+        return found
+
     def overdue(self, now: float) -> list[tuple[Connection, str]]:
         """Strangers whose time, or allowance, is spent, and which of them."""
         for connection in list(self._known.values()):
             if connection.name not in self._known_names:
                 connection.since = now
-                connection.excused_bytes = _bytes_received(connection.descriptor)
+                connection.excused_bytes = tcp_bytes(connection.descriptor)[1]
                 self._strangers[connection.descriptor] = self._known.pop(connection.descriptor)
         found = []
         for connection in list(self._strangers.values()):
@@ -182,10 +202,9 @@ class Connections:
                 self._known[connection.descriptor] = self._strangers.pop(connection.descriptor)
             elif now - connection.since >= self._allowance.hello_s:
                 found.append((connection, f"no hello within {self._allowance.hello_s:g} s"))
-            elif _bytes_received(connection.descriptor) > excused + self._allowance.strange_bytes:
-                found.append(
-                    (connection, f"over {self._allowance.strange_bytes} bytes and no hello")
-                )
+            elif tcp_bytes(connection.descriptor)[1] > excused + self._allowance.strange_bytes:
+                allowed = self._allowance.strange_bytes
+                found.append((connection, f"over {allowed} bytes and no hello"))
         return found
 
 
@@ -205,48 +224,9 @@ def cut(descriptor: int, local_port: object) -> str:
         sock.shutdown(socket.SHUT_RDWR)
         return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "local"
 
-    return _borrow(descriptor, shut, "")
+    return borrow(descriptor, shut, "")
 
 
 def port_of(address: object) -> object:
     """The port of a socket's address; the path of a local one."""
     return address[1] if isinstance(address, tuple) else address
-
-
-def _bytes_received(descriptor: int) -> int:
-    """What the kernel took for a connection; 0 where it does not say."""
-    counted = _tcp_bytes(descriptor)
-    return counted[1] if counted is not None else 0
-
-
-def _tcp_bytes(descriptor: int) -> tuple[int, int] | None:
-    """``(acked, received)``: what the peer's machine has of ours, and ours of the peer's.
-
-    None where the kernel does not say: it is no TCP connection, or not Linux.
-    """
-    option = getattr(socket, "TCP_INFO", None)
-    if option is None:
-        return None
-
-    def ask(sock: socket.socket) -> tuple[int, int] | None:
-        info = sock.getsockopt(socket.IPPROTO_TCP, option, _TCP_BYTES_AT + _TCP_BYTES.size)
-        if len(info) < _TCP_BYTES_AT + _TCP_BYTES.size:
-            return None
-        acked, received = _TCP_BYTES.unpack_from(info, _TCP_BYTES_AT)
-        return acked, received
-
-    return _borrow(descriptor, ask, None)
-
-
-def _borrow(descriptor: int, use: Callable[[socket.socket], T], otherwise: T) -> T:
-    """Use libzmq's descriptor as a socket, which stays libzmq's; ``otherwise`` where it is none."""
-    try:
-        sock = socket.socket(fileno=descriptor)
-    except OSError:
-        return otherwise
-    try:
-        return use(sock)
-    except OSError:
-        return otherwise
-    finally:
-        sock.detach()

@@ -9,8 +9,9 @@ from typing import cast
 import zmq
 
 from broker.connections import Allowance, Connection, Connections, cut
-from broker.core import BadBytes, BrokerConfig, ConnectionLost, Event, Received, Send, Side
+from broker.core import BadBytes, BrokerConfig, ConnectionLost, Event, Moving, Received, Send, Side
 from broker.errors import BrokerError
+from broker.local import Place
 from broker.protocol import RemoteProtocolError, VersionMismatchError, decode
 from broker.protocol.sockets import HANDSHAKE_FAILED, Curve, Monitor, configure, receive
 
@@ -47,6 +48,8 @@ class Port:
         self._keyed = curve is not None
         self._note = note
         self.connections = Connections(known, _allowance(side, config))
+        #: after two missed heartbeats it is asked whether bytes flow
+        self._silent_s = 2 * config.heartbeat_s
         self.next_sweep: float | None = None
         self._events: list[Event] = []
         self.socket = context.socket(zmq.ROUTER)
@@ -56,10 +59,15 @@ class Port:
         self.monitor = Monitor(
             self.socket, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
         )
+        self._place = Place(address)
         self.received_bytes = 0
         self.sent_bytes = 0
         try:
-            self.socket.bind(address)
+            with self._place.taken():
+                self.socket.bind(address)
+        except BrokerError:
+            self.close()
+            raise
         except zmq.ZMQError as error:
             self.close()
             raise BrokerError(
@@ -69,19 +77,25 @@ class Port:
         self.endpoint = self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._own_port = _port_of_endpoint(self.endpoint)
 
-    def events(self, now: float) -> list[Event]:
-        """What came, a batch at most. Losses come first: a descriptor may be in use again."""
-        self._read_monitor(now)
-        for _ in range(_BATCH):
-            try:
-                name, *frames = receive(self.socket, self.limits.max_frames + 2)
-            except zmq.Again:
+    def events(self, now: float, ready: Container[object]) -> list[Event]:
+        """What came on sockets that are ``ready``, a batch at most."""
+        if self.monitor.socket in ready:
+            self._read_monitor(now)
+        for _ in range(_BATCH if self.socket in ready else 0):
+            message = receive(self.socket, self.limits.max_frames + 2)
+            if message is None:
                 break
+            name, *frames = message
             nbytes = sum(map(len, frames))
             self.received_bytes += nbytes
             self._receive(name.bytes, frames, nbytes, now)
         events, self._events = self._events, []
         return events
+
+    def wants_sweep(self, now: float) -> bool:
+        """Whether strangers should be looked at."""
+        due = self.next_sweep is not None and now >= self.next_sweep
+        return due or self.connections.too_many_strangers
 
     def sweep(self, now: float, at_most: int) -> int:
         """Cut off strangers that are too many or take too long; how many."""
@@ -91,6 +105,8 @@ class Port:
         if self.next_sweep is not None and now >= self.next_sweep:
             for connection, why in self.connections.overdue(now) + self.connections.overdrawn():
                 self._cut(connection, why)
+            for connection in self.connections.moving(now, self._silent_s):
+                self._events.append(Moving(self.side, connection.name))
             self.next_sweep = now + _SWEEP_S if len(self.connections) else None
         return len(surplus)
 
@@ -137,10 +153,10 @@ class Port:
             user = cast(str, frames[0].get("User-Id")) if self._keyed else ""
         except zmq.ZMQError:  # noise that passed for a ZMTP 1 peer has neither
             return None
-        connection = self.connections.spoke(descriptor, name, user)
-        if connection is None:  # accepted after the monitor was read, or closed
+        connection = self.connections.spoke(descriptor, name, user, now)
+        if connection is None:  # news of it waits in the monitor: accepted, closed, in use again
             self._read_monitor(now)
-            connection = self.connections.spoke(descriptor, name, user)
+            connection = self.connections.spoke(descriptor, name, user, now)
         return connection
 
     def _cut(self, connection: Connection, why: str) -> None:
@@ -167,6 +183,7 @@ class Port:
         return True
 
     def close(self) -> None:
+        self._place.leave()
         self.monitor.close()
         self.socket.close(linger=int(1000 * _LINGER_S))
 

@@ -32,7 +32,7 @@ from broker.http import HttpServer
 from broker.logs import Throttle, log
 from broker.pages import pages
 from broker.port import Port
-from broker.protocol.sockets import Wakeup, poll
+from broker.protocol.sockets import Waiter, Wakeup
 from broker.zap import ZapHandler
 
 _logger = logging.getLogger("draftmq.broker")
@@ -186,21 +186,21 @@ class Broker:
     # -- the loop -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._wakeup.reader, zmq.POLLIN)
-        for port in self._ports.values():
-            poller.register(port.socket, zmq.POLLIN)
-            poller.register(port.monitor.socket, zmq.POLLIN)
+        sockets = [port.socket for port in self._ports.values()]
         if self._zap is not None:
-            poller.register(self._zap.socket, zmq.POLLIN)
+            sockets.append(self._zap.socket)
+        waiter = Waiter(self._wakeup, sockets, [port.monitor for port in self._ports.values()])
         try:
             while not self._stopping.is_set():
-                poll(poller, self._next_timer(), time.monotonic())
-                self._wakeup.clear()
-                self._guard(time.monotonic())
+                timer = self._next_timer()
+                ready = waiter.wait(timer, time.monotonic())
+                if self._wakeup in ready:
+                    self._wakeup.clear()
+                self._guard(time.monotonic(), ready)
                 for port in self._ports.values():
-                    self._handle(port.events(time.monotonic()))
-                self._handle([Tick()])
+                    self._handle(port.events(time.monotonic(), ready))
+                if timer is not None and time.monotonic() >= timer:
+                    self._handle([Tick()])
             self._act(self.core.goodbye())
         except Exception:
             self.failed = True
@@ -215,9 +215,9 @@ class Broker:
             timers.append(self._reread_at)
         return min((timer for timer in timers if timer is not None), default=None)
 
-    def _guard(self, now: float) -> None:
+    def _guard(self, now: float, ready: Container[object]) -> None:
         """Say who may connect, and see that those who no longer may are gone."""
-        if self._zap is not None:
+        if self._zap is not None and self._zap.socket in ready:
             for refusal in self._zap.serve():
                 why = self._access.explain(refusal)
                 key = refusal.key.hex()
@@ -230,6 +230,8 @@ class Broker:
                     port.cut_revoked(functools.partial(self._access.has, side))
         surplus = sum(len(port.connections) for port in self._ports.values())
         surplus = max(0, surplus - self._max_connections)
+        if not surplus and not any(port.wants_sweep(now) for port in self._ports.values()):
+            return
         # where most strangers are: a flood of one port must not cost the other its newcomers
         for port in sorted(self._ports.values(), key=lambda port: -port.connections.n_strangers):
             surplus -= port.sweep(now, len(port.connections) - surplus)

@@ -30,6 +30,14 @@ class Received:
 
 
 @dataclass(frozen=True)
+class Moving:
+    """A message is on its way on this connection, and its end has not come."""
+
+    side: Side
+    connection: bytes
+
+
+@dataclass(frozen=True)
 class BadBytes:
     """Something came that is not a message; ``error`` says why."""
 
@@ -52,7 +60,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = Union[Received, BadBytes, ConnectionLost, Tick]  # noqa: UP007
+Event = Union[Received, Moving, BadBytes, ConnectionLost, Tick]  # noqa: UP007
 
 
 @dataclass(frozen=True)

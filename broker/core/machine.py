@@ -13,7 +13,7 @@ from typing import Any
 from broker.core.clients import Clients
 from broker.core.config import BrokerConfig
 from broker.core.dispatch import Dispatcher
-from broker.core.events import Action, BadBytes, ConnectionLost, Event, Received, Side
+from broker.core.events import Action, BadBytes, ConnectionLost, Event, Moving, Received, Side
 from broker.core.ledger import Ledger
 from broker.core.requests import Requests
 from broker.core.workers import Workers
@@ -61,6 +61,9 @@ class BrokerCore(Ledger):
         """Take one event; say what is to be sent and logged. ``now`` is monotonic seconds."""
         if isinstance(event, Received):
             self._received(event, now)
+        elif isinstance(event, Moving):
+            if (session := self._connections(event.side).get(event.connection)) is not None:
+                session.last_seen = now
         elif isinstance(event, ConnectionLost):
             self._connection_lost(event, now)
         elif isinstance(event, BadBytes):

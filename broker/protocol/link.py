@@ -167,6 +167,10 @@ class Link:
             return self._down(now)
         return []
 
+    def moving(self, now: float) -> None:
+        """The transport moves a message whose end has not come; heartbeats wait behind it."""
+        self._heard_at = now
+
     def tick(self, now: float) -> list[LinkAction]:
         """Do what is due."""
         if self._reopen_at is not None and now >= self._reopen_at:

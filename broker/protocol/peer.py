@@ -6,7 +6,7 @@ import collections
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, Protocol
 
 import zmq
@@ -14,7 +14,7 @@ import zmq
 from broker.protocol import messages as m
 from broker.protocol.errors import RemoteProtocolError, VersionMismatchError
 from broker.protocol.link import Arrived, Connected, Disconnected, Link, Reopen, SendTo, Tick
-from broker.protocol.sockets import Curve, Dealer, Wakeup, poll
+from broker.protocol.sockets import Curve, Dealer, Waiter, Wakeup
 from broker.protocol.wire import Packet, decode, encode
 
 #: Messages taken from one broker before the others, and what waits here, get a turn.
@@ -75,6 +75,7 @@ class PeerLoop:
     def start(self) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealers = {e: Dealer(self._context, e, self._curves.get(e)) for e in self.core.links}
+        self._waiter = self._new_waiter()
         self._thread.start()
 
     def post(self, event: Any) -> None:
@@ -97,13 +98,17 @@ class PeerLoop:
     def _run(self) -> None:
         try:
             while True:
-                poll(self._poller(), self.core.next_timer, time.monotonic())
-                self._wakeup.clear()
+                timer = self.core.next_timer
+                ready = self._waiter.wait(timer, time.monotonic())
+                if self._wakeup in ready:
+                    self._wakeup.clear()
                 while self._posted:
                     self._handle(self._posted.popleft())
                 for dealer in self._dealers.values():
-                    self._read(dealer)
-                self._handle(Tick())
+                    self._read(dealer, ready)
+                if timer is not None and time.monotonic() >= timer:
+                    self._notice_progress()
+                    self._handle(Tick())
                 if self._stopping:
                     self._act(self.core.goodbye())
                     return
@@ -116,21 +121,32 @@ class PeerLoop:
             self._context.term()
             self._wakeup.close()
 
-    def _poller(self) -> zmq.Poller:
-        poller = zmq.Poller()
-        poller.register(self._wakeup.reader, zmq.POLLIN)
-        for dealer in self._dealers.values():
-            poller.register(dealer.socket, zmq.POLLIN)
-            poller.register(dealer.monitor.socket, zmq.POLLIN)
-        return poller
+    def _notice_progress(self) -> None:
+        for endpoint, dealer in self._dealers.items():
+            if dealer.moving():
+                self.core.links[endpoint].moving(time.monotonic())
 
-    def _read(self, dealer: Dealer) -> None:
+    def _new_waiter(self) -> Waiter:
+        dealers = self._dealers.values()
+        sockets = [dealer.socket for dealer in dealers]
+        return Waiter(self._wakeup, sockets, [dealer.monitor for dealer in dealers])
+
+    def _read(self, dealer: Dealer, ready: Container[object]) -> None:
+        if dealer.monitor.socket in ready:
+            self._read_changes(dealer)
+        if dealer.socket in ready:
+            self._read_messages(dealer)
+
+    def _read_changes(self, dealer: Dealer) -> None:
         endpoint = dealer.endpoint
         for up, why in dealer.changes():
             if up:
                 self._handle(Connected(endpoint))
             else:
                 self._disconnected(endpoint, why)
+
+    def _read_messages(self, dealer: Dealer) -> None:
+        endpoint = dealer.endpoint
         for _ in range(_BATCH):
             frames = dealer.receive()
             if frames is None:
@@ -158,7 +174,9 @@ class PeerLoop:
             if isinstance(action, SendTo):
                 self._dealers[action.endpoint].send(action.packet.frames)
             elif isinstance(action, Reopen):
-                if why := self._dealers[action.endpoint].reopen():
+                why = self._dealers[action.endpoint].reopen()
+                self._waiter = self._new_waiter()
+                if why:
                     self._disconnected(action.endpoint, why)
             else:
                 self._perform(action)

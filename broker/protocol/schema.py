@@ -12,7 +12,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from broker.protocol.limits import MAX_ITEMS, MAX_STRING_BYTES
@@ -113,30 +113,30 @@ def codec(cls: type) -> Codec:
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     pairs = [_checks(hints[name]) for name in names]
-    out = [(name, pair[0]) for name, pair in zip(names, pairs, strict=True)]
-    back = [(name, pair[1]) for name, pair in zip(names, pairs, strict=True)]
+    out, back = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+    def checked(checks: list[Check], values: Iterable[Any]) -> list[Any]:
+        done: list[Any] = []
+        try:
+            for check, value in zip(checks, values, strict=True):
+                done.append(check(value))
+        except SchemaError as error:
+            raise SchemaError(f"{cls.__name__}.{names[len(done)]} {error}") from None
+        return done
 
     def to_plain(record: Any) -> list[Any]:
         if type(record) is not cls:
             raise SchemaError(f"wants a {cls.__name__}, got {_shown(record)}")
-        return [_field(cls, name, check, getattr(record, name)) for name, check in out]
+        return checked(out, [getattr(record, name) for name in names])
 
     def from_plain(values: Any) -> Any:
         if type(values) is not list:
             raise SchemaError(f"{cls.__name__} wants an array, got {_shown(values)}")
         if len(values) != len(back):
             raise SchemaError(f"{cls.__name__} has {len(back)} fields, got {len(values)}")
-        checked = zip(back, values, strict=True)
-        return cls(*[_field(cls, name, check, value) for (name, check), value in checked])
+        return cls(*checked(back, values))
 
     return Codec(cls, to_plain, from_plain)
-
-
-def _field(cls: type, name: str, check: Check, value: Any) -> Any:
-    try:
-        return check(value)
-    except SchemaError as error:
-        raise SchemaError(f"{cls.__name__}.{name} {error}") from None
 
 
 def describe(annotation: Any) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import zmq
 
+from broker.protocol.kernel import Progress
 from broker.protocol.limits import Limits
 from broker.protocol.wire import Buffer
 
@@ -19,13 +21,17 @@ from broker.protocol.wire import Buffer
 _SOCKET_BUFFER_BYTES = 4 << 20
 #: Time for a handshake, also on a loaded machine; what has not finished it then is closed.
 _HANDSHAKE_MS = 5000
+#: a plain number: ``&`` of pyzmq's enums takes longer than the question itself
+_POLLIN = int(zmq.POLLIN)
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-_MONITORED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
+_MONITORED = (
+    zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
+)
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,17 @@ def configure(sock: zmq.Socket[bytes], limits: Limits, curve: Curve | None = Non
         curve.apply(sock)
 
 
-def receive(sock: zmq.Socket[bytes], max_frames: int) -> list[zmq.Frame]:
-    """The frames of the next message, or the first ``max_frames``: then the last of them says
-    ``more``, and the rest is dropped. libzmq limits the size of a frame and not their number.
+def has_message(sock: zmq.Socket[bytes]) -> bool:
+    """Whether a message can be received; asking is cheaper than the exception that says no."""
+    return bool(cast(int, sock.getsockopt(zmq.EVENTS)) & _POLLIN)
 
-    Raises ``zmq.Again`` where there is no message.
+
+def receive(sock: zmq.Socket[bytes], max_frames: int) -> list[zmq.Frame] | None:
+    """The frames of the next message, if there is one; of more than ``max_frames`` the first, the
+    last of which says ``more``: libzmq limits the size of a frame and not their number.
     """
+    if not has_message(sock):
+        return None
     frames = [frame := sock.recv(zmq.NOBLOCK, copy=False)]
     while frame.more:
         frame = sock.recv(copy=False)
@@ -121,6 +132,8 @@ class Dealer:
         self.endpoint = endpoint
         self._context = context
         self._curve = curve
+        self._descriptor = -1
+        self._progress = Progress()
         #: why the last handshakes failed, as far as this side was told
         self._why = ""
         self.socket, self.monitor = self._open()
@@ -151,6 +164,7 @@ class Dealer:
             return "this process has no file descriptor left; raise its limit (ulimit -n)"
         self.close()
         self.socket, self.monitor = fresh
+        self._descriptor = -1
         return ""
 
     def send(self, frames: Sequence[Buffer]) -> None:
@@ -159,10 +173,9 @@ class Dealer:
 
     def receive(self) -> list[zmq.Frame] | None:
         """The next message, or None."""
-        try:
-            return self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
+        if not has_message(self.socket):
             return None
+        return self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
 
     def changes(self) -> list[tuple[bool, str]]:
         """For each connection made or lost, in order: whether made, and why it cannot be, if that
@@ -170,10 +183,19 @@ class Dealer:
         """
         changes = []
         for event, value in self.monitor.read():
+            if event == zmq.EVENT_CONNECTED:
+                self._descriptor = value
+                continue
             made = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if not made:
+                self._descriptor = -1
             self._why = "" if made else self._trouble(event, value) or self._why
             changes.append((made, self._why))
         return changes
+
+    def moving(self) -> bool:
+        """Whether a message has moved on its way, out or in, since this was asked last."""
+        return self._descriptor >= 0 and self._progress.made(self._descriptor)
 
     def _trouble(self, event: int, value: int) -> str:
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -203,6 +225,10 @@ class Dealer:
         self.socket.close(linger=int(1000 * linger_s))
 
 
+#: wake-ups that are taken back at once
+_WAKEUPS = 4096
+
+
 class Wakeup:
     """Wakes a poller from another thread."""
 
@@ -216,8 +242,9 @@ class Wakeup:
             self._writer.send(b"\0")
 
     def clear(self) -> None:
+        """Take back every wake-up so far; what woke must be looked for after this."""
         with contextlib.suppress(BlockingIOError):
-            while self.reader.recv(4096):
+            while len(self.reader.recv(_WAKEUPS)) == _WAKEUPS:
                 pass
 
     def close(self) -> None:
@@ -225,7 +252,37 @@ class Wakeup:
         self._writer.close()
 
 
-def poll(poller: zmq.Poller, next_timer: float | None, now: float) -> set[Any]:
-    """Wait for sockets or for the next timer; what is ready, as registered (sockets, fds)."""
-    wait_ms = None if next_timer is None else max(0, int(1000 * (next_timer - now)) + 1)
-    return {ready for ready, _ in poller.poll(wait_ms)}
+class Waiter:
+    """Waits for sockets by their file descriptors.
+
+    ``zmq.Poller`` asks libzmq about every socket before and after it sleeps, several system calls
+    each. A descriptor of libzmq (``ZMQ_FD``) only tells of changes, and any call on its socket may
+    take that news. So ``sockets``, which are sent on too, are asked once before sleeping. On
+    ``monitors`` nothing is done but to read them empty: once asked they need no more than their
+    descriptors.
+    """
+
+    def __init__(
+        self,
+        wakeup: Wakeup,
+        sockets: Iterable[zmq.Socket[bytes]],
+        monitors: Iterable[Monitor] = (),
+    ) -> None:
+        self._sockets = list(sockets)
+        self._not_asked_yet = [monitor.socket for monitor in monitors]
+        self._by_descriptor: dict[int, Any] = {wakeup.reader.fileno(): wakeup}
+        for sock in (*self._sockets, *self._not_asked_yet):
+            self._by_descriptor[cast(int, sock.getsockopt(zmq.FD))] = sock
+        self._poll = select.poll()
+        for descriptor in self._by_descriptor:
+            self._poll.register(descriptor, select.POLLIN)
+
+    def wait(self, next_timer: float | None, now: float) -> set[Any]:
+        """Wait for a socket, the wake-up or the next timer; which of them may have something."""
+        asked = [*self._sockets, *self._not_asked_yet]
+        self._not_asked_yet = []
+        ready: set[Any] = {sock for sock in asked if has_message(sock)}
+        wait_ms = None if next_timer is None else max(0, int(1000 * (next_timer - now)) + 1)
+        for descriptor, _ in self._poll.poll(0 if ready else wait_ms):
+            ready.add(self._by_descriptor[descriptor])
+        return ready
