@@ -17,8 +17,9 @@ from broker.protocol.kernel import Progress
 from broker.protocol.limits import Limits
 from broker.protocol.wire import Buffer
 
-#: 4 MiB took two-hop throughput from 0.53 to 0.8 GiB/s where the kernel's defaults are small.
-_SOCKET_BUFFER_BYTES = 4 << 20
+#: Of the kernel's own choice, 1 MiB and 4 MiB this was fastest; more than a cache holds is slower
+#: (docs/decisions/0008-wire-path.md).
+_SOCKET_BUFFER_BYTES = 1 << 20
 #: Time for a handshake, also on a loaded machine; what has not finished it then is closed.
 _HANDSHAKE_MS = 5000
 #: a plain number: ``&`` of pyzmq's enums takes longer than the question itself

@@ -17,8 +17,8 @@ from broker.protocol.memory import POOL
 from broker.protocol.messages import DTYPE_BYTES, TensorSpec
 from broker.protocol.wire import Buffer
 
-#: Frames of about 1 MiB moved bytes fastest through two hops on loopback: 0.93 GiB/s where 16 MiB
-#: frames gave 0.53 and 4 MiB ones lay between.
+#: Smaller frames cost the broker more for each byte, larger ones leave the caches and the memory
+#: that glibc keeps (docs/decisions/0008-wire-path.md).
 FRAME_BYTES = 1 * MIB
 
 _TORCH: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}

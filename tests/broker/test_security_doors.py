@@ -392,7 +392,7 @@ def test_the_oldest_strangers_go_and_those_with_a_hello_stay() -> None:
     there = Connections(known, Allowance(hello_s=10, max_strangers=2, strange_bytes=100))
     for descriptor in range(1001, 1005):
         there.accepted(descriptor, now=descriptor)
-    there.spoke(1001, b"a", "")
+    there.spoke(1001, b"a", "", now=0.0)
     assert [c.descriptor for c in there.surplus(100)] == [1002]
     there.closed(1002)
     assert [c.descriptor for c in there.surplus(2)] == [1003]
