@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from broker.access import Access
 from broker.allow import AllowList
-from broker.core import BrokerConfig, BrokerCore, Received, Side
+from broker.core import BrokerConfig, BrokerCore, Received, Send, Side
 from broker.core.inspect import snapshot, validate
 from broker.http import HttpServer
 from broker.keys import KeyFileError, Role, generate, parse
@@ -123,16 +123,16 @@ class _Peers:
         self._client = ClientCore("c", 1, ["e"], 0.0)
         self._worker = WorkerCore("w", 1, model(), ["e"], 0.0)
         self._now = 1.0
-        for side, name, message in (
-            (Side.CLIENT, b"c", m.ClientHello("c", 1, "job", 0)),
-            (Side.WORKER, b"w", m.WorkerHello("w", 1, model(), 2, ())),
+        core: Any
+        for side, name, message, core in (
+            (Side.CLIENT, b"c", m.ClientHello("c", 1, "job", 0), self._client),
+            (Side.WORKER, b"w", m.WorkerHello("w", 1, model(), 2, ()), self._worker),
         ):
-            self._broker.handle(Received(side, name, encode(message)), self._now)
-        request = m.Request(m.RequestId("c", 1, 1), "generate", "", 0, 1, "", "", 9.0, ())
-        welcome = self._broker._welcome(4)
-        for core in (self._client, self._worker):
+            actions = self._broker.handle(Received(side, name, encode(message)), self._now)
+            (welcome,) = [decode(action.frames) for action in actions if isinstance(action, Send)]
             core.handle(Connected("e"), self._now)
-            core.handle(Arrived("e", encode(welcome)), self._now)
+            core.handle(Arrived("e", welcome), self._now)
+        request = m.Request(m.RequestId("c", 1, 1), "generate", "", 0, 1, "", "", 9.0, ())
         self._client.handle(Submit(encode(request), 99.0), self._now)
         self._broker.handle(Received(Side.CLIENT, b"c", encode(request)), self._now)
 
