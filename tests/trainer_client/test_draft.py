@@ -8,11 +8,8 @@ import torch
 from trainer_client.batch import LmHeadRows
 from trainer_client.eagle3.config import DraftConfig, rope_parameters
 from trainer_client.eagle3.draft import DecodeCache, Eagle3Draft, TTTCache
-from trainer_client.eagle3.unroll import (
-    Eagle3Unroll,
-    draft_vocab_probs,
-    simulated_accept_length,
-)
+from trainer_client.eagle3.supervision import of_hidden
+from trainer_client.eagle3.unroll import Eagle3Unroll, simulated_accept_length
 
 VOCAB, DRAFT, HIDDEN = 40, 24, 16
 CONFIG = DraftConfig(
@@ -231,7 +228,9 @@ def test_the_simulated_accept_length_adds_survival_rates() -> None:
 def test_a_draft_vocab_distribution_is_the_softmax_of_the_selected_rows() -> None:
     hidden, weight, bias = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)
     expected = torch.softmax(hidden @ weight.T + bias, -1)
-    torch.testing.assert_close(draft_vocab_probs(hidden, LmHeadRows(weight, bias)), expected)
+    known = torch.ones(2, 3, dtype=torch.bool)
+    supervision = of_hidden(hidden, known, LmHeadRows(weight, bias))
+    torch.testing.assert_close(supervision.probs(torch.tensor([1, 4])), expected.view(6, 5)[[1, 4]])
 
 
 @pytest.mark.parametrize(

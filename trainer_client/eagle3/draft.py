@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from trainer_client.eagle3.attention import unrolled_attention
 from trainer_client.eagle3.config import DraftConfig
 
 
@@ -201,14 +202,7 @@ class Eagle3Draft(nn.Module):
         queries, keys, values = self.midlayer.self_attn.project(x, self._rotary(x, positions))
         cache.keys.append(keys)
         cache.values.append(values)
-        scale = self.config.head_dim**-0.5
-        scores = torch.matmul(queries, cache.keys[0].transpose(2, 3)) * scale  # [B, heads, T, T]
-        scores = scores.masked_fill(~_visible(attention_mask), torch.finfo(scores.dtype).min)
-        own = [(queries * key).sum(-1, keepdim=True) * scale for key in cache.keys[1:]]
-        weights = torch.softmax(torch.cat((scores, *own), dim=-1).float(), dim=-1).to(values.dtype)
-        attended = torch.matmul(weights[..., :length], cache.values[0])
-        for at, value in enumerate(cache.values[1:], start=length):
-            attended = attended + weights[..., at : at + 1] * value
+        attended = unrolled_attention(queries, cache.keys, cache.values, attention_mask)
         return self.midlayer.finish(hidden, attended)
 
     def decode(self, input_ids: Tensor, hidden: Tensor, cache: DecodeCache) -> Tensor:
@@ -221,10 +215,3 @@ class Eagle3Draft(nn.Module):
         seen = torch.ones(count, begin + count, dtype=torch.bool, device=x.device).tril(begin)
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
         return self.midlayer.finish(hidden, attended)
-
-
-def _visible(attention_mask: Tensor) -> Tensor:
-    """[B, T] to bool [B, 1, T, T]: causal, and not at padding."""
-    length = attention_mask.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
-    return causal & attention_mask.bool()[:, None, None, :]

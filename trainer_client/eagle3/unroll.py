@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from trainer_client.batch import LmHeadRows
 from trainer_client.eagle3.draft import Eagle3Draft, TTTCache
+from trainer_client.eagle3.loss import HeadLoss, head_loss
+from trainer_client.eagle3.supervision import of_hidden, of_logits, of_probs
 
 
 @dataclass
@@ -64,79 +66,56 @@ class Eagle3Unroll(nn.Module):
 
         ``lm_head`` is needed with ``last_hidden_state``. Raises ``ValueError`` without supervision.
         """
+        loss_mask = loss_mask.bool()
         if target_logits is not None:
-            top = target_logits.argmax(-1)
-            position_mask = (self.draft.t2d[top] & loss_mask.bool()).unsqueeze(-1)
-            selected = target_logits.index_select(-1, self.draft.selected_token_ids)
-            target_probs = torch.softmax(selected.float(), dim=-1)
-        elif last_hidden_state is not None and lm_head is not None:
-            target_probs = draft_vocab_probs(last_hidden_state, lm_head)
-        if target_probs is None or position_mask is None:
+            known = self.draft.t2d[target_logits.argmax(-1)] & loss_mask
+            ids = self.draft.selected_token_ids
+            supervision = of_logits(target_logits, known, ids)
+        elif position_mask is not None and target_probs is not None:
+            supervision = of_probs(target_probs, position_mask.squeeze(-1).bool())
+        elif position_mask is not None and last_hidden_state is not None and lm_head is not None:
+            known = position_mask.squeeze(-1).bool()
+            supervision = of_hidden(last_hidden_state, known, lm_head)
+        else:
             raise ValueError(
                 "no supervision: give target_logits, or position_mask with target_probs, or with "
                 "last_hidden_state and lm_head"
             )
-        return self._unroll(
-            input_ids,
-            attention_mask,
-            loss_mask.bool(),
-            aux_hidden_states,
-            target_probs,
-            position_mask.squeeze(-1).bool(),
-        )
+        guesses = self._guesses(input_ids, attention_mask, aux_hidden_states)
+        weights = self.weights[: len(guesses)]
+        head = head_loss(guesses, self.draft.lm_head.weight, supervision, weights)
+        return self._output(head, supervision.known, loss_mask)
 
-    def _unroll(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        loss_mask: Tensor,
-        aux_hidden_states: Tensor,
-        target_probs: Tensor,
-        position_mask: Tensor,
-    ) -> UnrollOutput:
-        """At depth i slot t has read token t + 1 + i and predicts the one after it."""
+    def _guesses(
+        self, input_ids: Tensor, attention_mask: Tensor, aux_hidden_states: Tensor
+    ) -> list[Tensor]:
+        """What the head multiplies at each depth, [B, T, H].
+
+        At depth i slot t has read token t + 1 + i and predicts the one after it.
+        """
         cache, hidden = TTTCache(), self.draft.fuse(aux_hidden_states)
-        length = input_ids.shape[1]
-        best = target_probs.argmax(-1)  # [B, T]
-        losses, counts = [], []
-        hit = chain = torch.ones_like(loss_mask)
-        for depth in range(min(self.depths, length)):
-            left = length - depth  # slots that still have a token to read
+        guesses = []
+        for depth in range(min(self.depths, input_ids.shape[1])):
             if depth:
                 zeros = torch.zeros_like(input_ids[:, :1])
                 input_ids = torch.cat((input_ids[:, 1:], zeros), dim=1)
             hidden = self.draft.step(input_ids, hidden, cache, attention_mask)
-            logits = self.draft.logits(hidden[:, :left]).float()  # [B, left, D]
-            supervised = position_mask[:, depth:]
-            cross_entropy = -(target_probs[:, depth:] * torch.log_softmax(logits, -1)).sum(-1)
-            losses.append((cross_entropy * supervised).sum() / supervised.sum().clamp_min(1))
-            right = (logits.argmax(-1) == best[:, depth:]) & supervised
+            guesses.append(self.draft.norm(hidden))
+        return guesses
+
+    def _output(self, head: HeadLoss, known: Tensor, loss_mask: Tensor) -> UnrollOutput:
+        counts = []
+        hit = chain = torch.ones_like(loss_mask)
+        length = loss_mask.shape[1]
+        for depth, correct in enumerate(head.correct):
+            left = length - depth  # slots that still have a token to read
+            right = correct[:, depth:]
             chain = chain[:, :left] & loss_mask[:, depth:]
             hit = hit[:, :left] & right & chain
-            counts.append((right.sum(), supervised.sum(), hit.sum(), chain.sum()))
-        weights = self.weights[: len(losses)]
-        loss = sum(w * part for w, part in zip(weights, losses, strict=True)) / sum(weights)
-        assert isinstance(loss, Tensor)
+            counts.append((right.sum(), known[:, depth:].sum(), hit.sum(), chain.sum()))
         columns = [self._padded(torch.stack(column)) for column in zip(*counts, strict=True)]
-        return UnrollOutput(loss, self._padded(torch.stack(losses).detach()), *columns)
+        return UnrollOutput(head.loss, self._padded(head.depth_losses), *columns)
 
     def _padded(self, counts: Tensor) -> Tensor:
         """Counts of every depth, with zeros for those that the sequence was too short for."""
         return F.pad(counts, (0, self.depths - counts.numel()))
-
-
-@torch.no_grad()
-def draft_vocab_probs(last_hidden_state: Tensor, lm_head: LmHeadRows) -> Tensor:
-    """Target probabilities [B, T, D] float32 of hidden states [B, T, H], row by row of the batch.
-
-    Only the D selected rows of the head are multiplied; [B, T, V] never exists.
-    """
-    batch, length, _ = last_hidden_state.shape
-    size = (batch, length, lm_head.weight.shape[0])
-    probs = torch.empty(size, dtype=torch.float32, device=last_hidden_state.device)
-    for row, hidden in enumerate(last_hidden_state):
-        logits = torch.nn.functional.linear(
-            hidden.to(lm_head.weight.dtype), lm_head.weight, lm_head.bias
-        )
-        torch.softmax(logits.float(), dim=-1, out=probs[row])
-    return probs
