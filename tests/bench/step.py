@@ -1,6 +1,6 @@
 """Time and peak memory of one training step (forward and backward), by what the target sends.
 
-``python tests/bench/step.py [--tokens 2048 --hidden 1024 --draft-vocab 8192 --vocab 32000] [--json]``
+``python tests/bench/step.py [--tokens 2048 --hidden 1024 --draft-vocab 8192] [--json]``
 
 Each encoding is measured in a process of its own, so that one's peak is not another's.
 """
