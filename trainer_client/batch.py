@@ -7,7 +7,7 @@ The field names and ``to_trainer_inputs`` follow NeMo AutoModel's ``Eagle3Target
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -57,6 +57,12 @@ class Eagle3TargetBatch:
                 f"give one of {list(sources)}"
             )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        tensors = (getattr(self, each.name) for each in fields(self))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def to_trainer_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments for :class:`trainer_client.eagle3.unroll.Eagle3Unroll`."""
         inputs = {
@@ -86,6 +92,9 @@ class BatchHandle(Protocol):
     def result(self, timeout: float | None = None) -> Eagle3TargetBatch: ...
 
     def cancel(self) -> bool: ...
+
+    def done(self) -> bool:
+        """Whether ``result`` would come at once."""
 
 
 class HasWeight(Protocol):

@@ -134,3 +134,7 @@ class LazyBatch:
             if self._batch is None:
                 self._tokens = None
             return self._batch is None
+
+    def done(self) -> bool:
+        """Whether it is computed already."""
+        return self._batch is not None

@@ -228,6 +228,11 @@ class RemoteEagle3TargetModel:
         )
         return RemoteHandle(pending, lambda answer: self._batch(answer, attention_mask))
 
+    @property
+    def window(self) -> int:
+        """How many requests the brokers take without an answer, all together; 0: not known yet."""
+        return self._client.window
+
     def counters(self) -> dict[str, int]:
         """Requests, replies, resends and the like of this client."""
         return self._client.counters()

@@ -185,6 +185,11 @@ class Client:
         self._raise_if_closed()
         self._loop.post(KeepMapping(offer))
 
+    @property
+    def window(self) -> int:
+        """Unanswered requests that the attached brokers allow, all together."""
+        return sum(link.window for link in self.core.links.values() if link.ready)
+
     def counters(self) -> dict[str, int]:
         """Requests, replies, resends and the like, since the client began."""
         return dict(self.core.counters)
