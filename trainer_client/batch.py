@@ -6,7 +6,7 @@ The field names and ``to_trainer_inputs`` follow NeMo AutoModel's ``Eagle3Target
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,8 +60,15 @@ class Eagle3TargetBatch:
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        tensors = (getattr(self, each.name) for each in fields(self))
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Eagle3TargetBatch:
+        """The same batch with each of its tensors changed."""
+        return Eagle3TargetBatch(**{name: change(t) for name, t in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to_trainer_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments for :class:`trainer_client.eagle3.unroll.Eagle3Unroll`."""

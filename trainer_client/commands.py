@@ -36,14 +36,32 @@ _HELP = {
     "warmup_share": "Share of the steps that warm up.",
     "weight_decay": "AdamW's; norms are spared.",
     "max_grad_norm": "Gradients are clipped to this norm.",
-    "prefetch": "Requests kept ahead of the trainer.",
+    "prefetch": "Requests kept ahead of the trainer; auto finds how many it takes.",
+    "prefetch_mib": "Memory for what prefetch=auto keeps ahead.",
     "seed": "Of the draft's first weights and of the order of the data.",
     "checkpoint_every": "Steps between checkpoints (0: only at the end).",
     "keep_checkpoints": "Checkpoints that are kept.",
     "resume": "Go on from the newest checkpoint in --output, if there is one.",
 }
 _AT_LEAST_1 = click.IntRange(min=1)
-_TYPES = {"Path": click.Path(path_type=Path), "int": int, "float": float, "bool": bool}
+
+
+class _Depth(click.ParamType):
+    """``auto`` or a number."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value if value == "auto" else _AT_LEAST_1.convert(value, param, ctx)
+
+
+_TYPES = {
+    "Path": click.Path(path_type=Path),
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "Depth": _Depth(),
+}
 
 
 def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,7 +199,11 @@ def _finish_summary(output: Path, summary: dict[str, Any], as_json: bool) -> Non
     if as_json:
         click.echo(json.dumps(summary))
     else:
-        click.echo(f"draft:  {summary['draft_path']}\ncurves: {summary['curves_path']}")
+        click.echo(
+            f"draft:  {summary['draft_path']}\ncurves: {summary['curves_path']}\n"
+            f"waited for supervision: {summary['waiting_share']:.1%} of the time; "
+            f"peak memory: {(summary['peak_memory_bytes'] or 0) / 2**20:,.0f} MiB"
+        )
 
 
 class _Progress:
@@ -226,7 +248,8 @@ class _Progress:
     def step(self, step: StepMetrics) -> None:
         shown = (
             f"loss {step.loss:.3f}  accept {step.accept_length:.2f}  "
-            f"{step.tokens_per_s:.0f} tokens/s  waiting {step.waiting_share:.0%}"
+            f"{step.tokens_per_s:.0f} tokens/s  waiting {step.waiting_share:.0%} "
+            f"(prefetch {step.prefetch})"
         )
         self._bar.update(self._task, completed=step.step, shown=shown)
 

@@ -26,7 +26,6 @@ _SETTINGS = {
     "--learning-rate": 8e-3,
     "--max-grad-norm": 1.0,
     "--ttt-depths": 4,
-    "--prefetch": 3,
     "--checkpoint-every": 0,
 }
 #: How long a part may take to come up or to leave.

@@ -45,6 +45,8 @@ class Measures:
             "loss": last.loss if last else None,
             "accept_length": last.accept_length if last else None,
             "learning_rate": last.learning_rate if last else None,
+            "peak_memory_bytes": last.peak_memory_bytes if last else None,
+            "prefetch": last.prefetch if last else None,
         }
 
 
@@ -147,5 +149,17 @@ METRICS = (
         "gauge",
         "Learning rate of the last step.",
         _of("training", "learning_rate"),
+    ),
+    Metric(
+        "draftmq_trainer_prefetch",
+        "gauge",
+        "Requests kept ahead of the trainer.",
+        _of("training", "prefetch"),
+    ),
+    Metric(
+        "draftmq_trainer_peak_memory_bytes",
+        "gauge",
+        "The most memory taken so far: of a GPU's, else of RAM.",
+        _of("training", "peak_memory_bytes"),
     ),
 )

@@ -13,6 +13,7 @@ from trainer_client.depth import AutoDepth, Taken
 
 #: 32 replies of 2,048 tokens in the encoding ``hidden`` of a target with H=4096 in bfloat16.
 MEMORY_BYTES = 2 << 30
+Depth = int | Literal["auto"]
 
 
 class Sample(Protocol):
@@ -60,7 +61,7 @@ class Prefetcher(Generic[S]):
         self,
         backend: TargetBackend,
         samples: Iterable[S],
-        depth: int | Literal["auto"] = "auto",
+        depth: Depth = "auto",
         *,
         memory_bytes: int = MEMORY_BYTES,
         clock: Callable[[], float] = time.perf_counter,

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.eagle3.unroll import Eagle3Unroll
 from trainer_client.errors import DataError, TrainerClientError
 from trainer_client.export import write_draft
-from trainer_client.prefetch import Prefetcher
+from trainer_client.prefetch import Depth, Prefetcher
 from trainer_client.training import checkpoint, metrics
 from trainer_client.training.data import Dataset, MicroBatch, Schedule, collate, read_dataset
 from trainer_client.training.trainer import StepMetrics, Trainer, learning_rate, make_optimizer
@@ -56,8 +56,11 @@ class TrainSettings:
     weight_decay: float = 0.0
     #: EAGLE's.
     max_grad_norm: float = 0.5
-    #: Requests under way beyond the one that is waited for.
-    prefetch: int = 4
+    #: Requests under way beyond the one that is waited for; ``auto`` finds what keeps the trainer
+    #: from waiting, within ``prefetch_mib`` and the brokers' windows.
+    prefetch: Depth = "auto"
+    #: Room for results that wait for the trainer: 32 of 2,048 tokens, ``hidden`` at H=4096.
+    prefetch_mib: int = 2048
     seed: int = 0
     #: Steps between checkpoints; 0: only at the end.
     checkpoint_every: int = 500
@@ -67,7 +70,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         positive = (
             "epochs batch_size accumulation max_length draft_vocab_size ttt_depths learning_rate "
-            "max_grad_norm prefetch keep_checkpoints"
+            "max_grad_norm prefetch_mib keep_checkpoints"
         )
         for name in positive.split():
             if getattr(self, name) <= 0:
@@ -75,6 +78,8 @@ class TrainSettings:
         for name in ("max_steps", "weight_decay", "checkpoint_every", "draft_intermediate_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.prefetch != "auto" and self.prefetch < 1:
+            raise ValueError(f"prefetch must be 'auto' or at least 1, got {self.prefetch}")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(
                 f"warmup_share must be at least 0 and below 1, got {self.warmup_share}"
@@ -82,7 +87,8 @@ class TrainSettings:
 
     def shared(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it goes on with."""
-        free = {"output", "resume", "checkpoint_every", "keep_checkpoints", "prefetch"}
+        free = {"output", "resume", "checkpoint_every", "keep_checkpoints"}
+        free |= {"prefetch", "prefetch_mib"}
         return {name: _plain(v) for name, v in asdict(self).items() if name not in free}
 
 
@@ -212,7 +218,9 @@ def train(
         device=device,
     )
     samples = _micro_batches(plan, first, ranks)
-    prefetcher: Prefetcher[MicroBatch] = Prefetcher(backend, samples, settings.prefetch)
+    prefetcher: Prefetcher[MicroBatch] = Prefetcher(
+        backend, samples, settings.prefetch, memory_bytes=settings.prefetch_mib << 20
+    )
     checkpoints = settings.output / "checkpoints"
     if ranks.first:
         settings.output.mkdir(parents=True, exist_ok=True)
@@ -221,7 +229,8 @@ def train(
     steps = trainer.run(
         (batch for _, batch in prefetcher), first_step=first, waited_s=lambda: prefetcher.waited_s
     )
-    for last in steps:
+    for step in steps:
+        last = replace(step, prefetch=prefetcher.depth)
         if log is not None:
             log.write(asdict(last) | _counted(backend))
         on_step(last)
@@ -261,6 +270,7 @@ def _finish(
         "loss": lines[-1]["loss"] if lines else None,
         "simulated_accept_length": last.accept_length if last else None,
         "waiting_share": prefetcher.waited_s / seconds,
+        "peak_memory_bytes": last.peak_memory_bytes if last else None,
         "samples": len(plan.dataset.samples),
         "samples_truncated": plan.dataset.truncated,
         "samples_without_loss": plan.dataset.without_loss,

@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer_client.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.eagle3.unroll import Eagle3Unroll, UnrollOutput, simulated_accept_length
+from trainer_client.training.memory import peak_bytes
+from trainer_client.training.staging import staged
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class StepMetrics:
     tokens_per_s: float
     waiting_share: float  # of this rank's time
     seconds: float
+    peak_memory_bytes: int = 0  # this rank's so far: of a GPU's memory, else of RAM
+    prefetch: int = 0  # requests kept ahead of this rank
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, floor: float = 0.1) -> float:
@@ -47,7 +51,7 @@ def make_optimizer(module: nn.Module, lr: float, weight_decay: float) -> torch.o
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 class Trainer:
@@ -72,7 +76,11 @@ class Trainer:
         self.device = device or torch.device("cpu")
         self._trained = [p for p in unroll.parameters() if p.requires_grad]
         self._distributed = dist.is_initialized() and dist.get_world_size() > 1
-        self._module: nn.Module = DistributedDataParallel(unroll) if self._distributed else unroll
+        self._module: nn.Module = unroll
+        if self._distributed:  # no buffer ever changes, so none is told again at every step
+            self._module = DistributedDataParallel(
+                unroll, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def run(
         self,
@@ -85,18 +93,18 @@ class Trainer:
 
         ``waited_s`` is the cumulative time that ``batches`` has waited for supervision.
         """
-        iterator = iter(batches)
+        iterator = staged(batches, self.device)
         step = first_step
         while True:
             began, waited = time.perf_counter(), waited_s()
-            outputs, n_tokens = [], 0
+            outputs, n_tokens = [], []
             for number in range(self.accumulation):
                 batch = next(iterator, None)
                 if batch is None:
                     return
                 last = number + 1 == self.accumulation
                 outputs.append(self._backward(batch, synchronise=last))
-                n_tokens += int(batch.attention_mask.sum())
+                n_tokens.append(batch.attention_mask.sum())
             norm = self._update(step)
             seconds = time.perf_counter() - began
             share = (waited_s() - waited) / seconds
@@ -104,7 +112,6 @@ class Trainer:
             step += 1
 
     def _backward(self, batch: Eagle3TargetBatch, *, synchronise: bool) -> UnrollOutput:
-        inputs = {name: t.to(self.device) for name, t in batch.to_trainer_inputs().items()}
         quiet = (
             self._module.no_sync()
             if isinstance(self._module, DistributedDataParallel) and not synchronise
@@ -114,7 +121,9 @@ class Trainer:
             with torch.autocast(
                 self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"
             ):
-                output: UnrollOutput = self._module(**inputs, lm_head=self.lm_head)
+                output: UnrollOutput = self._module(
+                    **batch.to_trainer_inputs(), lm_head=self.lm_head
+                )
             (output.loss / self.accumulation).backward()
         return output
 
@@ -131,33 +140,34 @@ class Trainer:
         step: int,
         outputs: list[UnrollOutput],
         norm: float,
-        n_tokens: int,
+        n_tokens: list[Tensor],
         seconds: float,
         share: float,
     ) -> StepMetrics:
-        loss = torch.stack([output.loss.detach().double() for output in outputs]).mean()
-        counts = [self._added([getattr(output, name) for output in outputs]) for name in _COUNTS]
-        sums = torch.stack([loss, torch.tensor(float(n_tokens), dtype=torch.float64).to(loss)])
-        if self._distributed:
-            dist.all_reduce(sums)
-            for count in counts:
-                dist.all_reduce(count)
-            sums[0] /= dist.get_world_size()
-        correct, supervised, hits, chains = counts
+        loss, tokens, correct, supervised, hits, chains = self._over_ranks(
+            torch.stack([output.loss.detach() for output in outputs]).double().mean(),
+            torch.stack(n_tokens).sum(),
+            *(torch.stack([getattr(o, name) for o in outputs]).sum(0) for name in _COUNTS),
+        )
         return StepMetrics(
             step=step + 1,
-            loss=float(sums[0]),
+            loss=float(loss) / (dist.get_world_size() if self._distributed else 1),
             depth_accuracy=(correct / supervised.clamp_min(1)).tolist(),
             accept_length=simulated_accept_length(hits, chains),
             learning_rate=self.rate(step),
             grad_norm=norm,
-            tokens_per_s=float(sums[1]) / seconds,
+            tokens_per_s=float(tokens) / seconds,
             waiting_share=share,
             seconds=seconds,
+            peak_memory_bytes=peak_bytes(self.device),
         )
 
-    def _added(self, counts: list[Tensor]) -> Tensor:
-        return torch.stack(counts).sum(0).double()
+    def _over_ranks(self, *values: Tensor) -> list[Tensor]:
+        """Each of these added up over the ranks, in float64 and in one message."""
+        flat = torch.cat([value.flatten().double() for value in values])
+        if self._distributed:
+            dist.all_reduce(flat)
+        return list(flat.split([value.numel() for value in values]))
 
 
 _COUNTS = ("correct", "supervised", "chain_hits", "chains")

@@ -1,0 +1,54 @@
+"""Batches brought to the training device; on a GPU the copy of the next overlaps this step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from trainer_client.batch import Eagle3TargetBatch
+
+
+def staged(
+    batches: Iterable[Eagle3TargetBatch], device: torch.device
+) -> Iterator[Eagle3TargetBatch]:
+    """The same batches, in order, on ``device``.
+
+    On CUDA one batch is taken ahead, and copied from pinned memory on a stream of its own while the
+    consumer computes with the one before. Elsewhere nothing is taken ahead.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.map(lambda tensor: tensor.to(device))
+        return
+    copies = torch.cuda.Stream(device)
+    ahead: list[tuple[Eagle3TargetBatch, torch.cuda.Event]] = []
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            coming = batch.map(lambda tensor: _copy(tensor, device))
+        ahead.append((coming, copies.record_event()))
+        if len(ahead) > 1:
+            yield _ready(*ahead.pop(0), device)
+    for last in ahead:
+        yield _ready(*last, device)
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _ready(
+    batch: Eagle3TargetBatch, arrived: torch.cuda.Event, device: torch.device
+) -> Eagle3TargetBatch:
+    """Have the consumer's stream wait for the copy, and the allocator know who uses it."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(arrived)
+
+    def used(tensor: Tensor) -> Tensor:
+        tensor.record_stream(stream)
+        return tensor
+
+    return batch.map(used)
