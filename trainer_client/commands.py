@@ -162,6 +162,7 @@ def train(
         job=job,
         rank=ranks.rank,
         direct=direct,
+        host_batches=True,
         trace=observed.trace,
         key=key,
         broker_key=broker_key,

@@ -61,7 +61,8 @@ class RemoteEagle3TargetModel:
     (``probs``: the contract's ``target_probs``; ``hidden``: the last hidden state, a fifth of the
     bytes; ``auto``: ``hidden`` where it is offered). ``model`` may be empty where the broker has
     one model. ``direct`` says how large tensors may come past the broker (``auto``, a backend,
-    ``off``, or all of :class:`DirectConfig`). ``key`` and ``broker_key`` are
+    ``off``, or all of :class:`DirectConfig`). With ``host_batches`` what came by wire stays on the
+    CPU, for a trainer that copies it while it computes. ``key`` and ``broker_key`` are
     for brokers that want keys, as for :class:`trainer_client.service.Client`.
 
     Errors are :class:`trainer_client.errors.RequestError`; see there.
@@ -81,6 +82,7 @@ class RemoteEagle3TargetModel:
         rank: int = 0,
         config: ClientConfig | None = None,
         direct: DirectConfig | str = "auto",
+        host_batches: bool = False,
         trace: Trace | None = None,
         key: KeyLike | None = None,
         broker_key: KeyLike | Sequence[KeyLike] | None = None,
@@ -104,6 +106,7 @@ class RemoteEagle3TargetModel:
             broker_key=broker_key,
         )
         self._device = torch.device(device)
+        self._host_batches = host_batches
         self._deadline_s = float(timeout) * (max_retries + 1)
         self._model = model
         self._wanted_encoding = encoding
@@ -271,5 +274,5 @@ class RemoteEagle3TargetModel:
                 tensor.is_cuda
             ):  # it came directly, on a stream of its channel's, and is used on ours
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        tensors = {name: tensor.to(self._device) for name, tensor in answer.tensors.items()}
-        return Eagle3TargetBatch(attention_mask=attention_mask.to(self._device), **tensors)
+        batch = Eagle3TargetBatch(attention_mask=attention_mask, **answer.tensors)
+        return batch if self._host_batches else batch.map(lambda t: t.to(self._device))

@@ -5,6 +5,7 @@ Every sample says where it came from, and what cannot be used is an error with f
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import lzma
@@ -221,8 +222,14 @@ class Schedule:
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
         """Sample numbers of each micro-batch of ``rank`` at ``step``, both from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.n_samples, generator=generator)
+        order = _order(self.n_samples, self.seed, epoch)
         begin = within * self.samples_per_step
         mine = order[begin : begin + self.samples_per_step][rank :: self.world_size].tolist()
         return [mine[at : at + self.batch_size] for at in range(0, len(mine), self.batch_size)]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(n_samples: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of one epoch; made once, for it takes as long as there are samples."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n_samples, generator=generator)

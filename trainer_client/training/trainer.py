@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,9 +79,9 @@ class Trainer:
         self._trained = [p for p in unroll.parameters() if p.requires_grad]
         self._distributed = dist.is_initialized() and dist.get_world_size() > 1
         self._module: nn.Module = unroll
-        if self._distributed:  # no buffer ever changes, so none is told again at every step
+        if self._distributed:
             self._module = DistributedDataParallel(
-                unroll, broadcast_buffers=False, gradient_as_bucket_view=True
+                unroll, gradient_as_bucket_view=True, **_BUFFERS_STAY
             )
 
     def run(
@@ -171,3 +173,11 @@ class Trainer:
 
 
 _COUNTS = ("correct", "supervised", "chain_hits", "chains")
+
+#: No buffer of a draft ever changes, so none need be told again at every step; torch 2.13 renamed
+#: the option.
+_BUFFERS_STAY: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
