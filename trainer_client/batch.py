@@ -1,7 +1,7 @@
 """What a target gives for one training batch, and the contract of every target backend.
 
 The field names and ``to_trainer_inputs`` follow NeMo AutoModel's ``Eagle3TargetBatch``; the
-``hidden`` encoding (``last_hidden_state``) is ours and moves a fifth of the bytes.
+encodings ``hidden`` (``last_hidden_state``) and ``topk`` are ours and move a fifth of the bytes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,20 @@ class LmHeadRows:
     bias: Tensor | None = None  # [D]
 
 
+#: What a batch has beside the tokens and the aux states, but for logits.
+_SUPERVISION = (
+    "target_probs",
+    "last_hidden_state",
+    "topk_log_probs",
+    "topk_ids",
+    "rest_mass",
+    "position_mask",
+)
+
+
 @dataclass(frozen=True)
 class Eagle3TargetBatch:
-    """Supervision for one batch: exactly one of logits, target_probs or last_hidden_state.
+    """Supervision for one batch: exactly one of logits, target_probs, last_hidden_state, topk.
 
     B batch, T tokens, H target hidden size, V target vocabulary, D draft vocabulary. *Shifted*
     means moved left by one with zeros at the end, so that slot t speaks of token t + 1.
@@ -40,6 +51,9 @@ class Eagle3TargetBatch:
     target_probs: Tensor | None = None  # [B, T, D] float32, shifted
     position_mask: Tensor | None = None  # [B, T, 1] bool: target's argmax is in the draft vocab
     last_hidden_state: Tensor | None = None  # [B, T, H] after the final norm, shifted
+    topk_log_probs: Tensor | None = None  # [B, T, K] float32 over the draft vocab, shifted
+    topk_ids: Tensor | None = None  # [B, T, K] draft ids, int16 or int32
+    rest_mass: Tensor | None = None  # [B, T, 1] float32: the probability of all other draft ids
 
     def __post_init__(self) -> None:
         sources = {
@@ -49,6 +63,15 @@ class Eagle3TargetBatch:
             "last_hidden_state with position_mask": self.last_hidden_state is not None
             and self.position_mask is not None
             and self.logits is None,
+            "topk_log_probs, topk_ids and rest_mass with position_mask": all(
+                tensor is not None
+                for tensor in (
+                    self.topk_log_probs,
+                    self.topk_ids,
+                    self.rest_mass,
+                    self.position_mask,
+                )
+            ),
         }
         if sum(sources.values()) != 1:
             given = [name for name, there in sources.items() if there]
@@ -80,17 +103,7 @@ class Eagle3TargetBatch:
         }
         if self.logits is not None:
             return inputs | {"target_logits": self.logits}
-        assert self.position_mask is not None  # by __post_init__
-        if self.target_probs is not None:
-            return inputs | {
-                "target_probs": self.target_probs,
-                "position_mask": self.position_mask,
-            }
-        assert self.last_hidden_state is not None
-        return inputs | {
-            "last_hidden_state": self.last_hidden_state,
-            "position_mask": self.position_mask,
-        }
+        return inputs | {n: t for n, t in self._tensors().items() if n in _SUPERVISION}
 
 
 class BatchHandle(Protocol):
@@ -119,7 +132,7 @@ class TargetBackend(Protocol):
 
     @property
     def encoding(self) -> str:
-        """What batches carry: ``logits``, ``probs`` or ``hidden``."""
+        """What batches carry: ``logits``, ``probs``, ``hidden`` or ``topk``."""
 
     def model_info(self) -> Mapping[str, Any]: ...
 

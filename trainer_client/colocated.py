@@ -16,7 +16,7 @@ from worker.targets import as_target
 from worker.targets.contract import describe
 
 #: ``logits`` is the seed's: the full vocabulary [B, T, V], projected by the trainer.
-ENCODINGS = ("probs", "hidden", "logits")
+ENCODINGS = ("probs", "hidden", "topk", "logits")
 
 
 class ColocatedTarget:

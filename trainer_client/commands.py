@@ -93,9 +93,9 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--model", default="", help="Which model, where the broker has several.")
 @click.option(
     "--encoding",
-    type=click.Choice(("auto", "probs", "hidden")),
+    type=click.Choice(("auto", "probs", "hidden", "topk")),
     default="auto",
-    help="What workers send; auto takes 'hidden' where it is offered.",
+    help="What workers send; auto takes 'hidden' where it is offered; 'topk' is lossy.",
 )
 @click.option("--tokenizer", help="Name or path (default: the target's own).")
 @click.option("--device", default="", help="cpu, cuda, ... (default: a GPU if there is one).")

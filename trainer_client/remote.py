@@ -57,13 +57,15 @@ class RemoteEagle3TargetModel:
 
     ``urls`` are broker endpoints (``tcp://host:5555``); with several, requests are spread over them
     and fail over. ``timeout`` seconds times ``max_retries + 1`` is the deadline of a request: until
-    then it survives lost connections, workers and brokers. ``encoding`` is what the workers send
-    (``probs``: the contract's ``target_probs``; ``hidden``: the last hidden state, a fifth of the
-    bytes; ``auto``: ``hidden`` where it is offered). ``model`` may be empty where the broker has
-    one model. ``direct`` says how large tensors may come past the broker (``auto``, a backend,
+    then it survives lost connections, workers and brokers. ``model`` may be empty where the broker
+    has one model. ``direct`` says how large tensors may come past the broker (``auto``, a backend,
     ``off``, or all of :class:`DirectConfig`). With ``host_batches`` what came by wire stays on the
-    CPU, for a trainer that copies it while it computes. ``key`` and ``broker_key`` are
-    for brokers that want keys, as for :class:`trainer_client.service.Client`.
+    CPU, for a trainer that copies it while it computes. ``key`` and ``broker_key`` are for brokers
+    that want keys, as for :class:`trainer_client.service.Client`.
+
+    ``encoding`` is what the workers send: ``probs``, the contract's ``target_probs``; ``hidden``,
+    the last hidden state, a fifth of the bytes; ``topk``, the most likely tokens, fewer bytes and
+    not exact; ``auto``, which is ``hidden`` where that is offered, else ``probs``.
 
     Errors are :class:`trainer_client.errors.RequestError`; see there.
     """
@@ -145,7 +147,7 @@ class RemoteEagle3TargetModel:
 
     @property
     def encoding(self) -> str:
-        """What the workers send: ``probs`` or ``hidden``."""
+        """What the workers send: ``probs``, ``hidden`` or ``topk``."""
         if self._wanted_encoding != "auto":
             return self._wanted_encoding
         return "hidden" if "hidden" in self._info["encodings"] else "probs"

@@ -1,4 +1,4 @@
-"""From a target's outputs to what a draft learns from: the encodings ``probs`` and ``hidden``."""
+"""From a target's outputs to what a draft learns from: ``probs``, ``hidden``, ``topk``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from worker.errors import BadRequest
 from worker.mapping import VocabMapping
 from worker.targets.contract import Target, TargetOutputs, full_tensor, shift_left
+from worker.topk import top_probs
 
 _INTEGERS = (torch.int64, torch.int32)
 _MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8)
@@ -27,7 +28,8 @@ def compute_supervision(
 
     ``probs``: aux_hidden_states [B, T, 3H], target_probs [B, T, D] float32, position_mask
     [B, T, 1] bool, input_ids [B, T] int64, loss_mask [B, T]. ``hidden``: the same with
-    last_hidden_state [B, T, H] in place of target_probs. All but the aux states are moved left
+    last_hidden_state [B, T, H] in place of target_probs; ``topk``: with the tensors of
+    :func:`worker.topk.top_probs` in place of target_probs. All but the aux states are moved left
     by one with zeros at the end. ``probs`` has the bits of NeMo AutoModel's co-located EAGLE-3
     target: the argmax over the full vocabulary in the logits' dtype, the softmax in float32 over
     the selected logits only, so that no full-vocabulary float32 copy is ever made.
@@ -51,6 +53,9 @@ def compute_supervision(
         assert outputs.last_hidden_state is not None  # by target.encodings
         last = _aligned(outputs, full_tensor(outputs.last_hidden_state).to(device))
         return supervision | {"last_hidden_state": last}
+    if encoding == "topk":
+        top = top_probs(outputs.logits, selected_token_ids)
+        return supervision | {name: _aligned(outputs, part) for name, part in top.items()}
     selected = outputs.logits.index_select(-1, selected_token_ids)  # [B, T, D]
     probs = torch.softmax(_aligned(outputs, selected).float(), dim=-1)
     return supervision | {"target_probs": probs}

@@ -98,8 +98,8 @@ def test_an_unknown_model_names_those_that_are_there(cluster: Cluster) -> None:
 
 def test_an_encoding_that_is_not_offered(cluster: Cluster, mapping: VocabMapping) -> None:
     cluster.worker()
-    with pytest.raises(BadRequestError, match="encodings probs, hidden; 'topk' is not one"):
-        cluster.trainer(mapping, encoding="topk")
+    with pytest.raises(BadRequestError, match="encodings probs, hidden, topk; 'float8' is not one"):
+        cluster.trainer(mapping, encoding="float8")
 
 
 def test_no_mapping(cluster: Cluster) -> None:

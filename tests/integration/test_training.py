@@ -84,6 +84,17 @@ def test_probs_through_two_workers_are_bit_identical(
     assert all(w["answered"] for w in cluster.broker.snapshot()["workers"])
 
 
+@pytest.mark.parametrize(("encoding", "prefetch"), [("hidden", "auto"), ("topk", 1), ("probs", 9)])
+def test_any_encoding_at_any_depth_has_the_bits_of_the_same_colocated(
+    cluster: Cluster, tmp_path: Path, encoding: str, prefetch: Any
+) -> None:
+    alone = settings(tmp_path, "alone", max_steps=12)
+    run(ColocatedTarget(make_target(), encoding), alone)
+    cluster.worker(make_target())
+    wanted = settings(tmp_path, "through", max_steps=12, prefetch=prefetch)
+    assert_same(alone.output, run(cluster.trainer(encoding=encoding), wanted))
+
+
 def test_hidden_gives_the_same_losses_to_1e_4(
     cluster: Cluster, tmp_path: Path, colocated: Path
 ) -> None:

@@ -29,7 +29,7 @@ def backend(encoding: str = "probs", target: Any = None) -> ColocatedTarget:
     return colocated
 
 
-@pytest.mark.parametrize("encoding", ["probs", "hidden"])
+@pytest.mark.parametrize("encoding", ["probs", "hidden", "topk"])
 def test_a_batch_is_what_a_worker_would_send(encoding: str) -> None:
     wanted = compute_supervision(
         StubTarget(vocab_size=V), *tokens(), mapping=MAPPING, encoding=encoding
@@ -68,7 +68,7 @@ def test_model_info_has_the_keys_of_the_remote_one() -> None:
     info = backend().model_info()
     assert info["model"] == "stub"
     assert info["aux_layer_ids"] == [1, 3, 4]
-    assert info["encodings"] == ["probs", "hidden"]
+    assert info["encodings"] == ["probs", "hidden", "topk"]
     assert (info["num_hidden_layers"], info["hidden_size"], info["vocab_size"]) == (8, 16, V)
     assert set(info) >= {"fingerprint", "dtype", "max_position_embeddings", "tokenizer", "config"}
 
@@ -131,10 +131,12 @@ def test_bad_input_is_refused_as_by_a_worker() -> None:
         backend().generate_batch(ids + 47, mask, loss_mask)
 
 
-@pytest.mark.parametrize("encoding", ["topk", "hidden"])
+@pytest.mark.parametrize("encoding", ["float8", "hidden"])
 def test_an_encoding_that_is_not_there_is_refused_with_those_that_are(encoding: str) -> None:
     foreign = ForeignTarget(StubTarget(vocab_size=V), "foreign")
-    with pytest.raises(ValueError, match=f"'{encoding}' is not to be had .*choose probs, logits"):
+    with pytest.raises(
+        ValueError, match=f"'{encoding}' is not to be had .*choose probs, topk, logits"
+    ):
         ColocatedTarget(foreign, encoding)
 
 

@@ -168,7 +168,9 @@ def test_all_three_kinds_of_supervision_give_the_same_loss(draft: Eagle3Draft) -
 def test_without_supervision_it_says_what_is_wanted(draft: Eagle3Draft) -> None:
     inputs = batch()
     del inputs["target_probs"]
-    with pytest.raises(ValueError, match="no supervision: give target_logits"):
+    with pytest.raises(
+        ValueError, match=r"no supervision in \['position_mask'\]: give target_logits"
+    ):
         Eagle3Unroll(draft)(**inputs)
 
 

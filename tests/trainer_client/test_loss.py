@@ -18,6 +18,7 @@ from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.eagle3.loss import head_loss
 from trainer_client.eagle3.supervision import of_logits, of_probs
 from trainer_client.eagle3.unroll import Eagle3Unroll
+from worker.topk import top_probs
 
 B, T, H, D, V, DEPTHS = 2, 11, 8, 24, 40, 4
 SELECTED = torch.arange(0, 3 * D // 2).masked_select(torch.arange(3 * D // 2) % 3 != 2)
@@ -241,11 +242,13 @@ def wide_inputs(encoding: str) -> dict[str, Any]:
     inputs["position_mask"] = torch.ones(1, LONG, 1, dtype=torch.bool)
     if encoding == "probs":
         return inputs | {"target_probs": torch.softmax(torch.randn(1, LONG, WIDE), -1)}
+    if encoding == "topk":
+        return inputs | top_probs(torch.randn(1, LONG, WIDE), torch.arange(WIDE), k=8)
     head = LmHeadRows(torch.randn(WIDE, 16))
     return inputs | {"last_hidden_state": torch.randn(1, LONG, 16), "lm_head": head}
 
 
-@pytest.mark.parametrize("encoding", ["probs", "hidden", "logits"])
+@pytest.mark.parametrize("encoding", ["probs", "hidden", "topk", "logits"])
 def test_a_step_makes_nothing_as_large_as_tokens_times_draft_vocab(
     encoding: str, wide: Eagle3Unroll
 ) -> None:

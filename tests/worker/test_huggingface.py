@@ -42,7 +42,7 @@ def test_every_layout_gives_its_own_logits_and_layer_outputs_bit_for_bit(kind: s
 @pytest.mark.parametrize("kind", ["gemma2", "granite"])
 def test_a_model_that_changes_its_heads_output_does_not_offer_hidden(kind: str) -> None:
     target = HuggingFaceTarget(shared(kind), name=kind)
-    assert target.encodings == ("probs",)
+    assert target.encodings == ("probs", "topk")
     assert "soft-capping or scaling" in target.hidden_refused
 
 
@@ -207,5 +207,5 @@ def test_facts_are_plain_and_of_the_text_model() -> None:
     assert facts.aux_layer_ids == (1, 3, 4)
     assert facts.dtype == "float32"
     assert facts.max_position_embeddings == 64
-    assert facts.encodings == ("probs", "hidden")
+    assert facts.encodings == ("probs", "hidden", "topk")
     assert json.loads(json.dumps(facts.config))["num_key_value_heads"] == 2

@@ -70,7 +70,7 @@ def test_embedded_loads_in_float32_with_its_tokenizer() -> None:
     assert target.dtype == torch.float32
     assert target.name == "embedded"
     assert target.tokenizer == "embedded"  # wherever this is installed
-    assert target.encodings == ("probs", "hidden")
+    assert target.encodings == ("probs", "hidden", "topk")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing-here", "~/nothing"])
@@ -164,7 +164,7 @@ def test_a_factorys_target_gives_the_same_supervision_and_only_probs(user_module
     user_module.make = Seed
     target = load_factory("user_targets:make")
     facts = describe(target, "mine")
-    assert facts.encodings == ("probs",)
+    assert facts.encodings == ("probs", "topk")
     assert (facts.model, facts.vocab_size, facts.aux_layer_ids) == ("mine", VOCAB, (1, 3, 4))
     ours = HuggingFaceTarget(shared("llama"), name="ours")
     assert facts.fingerprint == ours.fingerprint

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trainer_client.batch import LmHeadRows
 from trainer_client.eagle3.draft import Eagle3Draft, TTTCache
 from trainer_client.eagle3.loss import HeadLoss, head_loss
-from trainer_client.eagle3.supervision import of_hidden, of_logits, of_probs
+from trainer_client.eagle3.supervision import of_sent
 
 
 @dataclass
@@ -56,31 +56,16 @@ class Eagle3Unroll(nn.Module):
         loss_mask: Tensor,
         aux_hidden_states: Tensor,
         *,
-        target_probs: Tensor | None = None,
-        target_logits: Tensor | None = None,
-        last_hidden_state: Tensor | None = None,
-        position_mask: Tensor | None = None,
         lm_head: LmHeadRows | None = None,
+        **sent: Tensor,
     ) -> UnrollOutput:
         """Unroll on one batch, given as ``Eagle3TargetBatch.to_trainer_inputs()``.
 
-        ``lm_head`` is needed with ``last_hidden_state``. Raises ``ValueError`` without supervision.
+        ``sent`` is the batch's supervision in any encoding; ``lm_head`` is needed with the encoding
+        ``hidden``. Raises ``ValueError`` without supervision.
         """
         loss_mask = loss_mask.bool()
-        if target_logits is not None:
-            known = self.draft.t2d[target_logits.argmax(-1)] & loss_mask
-            ids = self.draft.selected_token_ids
-            supervision = of_logits(target_logits, known, ids)
-        elif position_mask is not None and target_probs is not None:
-            supervision = of_probs(target_probs, position_mask.squeeze(-1).bool())
-        elif position_mask is not None and last_hidden_state is not None and lm_head is not None:
-            known = position_mask.squeeze(-1).bool()
-            supervision = of_hidden(last_hidden_state, known, lm_head)
-        else:
-            raise ValueError(
-                "no supervision: give target_logits, or position_mask with target_probs, or with "
-                "last_hidden_state and lm_head"
-            )
+        supervision = of_sent(sent, loss_mask, self.draft, lm_head)
         guesses = self._guesses(input_ids, attention_mask, aux_hidden_states)
         weights = self.weights[: len(guesses)]
         head = head_loss(guesses, self.draft.lm_head.weight, supervision, weights)

@@ -70,7 +70,7 @@ class Target(ColocatedContract, Protocol):
     def fingerprint(self) -> str: ...  # of the weights
 
     @property
-    def encodings(self) -> tuple[str, ...]: ...  # of "probs", "hidden"
+    def encodings(self) -> tuple[str, ...]: ...  # of "probs", "hidden", "topk"
 
     @property
     def vocab_size(self) -> int: ...

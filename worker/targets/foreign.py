@@ -29,7 +29,7 @@ OURS = (*CONTRACT, "forward", "fingerprint", "encodings", "vocab_size", "dtype")
 class ForeignTarget:
     """Adds what a worker needs: a fingerprint, encodings, one call at a time, and checks.
 
-    Only ``probs`` is offered, since the contract has no last hidden state. A batch that is not
+    ``hidden`` is not offered, since the contract has no last hidden state. A batch that is not
     of the ids that went in (NeMo AutoModel's Hugging Face wrapper can mix up concurrent calls)
     is an error, and never someone's supervision.
     """
@@ -41,7 +41,7 @@ class ForeignTarget:
         self.tokenizer = tokenizer
         self.model = inner.model
         self.aux_layer_ids = tuple(int(layer) for layer in inner.aux_layer_ids)
-        self.encodings = ("probs",)
+        self.encodings = ("probs", "topk")
         config = text_config(self.model.config)
         self.vocab_size = int(config.vocab_size)
         self._hidden_size = int(config.hidden_size)

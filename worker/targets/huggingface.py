@@ -108,7 +108,7 @@ class HuggingFaceTarget:
         self.vocab_size = int(logits.shape[-1])
         self.dtype = aux.dtype
         self.hidden_refused = _why_not_hidden(head, trial, logits)
-        self.encodings = ("probs",) if self.hidden_refused else ("probs", "hidden")
+        self.encodings = ("probs", "topk") if self.hidden_refused else ("probs", "hidden", "topk")
 
     @property
     def device(self) -> torch.device:
