@@ -21,8 +21,8 @@ from tests.sim.planting import (
     saying,
     with_message,
 )
-from trainer_client import core as client_core
 from trainer_client.core import ClientCore, Deliver, Submit
+from trainer_client.core import answers as client_answers
 from worker.core import Drain, Learn, WorkerCore
 
 __all__ = ["MUTATIONS"]
@@ -250,7 +250,7 @@ def client_ignores_deadlines() -> Iterator[None]:
 
 @mutation
 def client_takes_damaged_tensors() -> Iterator[None]:
-    with instead(client_core, "_damage", lambda _: lambda packet: ""):
+    with instead(client_answers, "_damage", lambda _: lambda packet: ""):
         yield
 
 

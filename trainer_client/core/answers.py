@@ -1,0 +1,142 @@
+"""What becomes of answers: taken once, checked first, their tensors on the wire or direct."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from broker.protocol import Packet, RemoteProtocolError, payload_hash
+from broker.protocol import messages as m
+from broker.protocol.link import Link
+from trainer_client.core.events import Deliver, JoinChannel, Received, ReceiveDirectly
+from trainer_client.core.ledger import Ledger, Ticket
+
+
+class Answers:
+    """Trusts neither that an answer comes once nor that it is the one to its request."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def answered(self, link: Link, packet: Packet, now: float) -> None:
+        """A reply or a failure came; it is acknowledged whatever it is."""
+        answer = packet.message
+        assert isinstance(answer, (m.Reply, m.Failure))
+        ticket = self._ledger.tickets.get(answer.id)
+        self._ledger.send(link.endpoint, m.Received((answer.id,)))
+        if isinstance(answer, m.Reply):
+            self._direct(answer)
+        if ticket is None:
+            self._ledger.counters["duplicates"] += 1
+        elif isinstance(answer, m.Failure):
+            self._failed(link, ticket, answer, now)
+        elif damage := _damage(packet):
+            self._ledger.counters["damaged"] += 1
+            ticket.story.append(f"a damaged reply was dropped: {damage}")
+            self._ledger.log("warning", "damaged_reply", request=str(answer.id), text=damage)
+            ticket.resend_at = now
+        elif stranger := self._stranger(ticket.packet, answer):
+            self._ledger.fail(answer.id, "identity", stranger)
+        else:
+            self._ledger.identities.setdefault(
+                answer.model, (answer.fingerprint, answer.aux_layer_ids)
+            )
+            if answer.transfer is not None:
+                self._await_tensors(ticket, packet)
+            else:
+                self._deliver(answer.id, packet, now)
+
+    def _deliver(
+        self, request_id: m.RequestId, packet: Packet, now: float, tensors: Any = None
+    ) -> None:
+        ticket = self._ledger.finish(request_id)
+        assert ticket is not None
+        assert isinstance(packet.message, m.Reply)
+        self._ledger.counters["replies"] += 1
+        self._ledger.counters["reply_bytes"] += sum(spec.nbytes for spec in packet.message.manifest)
+        times = (ticket.submitted_at, ticket.sent_at, now)
+        self._ledger.act(Deliver(ticket.id, packet, ticket.request, *times, tensors))
+
+    def _direct(self, reply: m.Reply) -> None:
+        if reply.invitation is not None:
+            self._ledger.act(JoinChannel(reply.worker, reply.invitation))
+        if reply.transfer is not None:
+            self._ledger.act(ReceiveDirectly(reply))
+
+    def _await_tensors(self, ticket: Ticket, packet: Packet) -> None:
+        """The broker is done with the request; what is missing comes from the worker."""
+        request_id = ticket.request.id
+        self._ledger.let_go(request_id, ticket)
+        self._ledger.receiving.add(request_id)
+        ticket.endpoint, ticket.reply = None, packet
+
+    def received(self, event: Received, now: float) -> None:
+        """A direct transfer ended, well or not."""
+        if event.id not in self._ledger.receiving:
+            return  # cancelled, expired, answered by wire meanwhile, or told twice
+        ticket = self._ledger.tickets[event.id]
+        reply = ticket.reply
+        assert reply is not None
+        if event.tensors is not None:
+            self._ledger.counters["direct"] += 1
+            self._deliver(event.id, reply, now, event.tensors)
+        else:
+            self._ask_by_wire(event.id, ticket, reply, event.error)
+
+    def _ask_by_wire(
+        self, request_id: m.RequestId, ticket: Ticket, reply: Packet, why: str
+    ) -> None:
+        """Ask anew, under a new id, so that nothing of the old transfer can answer it."""
+        assert isinstance(reply.message, m.Reply)
+        worker = reply.message.worker
+        self._ledger.counters["direct_failed"] += 1
+        self._ledger.log(
+            "warning", "direct_failed", request=str(request_id), worker=worker, why=why
+        )
+        ticket.story.append(f"the direct transfer from worker {worker} failed: {why}")
+        self._ledger.finish(request_id)
+        asked, ticket.reply = self._ledger.new_id(), None
+        ticket.take_the_wire(id=asked, avoid=worker)
+        self._ledger.tickets[asked] = ticket
+        self._ledger.waiting[asked] = None
+        self._ledger.waiting.move_to_end(asked, last=False)
+
+    def _failed(self, link: Link, ticket: Ticket, failure: m.Failure, now: float) -> None:
+        if failure.code == "damaged":
+            self._ledger.counters["damaged"] += 1
+            ticket.story.append(f"the request was damaged on its way: {failure.text}")
+            ticket.resend_at = now
+        elif failure.code != "over_window":
+            self._ledger.fail(failure.id, failure.code, failure.text)
+        elif ticket.endpoint == link.endpoint:
+            ticket.story.append(f"broker {link.broker}: {failure.text}")
+            ticket.resend_at = now + link.heartbeat_s
+
+    def _stranger(self, packet: Packet, reply: m.Reply) -> str:
+        """Why a reply is not the one to this request, or nothing."""
+        request = packet.message
+        assert isinstance(request, m.Request)
+        first = self._ledger.identities.get(reply.model, (reply.fingerprint, reply.aux_layer_ids))
+        expected = {
+            "tokens_hash": (payload_hash(packet), reply.tokens_hash),
+            "mapping_id": (request.mapping_id, reply.mapping_id),
+            "encoding": (request.encoding, reply.encoding),
+            "model": (request.model or reply.model, reply.model),
+            "fingerprint": (first[0], reply.fingerprint),
+            "aux_layer_ids": (first[1], reply.aux_layer_ids),
+        }
+        wrong = [
+            f"{name} is {got!r} where {wanted!r} was expected"
+            for name, (wanted, got) in expected.items()
+            if wanted != got
+        ]
+        if not wrong:
+            return ""
+        return f"worker {reply.worker} sent a reply that is not ours: {'; '.join(wrong)}"
+
+
+def _damage(packet: Packet) -> str:
+    try:
+        packet.verify()
+    except RemoteProtocolError as error:
+        return str(error)
+    return ""
