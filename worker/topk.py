@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: What is left out at 64 is a few percent of a language model's distribution, where it is unsure;
-#: ``docs/encodings.md`` has the figures.
-TOP_K = 64
+#: Of an unsure model's distribution 64 leave out 12 %, these 4 %, for 1,152 bytes more of some
+#: 25,000 a token (``docs/encodings.md``).
+TOP_K = 256
 #: Slots whose logits are float32 at a time.
 _SLOTS = 512
 

@@ -169,13 +169,15 @@ def test_the_prefetcher_yields_in_order_and_counts_waiting(
             self.seed = seed
             self.input_ids, self.attention_mask, self.loss_mask = tokens(seed)
 
-    prefetcher = Prefetcher(remote, map(Sample, range(12)), depth=5)
+    prefetcher = Prefetcher(remote, map(Sample, range(12)))
     seen = []
     for sample, batch in prefetcher:
         seen.append(sample.seed)
         assert_is_supervision(batch, target, mapping, "probs", sample.seed)
     assert seen == list(range(12))
     assert prefetcher.waited_s > 0
+    assert prefetcher.depth >= 1
+    assert remote.window == cluster.broker.core.config.window
 
 
 def test_leaving_a_prefetcher_early_cancels_what_is_under_way(

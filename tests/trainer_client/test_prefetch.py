@@ -5,16 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer_client.batch import Eagle3TargetBatch
+from trainer_client.cli import cli
 from trainer_client.depth import AutoDepth, Taken
 from trainer_client.prefetch import Prefetcher
+from trainer_client.training.run import TrainSettings
 
 
 class Sample:
@@ -209,6 +213,21 @@ def test_leaving_early_cancels_what_is_under_way() -> None:
 def test_settings_out_of_range_are_errors(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Prefetcher(Pool([1.0]), [], **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "deep", "1.5"])
+def test_a_prefetch_that_is_neither_auto_nor_a_number_is_wrong_usage(value: str) -> None:
+    words = ["train", "--broker", "tcp://127.0.0.1:1", "--data", "d", "--output", "o"]
+    done = CliRunner().invoke(cli, [*words, "--prefetch", value])
+    assert done.exit_code == 2
+    assert "--prefetch" in done.output
+
+
+def test_a_runs_settings_say_what_prefetch_may_be() -> None:
+    with pytest.raises(ValueError, match="'auto' or at least 1, got 0"):
+        TrainSettings(data=Path("d"), output=Path("o"), prefetch=0)
+    free = [TrainSettings(Path("d"), Path("o"), prefetch=depth).shared() for depth in ("auto", 3)]
+    assert free[0] == free[1]  # a resumed run may choose another
 
 
 # -- the depth alone ------------------------------------------------------------------------------

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from docs import encodings_table
+from trainer_client.colocated import ENCODINGS
+from worker.topk import TOP_K
+
+TEXT = encodings_table.PATH.read_text(encoding="utf-8")
+
+
+def test_the_bytes_are_those_of_real_replies() -> None:
+    assert encodings_table._sizes() in TEXT, "run python -m docs.encodings_table"
+    assert set(encodings_table.ENCODINGS) == set(ENCODINGS) - {"logits"}
+
+
+def test_hidden_is_at_most_0_22_of_probs() -> None:
+    sizes = {name: encodings_table.bytes_per_token(name) for name in encodings_table.ENCODINGS}
+    assert sizes["hidden"] <= 0.22 * sizes["probs"]
+    assert sizes["topk"] < sizes["hidden"]
+
+
+def test_what_topk_loses_is_what_is_written() -> None:
+    (row,) = re.findall(rf"\| {TOP_K} \| ([\d.]+) \| ([\d.]+) \|", TEXT)
+    assert encodings_table.lost(TOP_K) == pytest.approx([float(each) for each in row], rel=0.1)
