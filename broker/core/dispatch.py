@@ -38,7 +38,7 @@ class Dispatcher:
     def dispatch(self, pool: Pool, now: float) -> None:
         """Give queued requests to workers with free credits."""
         queue, choice = pool.queue, pool.choice
-        while len(queue) and len(choice.free):
+        while len(queue) and len(choice.free()):
             entry = cast(Entry, queue.at(0))
             worker = choice.choose(entry.n_tokens, now, entry.avoid)
             if worker is None and (later := choice.choose_for_later(entry.n_tokens, now)):

@@ -26,7 +26,8 @@ def validate(core: BrokerCore) -> None:
         assert pool.description.model == name
         pool.choice.validate()
         pool.queue.validate()
-        assert set(pool.choice.free) == {worker for worker in pool.workers.values() if worker.free}
+        free = {worker for worker in pool.workers.values() if worker.free}
+        assert set(pool.choice.free()) == free
         assert all(core.workers[worker.id] is worker for worker in pool.workers.values())
     for worker in core.workers.values():
         assert core.pools[worker.model].workers[worker.id] is worker

@@ -126,10 +126,15 @@ class Candidates:
 
 
 class Choice:
-    """All workers of a pool, by what may be asked of them."""
+    """All workers of a pool, by what may be asked of them.
+
+    What has changed is looked at when somebody is to be chosen: a worker changes several times in
+    the life of a request.
+    """
 
     def __init__(self) -> None:
-        self.free = Candidates(lambda worker: worker.free > 0)
+        self._changed: dict[WorkerSession, None] = {}
+        self._free = Candidates(lambda worker: worker.free > 0)
         self._idle = Candidates(lambda worker: worker.free > 0 and not worker.running)
         self._full = Candidates(lambda worker: not worker.free and not worker.draining)
         #: worker -> its tokens per second, and how many requests it has; and their sums
@@ -139,22 +144,33 @@ class Choice:
 
     def put(self, worker: WorkerSession) -> None:
         """Take note of a worker that came, or has changed."""
-        self._count(worker, (_tokens_per_s(worker), len(worker.running)))
-        for candidates in (self.free, self._idle, self._full):
-            candidates.put(worker)
+        self._changed[worker] = None
 
     def discard(self, worker: WorkerSession) -> None:
         """A worker has left."""
+        self._changed.pop(worker, None)
         self._count(worker, (0.0, 0))
         del self._counted[worker]
-        for candidates in (self.free, self._idle, self._full):
+        for candidates in (self._free, self._idle, self._full):
             candidates.discard(worker)
+
+    def free(self) -> Candidates:
+        """Those that have a credit."""
+        for worker in self._changed:
+            self._count(worker, (_tokens_per_s(worker), len(worker.running)))
+            for candidates in (self._free, self._idle, self._full):
+                candidates.put(worker)
+        self._changed.clear()
+        return self._free
 
     def choose(
         self, n_tokens: int, now: float, avoid: Collection[str] = ()
     ) -> WorkerSession | None:
         """Who gets so many tokens now; one of ``avoid`` if need be. None: wait for a better one."""
-        worker = self.free.choose(n_tokens, now, avoid) or self.free.choose(n_tokens, now)
+        free = self.free()
+        worker = free.choose(n_tokens, now, avoid)
+        if worker is None and avoid:
+            worker = free.choose(n_tokens, now)
         self._full.forget_overdue(now)
         better = self._full.choose(n_tokens, now, avoid)
         if worker is None or better is None:
@@ -184,7 +200,7 @@ class Choice:
 
     def validate(self) -> None:
         """Check every invariant; raises ``AssertionError``."""
-        for candidates in (self.free, self._idle, self._full):
+        for candidates in (self.free(), self._idle, self._full):
             candidates.validate()
         assert self._n_running == sum(len(worker.running) for worker in self._counted)
         total = sum(map(_tokens_per_s, self._counted))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 import typing
 from pathlib import Path
 
 from broker.protocol import messages
-from broker.protocol.schema import describe
+from broker.protocol.schema import describe, field_names
 from broker.protocol.wire import KINDS
 
 PATH = Path(__file__).with_name("PROTOCOL.md")
@@ -46,9 +45,7 @@ def render(text: str) -> str:
 
 def _section(cls: type, title: str) -> str:
     hints = typing.get_type_hints(cls)
-    rows = "".join(
-        f"| `{field.name}` | {describe(hints[field.name])} |\n" for field in dataclasses.fields(cls)
-    )
+    rows = "".join(f"| `{name}` | {describe(hints[name])} |\n" for name in field_names(cls))
     table = f"\n| field | type |\n|---|---|\n{rows}" if rows else ""
     return f"### {title}\n\n{inspect.getdoc(cls)}\n{table}"
 

@@ -26,8 +26,6 @@ class Limits:
     max_reply_bytes: int = 4 * GIB
 
 
-#: Nesting of a body: message, tuple, record, tuple, value.
-MAX_DEPTH = 6
 #: Longest string or byte string in a body; a model's config travels as JSON.
 MAX_STRING_BYTES = 256 * KIB
 #: Longest tuple in a body.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Union
+from typing import ClassVar, NamedTuple, Union
 
 from broker.protocol.limits import Limits
 
@@ -33,8 +33,7 @@ BACKENDS = ("ipc", "nccl", "gloo")
 OPERATIONS = ("generate", "model_info", "input_embeddings", "lm_head_rows")
 
 
-@dataclass(frozen=True, slots=True)
-class RequestId:
+class RequestId(NamedTuple):
     """Unique for ever: who asks, in which life, and which of its requests this is."""
 
     client: str

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import reprlib
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from broker.protocol.limits import MAX_ITEMS, MAX_STRING_BYTES
@@ -59,11 +60,14 @@ def _string(value: Any) -> str:
     return value
 
 
+_TYPE_SAYS_ALL = (_integer, _boolean, _string)
+_SHORT = reprlib.Repr()  # also of what is nested a thousand times
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 _SCALARS: dict[type, Check] = {int: _integer, float: _number, bool: _boolean, str: _string}
 
 
 def _shown(value: Any) -> str:
-    text = f"{type(value).__name__} {value!r}"
+    text = f"{type(value).__name__} {_SHORT.repr(value)}"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -94,7 +98,7 @@ def _checks(annotation: Any) -> tuple[Check, Check]:
     """``(to_plain, from_plain)`` for one annotation."""
     if annotation in _SCALARS:
         return _SCALARS[annotation], _SCALARS[annotation]
-    if dataclasses.is_dataclass(annotation):
+    if _is_record(annotation):
         nested = codec(typing.cast(type, annotation))
         return nested.to_plain, nested.from_plain
     arguments = typing.get_args(annotation)
@@ -107,34 +111,62 @@ def _checks(annotation: Any) -> tuple[Check, Check]:
     raise TypeError(f"the protocol has no encoding for {annotation!r}")
 
 
+def _is_record(annotation: Any) -> bool:
+    return dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields")
+
+
+def field_names(cls: type) -> list[str]:
+    """Of a dataclass or a named tuple."""
+    if not dataclasses.is_dataclass(cls):
+        return list(cls._fields)  # type: ignore[attr-defined]
+    return [field.name for field in dataclasses.fields(cls)]
+
+
 @functools.cache
 def codec(cls: type) -> Codec:
     """The codec of a record class; its checks raise :class:`SchemaError`."""
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+    names = field_names(cls)
     pairs = [_checks(hints[name]) for name in names]
     out, back = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
-    def checked(checks: list[Check], values: Iterable[Any]) -> list[Any]:
-        done: list[Any] = []
+    def checked(checks: list[Check], values: Sequence[Any]) -> list[Any]:
         try:
-            for check, value in zip(checks, values, strict=True):
-                done.append(check(value))
-        except SchemaError as error:
-            raise SchemaError(f"{cls.__name__}.{names[len(done)]} {error}") from None
-        return done
+            return [check(value) for check, value in zip(checks, values, strict=True)]
+        except SchemaError:  # once more, to say where
+            for name, check, value in zip(names, checks, values, strict=True):
+                try:
+                    check(value)
+                except SchemaError as error:
+                    raise SchemaError(f"{cls.__name__}.{name} {error}") from None
+            raise
 
     def to_plain(record: Any) -> list[Any]:
         if type(record) is not cls:
             raise SchemaError(f"wants a {cls.__name__}, got {_shown(record)}")
         return checked(out, [getattr(record, name) for name in names])
 
+    # Of most values nothing but the type is left to check: msgpack's integers have 64 bits, and
+    # its strings are bounded where they are unpacked.
+    deep = [(at, check) for at, check in enumerate(back) if check not in _TYPE_SAYS_ALL]
+    good: set[tuple[type, ...]] = set()  # the types of arrays that were checked: not many
+
     def from_plain(values: Any) -> Any:
         if type(values) is not list:
             raise SchemaError(f"{cls.__name__} wants an array, got {_shown(values)}")
         if len(values) != len(back):
             raise SchemaError(f"{cls.__name__} has {len(back)} fields, got {len(values)}")
-        return cls(*checked(back, values))
+        kinds = tuple(map(type, values))
+        if kinds not in good:
+            checked(back, values)
+            good.add(kinds)
+        made = values.copy()
+        for at, check in deep:
+            try:
+                made[at] = check(values[at])
+            except SchemaError as error:
+                raise SchemaError(f"{cls.__name__}.{names[at]} {error}") from None
+        return cls(*made)
 
     return Codec(cls, to_plain, from_plain)
 

@@ -19,7 +19,7 @@ import xxhash
 
 from broker.protocol import messages
 from broker.protocol.errors import LocalProtocolError, RemoteProtocolError, VersionMismatchError
-from broker.protocol.limits import MAX_DEPTH, MAX_ITEMS, MAX_STRING_BYTES, Limits
+from broker.protocol.limits import MAX_ITEMS, MAX_STRING_BYTES, Limits
 from broker.protocol.messages import DTYPE_BYTES, Message, TensorSpec
 from broker.protocol.schema import Codec, SchemaError, codec
 
@@ -46,16 +46,13 @@ class Packet:
     message: Message
     frames: tuple[Buffer, ...]
     checksums: tuple[int, ...]
+    #: bytes of all frames
+    nbytes: int
 
     @property
     def payload(self) -> tuple[Buffer, ...]:
         """The frames behind the header."""
         return self.frames[1:]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all frames."""
-        return sum(_length(frame) for frame in self.frames)
 
     def verify(self) -> None:
         """Compare every payload frame with its checksum; the broker leaves this to the ends.
@@ -118,7 +115,7 @@ def encode(
         _check_total(message, sum(lengths), limits)
     except SchemaError as error:
         raise LocalProtocolError(f"cannot send {type(message).__name__}: {error}") from None
-    return Packet(message, (header, *payload), checksums)
+    return Packet(message, (header, *payload), checksums, len(header) + sum(lengths))
 
 
 def decode(frames: Sequence[Buffer], limits: Limits | None = None) -> Packet:
@@ -176,7 +173,8 @@ def _decode(frames: Sequence[Buffer], limits: Limits) -> Packet:
     message = codec(KINDS[kind]).from_plain(_unpack(header[table_end : -_CHECKSUM.size]))
     _check_manifest(message, lengths)
     _check_total(message, payload_bytes, limits)
-    return Packet(message, tuple(frames), tuple(checksum for _, checksum in entries))
+    checksums = tuple(checksum for _, checksum in entries)
+    return Packet(message, tuple(frames), checksums, len(header) + payload_bytes)
 
 
 def _codec(message: Message) -> Codec:
@@ -187,7 +185,7 @@ def _codec(message: Message) -> Codec:
 
 def _unpack(body: bytes) -> Any:
     try:
-        value = msgpack.unpackb(
+        return msgpack.unpackb(
             body,
             raw=False,
             use_list=True,
@@ -199,16 +197,6 @@ def _unpack(body: bytes) -> Any:
         )
     except Exception as error:  # msgpack raises ValueError, its own kinds, and what it lets through
         raise SchemaError(f"the body is not msgpack within the limits: {error}") from None
-    _check_depth(value, MAX_DEPTH)
-    return value
-
-
-def _check_depth(value: Any, left: int) -> None:
-    if isinstance(value, list):
-        if left == 0:
-            raise SchemaError(f"the body is nested deeper than {MAX_DEPTH}")
-        for item in value:
-            _check_depth(item, left - 1)
 
 
 def _check_sizes(lengths: Sequence[int], limits: Limits) -> None:

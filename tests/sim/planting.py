@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from broker.core import Received, Send
-from broker.protocol import Packet, decode
+from broker.protocol import decode
 from broker.protocol.link import Arrived, SendTo
 
 Plant = Callable[[], AbstractContextManager[None]]
@@ -82,5 +82,5 @@ def said(action: Any, *kinds: type) -> Any:
 def with_message(event: Any, **changes: Any) -> Any:
     """The event with another message in it."""
     message = replace(event.packet.message, **changes)
-    packet = Packet(message, event.packet.frames, event.packet.checksums)
+    packet = replace(event.packet, message=message)
     return replace(event, packet=packet)

@@ -63,10 +63,8 @@ def test_a_failing_schedule_shrinks_to_what_matters_and_tells_its_story() -> Non
         small = replay.shrink(make(seed), failure)
         story = replay.explain(seed)
     assert failure == "credits exceeded"
-    kinds = sorted(op.kind for op in small.ops)
-    assert kinds[:3] == ["start", "start", "start"], "a broker, a worker, a client"
-    assert set(kinds[3:]) == {"submit"}
-    assert len(kinds) < len(make(seed).ops)
+    assert {op.kind for op in small.ops} == {"start", "submit"}, "what only disturbs is left out"
+    assert len(small.ops) < len(make(seed).ops)
     assert "gives" in story or "gave" in story
     assert story.endswith(f"replay: make sim SEED={seed}")
 

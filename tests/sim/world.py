@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from broker.protocol import Limits, Packet, decode
@@ -134,7 +135,7 @@ class World:
             known = self._packets[frames[0]] = decode(frames, self._limits)
         if known.frames is frames:
             return known
-        return Packet(known.message, frames, known.checksums)
+        return replace(known, frames=frames)
 
     # -- life and death -------------------------------------------------------------------------
 

@@ -193,7 +193,7 @@ def test_a_few_steps_learn_a_batch_by_heart(draft: Eagle3Draft) -> None:
     inputs["aux_hidden_states"] = inputs["aux_hidden_states"].float()
     unroll = Eagle3Unroll(draft, depths=3)
     optimizer = torch.optim.Adam([p for p in draft.parameters() if p.requires_grad], lr=0.01)
-    first = float(unroll(**inputs).loss)
+    first = unroll(**inputs).loss.item()
     for _ in range(80):
         output = unroll(**inputs)
         optimizer.zero_grad()

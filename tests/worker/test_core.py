@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
 from broker.protocol.link import Arrived, Connected, Disconnected, SendTo, Tick
@@ -174,7 +176,7 @@ def test_a_damaged_mapping_is_not_learned_and_is_asked_for_again() -> None:
     rig.welcome()
     offer = mapping_offer(1, 5)
     assert isinstance(offer.message, m.MappingOffer)
-    rig.arrive(Packet(offer.message, (offer.frames[0], bytes(16)), offer.checksums))
+    rig.arrive(replace(offer, frames=(offer.frames[0], bytes(16))))
     rig.request(1, mapping_id=offer.message.mapping_id)
     assert rig.answers() == ["Failure 1 unknown_mapping"]
     assert not any(isinstance(action, Learn) for action in rig.done)
@@ -262,7 +264,7 @@ def test_a_mapping_that_was_damaged_on_its_way_is_not_learned() -> None:
     rig.welcome()
     offer = mapping_offer(1, 2, 3)
     header, payload = offer.frames
-    rig.arrive(Packet(offer.message, (header, bytes(payload)[:-1] + b"\1"), offer.checksums))
+    rig.arrive(replace(offer, frames=(header, bytes(payload)[:-1] + b"\1")))
     assert isinstance(offer.message, m.MappingOffer)
     rig.request(1, mapping_id=offer.message.mapping_id)
     assert rig.answers() == ["Failure 1 unknown_mapping"]

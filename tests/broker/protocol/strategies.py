@@ -22,7 +22,7 @@ _SCALARS = {
 def record(cls: type) -> st.SearchStrategy:
     """Any value of a record class, but with an empty manifest."""
     hints = typing.get_type_hints(cls)
-    fields = {field.name: _value(hints[field.name]) for field in dataclasses.fields(cls)}
+    fields = {name: _value(annotation) for name, annotation in hints.items() if name != "KIND"}
     if "manifest" in fields:
         fields["manifest"] = st.just(())
     return st.builds(cls, **fields)
@@ -31,7 +31,7 @@ def record(cls: type) -> st.SearchStrategy:
 def _value(annotation: object) -> st.SearchStrategy:
     if annotation in _SCALARS:
         return _SCALARS[annotation]
-    if dataclasses.is_dataclass(annotation):
+    if dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields"):
         return record(annotation)
     (item, other) = typing.get_args(annotation)
     if other is type(None):
