@@ -160,7 +160,7 @@ class Worker:
             "model": self.facts.model,
             "brokers": {endpoint: link.state.value for endpoint, link in self.core.links.items()},
             "held": len(self.core.held),
-            "computing": self.core.computing is not None,
+            "computing": bool(self.core.computing),
             "draining": self.core.leave_at is not None,
             **self.measures.plain(),
         }
