@@ -1,4 +1,4 @@
-"""The worker's threads around its core: one for the sockets, one for the target.
+"""The worker's threads around its core: one for the sockets, and its pipeline.
 
 The I/O thread goes on answering heartbeats while the target computes.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import queue
 import socket
 import threading
 import time
@@ -24,16 +23,16 @@ from broker.http import HttpServer
 from broker.keys import Role
 from broker.logs import log
 from broker.pages import peer_pages
-from broker.protocol import Limits, Packet
-from broker.protocol import messages as m
+from broker.protocol import Limits
 from broker.protocol.names import own_name
 from broker.protocol.peer import PeerLoop
 from worker.answers import Answerer, description
-from worker.core import Compute, Computed, Drain, Exit, Forget, Learn, Log, WorkerCore
+from worker.core import Drain, Exit, Log, WorkerCore
 from worker.direct.config import DirectConfig
 from worker.direct.sender import Sender
 from worker.errors import WorkerError
 from worker.metrics import METRICS, Measures
+from worker.pipeline import Pipeline
 from worker.targets.contract import Target, describe
 
 _logger = logging.getLogger("draftmq.worker")
@@ -76,7 +75,6 @@ class Worker:
         self.facts = describe(target, model)
         device = target.get_input_embeddings().weight.device
         self._sender = Sender(direct or DirectConfig(), self.name, device, endpoints)
-        self._answerer = Answerer(target, self.facts, self.name, self._sender)
         self.core = WorkerCore(
             self.name,
             time.time_ns(),
@@ -90,17 +88,16 @@ class Worker:
         self.measures = Measures()
         self._http_address = http
         self._http: HttpServer | None = None
-        #: what the compute thread is to do, in order; None ends it
-        self._work: queue.SimpleQueue[Compute | Learn | Forget | None] = queue.SimpleQueue()
         #: asked to drain
         self.leaving = False
         self._left = threading.Event()
         self._error: str = ""
         self._loop = PeerLoop(
-            "draftmq-worker", self.core, self._perform, self._loop_failed, _logger, shown.curves
+            "draftmq-worker", self.core, self._perform, self._thread_failed, _logger, shown.curves
         )
-        self._compute_thread = threading.Thread(
-            target=self._compute, name="draftmq-target", daemon=True
+        answerer = Answerer(target, self.facts, self.name, self._sender)
+        self._pipeline = Pipeline(
+            answerer, self.measures, self._limits, self._loop.post, self._thread_failed
         )
 
     def start(self) -> Worker:
@@ -112,7 +109,7 @@ class Worker:
                 raise WorkerError(str(error)) from error
             self._http.start()
         _workers.add(self)
-        self._compute_thread.start()
+        self._pipeline.start()
         self._loop.start()
         return self
 
@@ -142,10 +139,8 @@ class Worker:
             self._http = None
         if self._loop.running:
             self._loop.stop()
-        self._work.put(None)
         self._left.set()
-        if self._compute_thread.is_alive():
-            self._compute_thread.join()
+        self._pipeline.stop()
         self._sender.close()
 
     @property
@@ -186,30 +181,11 @@ class Worker:
             self._error = action.error
             self._left.set()
         else:
-            self._work.put(action)
+            self._pipeline.do(action)
 
-    def _loop_failed(self, error: Exception) -> None:
-        self._error = f"the worker's I/O thread broke: {error!r}"
+    def _thread_failed(self, error: Exception) -> None:
+        self._error = f"a thread of the worker broke: {error!r}"
         self._left.set()
-
-    def _compute(self) -> None:
-        while (work := self._work.get()) is not None:
-            if isinstance(work, Compute):
-                waited_s = time.monotonic() - work.received_at
-                answer = self._answerer.answer(work.packet, self._limits(), waited_s)
-                assert isinstance(work.packet.message, m.Request)
-                self.measures.answered(work.packet, answer, waited_s)
-                self._loop.post(Computed(work.packet.message.id, answer))
-            elif isinstance(work, Learn):
-                self._learn(work.packet)
-            else:
-                self._answerer.forget(work.mapping_id)
-
-    def _learn(self, offer: Packet) -> None:
-        try:
-            self._answerer.learn(offer)
-        except Exception as error:  # requests that name it are answered with what is wrong
-            _logger.warning("bad_mapping", extra={"fields": {"error": str(error)}})
 
     def _limits(self) -> Limits:
         return min(
