@@ -43,7 +43,9 @@ class Worker:
     """A worker in threads of this process, serving ``target`` to one or several brokers.
 
     ``credits`` is how many requests a broker may give it at once: with 2 the next one is already
-    here when one ends. :meth:`drain` (what SIGTERM does to the command) finishes what is held and
+    here when one ends. ``coalesce_tokens`` lets requests that wait run in one forward of at most
+    so many tokens (B*T, padded), which may change last bits; give credits for as many as should.
+    :meth:`drain` (what SIGTERM does to the command) finishes what is held and
     leaves; :meth:`stop` leaves at once, and the broker gives its requests to others. ``direct``
     says how tensors may go to clients past the broker. ``http`` is ``HOST:PORT`` of ``/metrics``,
     ``/status`` and ``/healthz``, or None.
@@ -61,6 +63,7 @@ class Worker:
         name: str | None = None,
         credits: int = 2,
         drain_s: float = 30.0,
+        coalesce_tokens: int = 0,
         direct: DirectConfig | None = None,
         http: str | None = None,
         key: KeyLike | None = None,
@@ -68,6 +71,11 @@ class Worker:
     ) -> None:
         if credits < 1:
             raise ValueError(f"credits must be at least 1, got {credits}")
+        if coalesce_tokens and not getattr(target, "batchable", False):
+            raise WorkerError(
+                f"target {target.name!r} cannot run several requests in one forward; leave "
+                "coalesce_tokens (--coalesce-tokens) away"
+            )
         endpoints = [broker] if isinstance(broker, str) else list(broker)
         shown = credentials(Role.WORKER, endpoints, key, broker_key, _logger)
         name = name or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -83,6 +91,7 @@ class Worker:
             time.monotonic(),
             credits=credits,
             drain_s=drain_s,
+            coalesce_tokens=coalesce_tokens,
             note=self._sender.summary,
         )
         self.measures = Measures()
