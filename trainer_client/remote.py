@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from trainer_client.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.core import ClientConfig
 from trainer_client.direct import Receiver
 from trainer_client.errors import BadRequestError
+from trainer_client.facts import model_facts
 from trainer_client.service import Answer, Client, PendingReply
 from trainer_client.trace import Trace
 from worker.direct.config import DirectConfig
@@ -135,7 +135,7 @@ class RemoteEagle3TargetModel:
 
     @functools.cached_property
     def _info(self) -> dict[str, Any]:
-        info: dict[str, Any] = json.loads(self._ask("model_info").reply.info_json)
+        info = model_facts(self._ask("model_info").reply)
         wanted = self._wanted_encoding
         if wanted != "auto" and wanted not in info["encodings"]:
             raise BadRequestError(

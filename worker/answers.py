@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import time
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from broker.protocol import Limits, LocalProtocolError, Packet, encode, payload_hash
 from broker.protocol import messages as m
 from broker.protocol.errors import RemoteProtocolError
 from broker.protocol.tensors import from_frames, to_frames
+from worker.batching import Tokens, compute_together
 from worker.direct.parts import specs
 from worker.direct.sender import Plan, Sender
 from worker.errors import BadRequest
 from worker.mapping import VocabMapping
+from worker.staging import Mark, Staging, staging_for
 from worker.supervision import (
     compute_supervision,
     input_embeddings,
@@ -47,8 +51,37 @@ def description(facts: TargetFacts) -> m.ModelDescription:
     )
 
 
+@dataclass(eq=False)
+class Work:
+    """A request on its way through the worker's two threads."""
+
+    packet: Packet
+    #: how long it has been here when the target was free for it
+    waited_s: float = 0.0
+    #: what ``generate`` runs on
+    tokens: Tokens | None = None
+    #: the result, on the target's device
+    tensors: dict[str, Tensor] | None = None
+    info_json: str = ""
+    failure: Packet | None = None
+    #: where on the device's time line its forward begins and ends
+    began: Mark = None
+    done: Mark = None
+    #: its part of a forward with others, by tokens
+    share: float = 1.0
+    compute_s: float = field(default=0.0)
+
+    @property
+    def request(self) -> m.Request:
+        return cast(m.Request, self.packet.message)
+
+
 class Answerer:
-    """Runs the target for one request at a time and makes the reply, or the failure."""
+    """Runs the target for requests and makes the replies, or the failures.
+
+    :meth:`compute` belongs to the thread of the target, :meth:`finish` to the one that copies,
+    hashes and encodes; the second's work on one answer runs beside the first's on the next.
+    """
 
     def __init__(
         self, target: Target, facts: TargetFacts, worker: str, sender: Sender | None = None
@@ -57,6 +90,7 @@ class Answerer:
         self.facts = facts
         self.worker = worker
         self._sender = sender
+        self._staging: Staging = staging_for(target.get_input_embeddings().weight.device)
         self.mappings: dict[str, VocabMapping] = {}
 
     def learn(self, offer: Packet) -> None:
@@ -76,80 +110,91 @@ class Answerer:
         self.mappings.pop(mapping_id, None)
 
     def answer(self, packet: Packet, limits: Limits, waited_s: float = 0.0) -> Packet:
-        """The reply to a request; whatever goes wrong becomes a :class:`Failure`.
+        """The reply to one request, at once; see :meth:`compute` and :meth:`finish`."""
+        work = Work(packet, waited_s)
+        self.compute([work])
+        return self.finish(work, limits)
 
-        ``waited_s`` is how long the request has been here; the reply says it, for a trace.
-        A reply whose tensors go directly has no payload; they are on their way when this returns.
+    # -- in the target's thread -----------------------------------------------------------------
+
+    def compute(self, works: Sequence[Work]) -> None:
+        """Run the target for each, in one forward where there are several.
+
+        Whatever goes wrong becomes the failure of its request, and no other's.
         """
-        request = packet.message
-        assert isinstance(request, m.Request)
-        began = time.perf_counter()
-        try:
-            packet.verify()
-        except RemoteProtocolError as error:
-            return _failure(request, "damaged", error)
-        try:
-            info, tensors = self._serve(request, packet)
-            plan = self._sender.plan(request, tensors) if self._sender else Plan()
-            if plan.transfer is None:
-                manifest, payload = to_frames(tensors)
-            else:
-                manifest, payload = specs(tensors), []
-            reply = m.Reply(
-                id=request.id,
-                worker=self.worker,
-                model=self.facts.model,
-                fingerprint=self.facts.fingerprint,
-                aux_layer_ids=tuple(self.facts.aux_layer_ids),
-                tokens_hash=payload_hash(packet),
-                mapping_id=request.mapping_id,
-                encoding=request.encoding,
-                compute_s=time.perf_counter() - began,
-                info_json=info or json.dumps({"waited_s": waited_s}),
-                manifest=manifest,
-                transfer=plan.transfer,
-                invitation=plan.invitation,
-            )
-            answer = encode(reply, payload, limits)
-            if self._sender is not None and plan.transfer is not None:
-                self._sender.send(request.id.client, plan.transfer, tensors)
-            return answer
-        except BadRequest as error:
-            return _failure(request, "bad_request", error)
-        except RemoteProtocolError as error:
-            return _failure(request, "damaged", error)
-        except LocalProtocolError as error:
-            return _failure(request, "too_large", error)
-        except Exception as error:
-            _logger.exception("target_failed", extra={"fields": {"request": str(request.id)}})
-            return _failure(request, "target_failed", error)
+        for work in works:
+            with _failing(work):
+                self._read(work)
+        good = [work for work in works if work.failure is None]
+        began = self._staging.mark()
+        if len(good) < 2 or not self._computed_together(good):
+            for work in good:
+                with _failing(work), torch.inference_mode():
+                    self._compute(work)
+        done = self._staging.mark(
+            tensor for work in good if work.tensors for tensor in work.tensors.values()
+        )
+        sizes = [_size(work) for work in works]
+        for work, size in zip(works, sizes, strict=True):
+            work.began, work.done = began, done
+            work.share = size / max(1, sum(sizes))
 
-    def _serve(self, request: m.Request, packet: Packet) -> tuple[str, dict[str, Tensor]]:
-        if request.operation == "model_info":
-            return json.dumps(asdict(self.facts)), {}
-        if request.operation == "input_embeddings":
-            return "", input_embeddings(self.target)
-        if request.operation == "lm_head_rows":
-            return "", lm_head_rows(self.target, self._mapping(request))
-        if request.operation == "generate":
-            return "", self._generate(request, packet)
-        known = ", ".join(m.OPERATIONS)
-        raise BadRequest(f"unknown operation {request.operation!r}; known are {known}")
-
-    def _generate(self, request: m.Request, packet: Packet) -> dict[str, Tensor]:
+    def _read(self, work: Work) -> None:
+        work.packet.verify()
+        request = work.request
+        if request.operation not in m.OPERATIONS:
+            known = ", ".join(m.OPERATIONS)
+            raise BadRequest(f"unknown operation {request.operation!r}; known are {known}")
+        if request.operation != "generate":
+            return
         if request.encoding not in self.facts.encodings:
             offered = ", ".join(self.facts.encodings)
             raise BadRequest(f"encoding {request.encoding!r} is not offered here; choose {offered}")
-        tensors: dict[str, Any] = from_frames(request.manifest, packet.payload)
+        tensors: dict[str, Any] = from_frames(request.manifest, work.packet.payload)
         if tuple(tensors) != _TOKENS:
             raise BadRequest(f"wants the tensors {_TOKENS}, got {tuple(tensors)}")
         facts = self.facts
         validate_request(
             **tensors, vocab_size=facts.vocab_size, max_tokens=facts.max_position_embeddings
         )
-        return compute_supervision(
-            self.target, **tensors, mapping=self._mapping(request), encoding=request.encoding
-        )
+        self._mapping(request)
+        work.tokens = tensors
+
+    def _computed_together(self, works: Sequence[Work]) -> bool:
+        """False where it failed: then each is run alone, and fails alone."""
+        request = works[0].request
+        try:
+            with torch.inference_mode():
+                made = compute_together(
+                    self.target,
+                    [work.tokens for work in works if work.tokens is not None],
+                    mapping=self._mapping(request),
+                    encoding=request.encoding,
+                )
+        except Exception as error:
+            fields = {"requests": len(works), "error": f"{type(error).__name__}: {error}"}
+            _logger.warning("batch_failed", extra={"fields": fields})
+            return False
+        for work, tensors in zip(works, made, strict=True):
+            work.tensors = tensors
+        return True
+
+    def _compute(self, work: Work) -> None:
+        request = work.request
+        if request.operation == "model_info":
+            work.info_json, work.tensors = json.dumps(asdict(self.facts)), {}
+        elif request.operation == "input_embeddings":
+            work.tensors = input_embeddings(self.target)
+        elif request.operation == "lm_head_rows":
+            work.tensors = lm_head_rows(self.target, self._mapping(request))
+        else:
+            assert work.tokens is not None
+            work.tensors = compute_supervision(
+                self.target,
+                **work.tokens,
+                mapping=self._mapping(request),
+                encoding=request.encoding,
+            )
 
     def _mapping(self, request: m.Request) -> VocabMapping:
         mapping = self.mappings.get(request.mapping_id)
@@ -159,6 +204,74 @@ class Answerer:
                 "call set_vocab_mapping first"
             )
         return mapping
+
+    # -- in the thread that encodes -------------------------------------------------------------
+
+    def finish(self, work: Work, limits: Limits) -> Packet:
+        """The reply to a request that was computed, or its failure.
+
+        A reply whose tensors go directly has no payload; they are on their way when this returns.
+        """
+        with _failing(work):
+            work.compute_s = self._staging.seconds(work.began, work.done) * work.share
+        if work.failure is None:
+            with _failing(work):
+                assert work.tensors is not None
+                with self._staging.after(work.done, work.tensors.values()):
+                    return self._reply(work, work.tensors, limits)
+        assert work.failure is not None
+        return work.failure
+
+    def _reply(self, work: Work, tensors: dict[str, Tensor], limits: Limits) -> Packet:
+        request = work.request
+        plan = self._sender.plan(request, tensors) if self._sender else Plan()
+        if plan.transfer is None:
+            manifest, payload = to_frames(self._staging.to_cpu(tensors))
+        else:
+            manifest, payload = specs(tensors), []
+        reply = m.Reply(
+            id=request.id,
+            worker=self.worker,
+            model=self.facts.model,
+            fingerprint=self.facts.fingerprint,
+            aux_layer_ids=tuple(self.facts.aux_layer_ids),
+            tokens_hash=payload_hash(work.packet),
+            mapping_id=request.mapping_id,
+            encoding=request.encoding,
+            compute_s=work.compute_s,
+            info_json=work.info_json or json.dumps({"waited_s": work.waited_s}),
+            manifest=manifest,
+            transfer=plan.transfer,
+            invitation=plan.invitation,
+        )
+        answer = encode(reply, payload, limits)
+        if self._sender is not None and plan.transfer is not None:
+            self._sender.send(request.id.client, plan.transfer, tensors)
+        return answer
+
+
+def _size(work: Work) -> int:
+    """B*T, 1 for what is asked without tokens, 0 for what the target never saw."""
+    if work.tokens is not None:
+        return work.tokens["input_ids"].numel()
+    return int(work.failure is None)
+
+
+@contextlib.contextmanager
+def _failing(work: Work) -> Iterator[None]:
+    """An error in here becomes the failure that answers the request."""
+    try:
+        yield
+    except BadRequest as error:
+        work.failure = _failure(work.request, "bad_request", error)
+    except RemoteProtocolError as error:
+        work.failure = _failure(work.request, "damaged", error)
+    except LocalProtocolError as error:
+        work.failure = _failure(work.request, "too_large", error)
+    except Exception as error:
+        fields = {"request": str(work.request.id)}
+        _logger.exception("target_failed", extra={"fields": fields})
+        work.failure = _failure(work.request, "target_failed", error)
 
 
 def _failure(request: m.Request, code: str, error: Exception) -> Packet:

@@ -51,7 +51,15 @@ class _Layers(click.ParamType[tuple[int, ...]]):
     type=click.IntRange(min=1),
     default=2,
     show_default=True,
-    help="Requests held at once: with 2 the next is here when one ends.",
+    help="Requests held at once: with 2 the next is here when one ends; with 3 also while a large "
+    "answer is on its way. With --coalesce-tokens, twice as many as should run together.",
+)
+@click.option(
+    "--coalesce-tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Run waiting requests in one forward of at most N tokens, padded; may change last bits.",
 )
 @click.option("--drain-s", default=30.0, show_default=True, help="Seconds to finish on SIGTERM.")
 @click.option("--name", help="This worker's own name (default: host, pid, random).")
@@ -75,6 +83,7 @@ def worker(
     trust_remote_code: bool,
     threads: int | None,
     credits: int,
+    coalesce_tokens: int,
     drain_s: float,
     name: str | None,
     direct: DirectConfig,
@@ -116,6 +125,7 @@ def worker(
         name=name,
         credits=credits,
         drain_s=drain_s,
+        coalesce_tokens=coalesce_tokens,
         direct=direct,
         http=http,
         allow=allow,

@@ -12,7 +12,9 @@ from broker.protocol import messages as m
 
 
 class Measures:
-    """Told of each answer by the thread that computes; others may look."""
+    """Told of each forward by the target's thread, of each answer by the encoding one; others
+    may look.
+    """
 
     def __init__(self) -> None:
         self.replies = 0
@@ -20,22 +22,32 @@ class Measures:
         self.failures: Counter[str] = Counter()
         #: from arrival until the target is free for it
         self.wait_s = Histogram()
-        #: the target's forward, the supervision made from it, and their copies to the CPU
+        #: the target's forward and the supervision made from it, on its device
         self.compute_s = Histogram()
+        #: the target's time, also for what failed; its rate is the share that it works
+        self.busy_s = 0.0
+        #: requests that the target is done with
+        self.computed = 0
         self.tokens = 0
         self.request_bytes = 0
         self.answer_bytes = 0
 
-    def answered(self, packet: Packet, answer: Packet, waited_s: float) -> None:
-        """The target is done with a request."""
+    @property
+    def staged(self) -> int:
+        """Requests that the target is done with and whose answers are still being made."""
+        return max(0, self.computed - self.replies - sum(self.failures.values()))
+
+    def answered(self, packet: Packet, answer: Packet, waited_s: float, compute_s: float) -> None:
+        """A request's answer is made."""
         assert isinstance(packet.message, m.Request)
         self.wait_s.observe(waited_s)
+        self.busy_s += compute_s
         self.request_bytes += packet.nbytes
         self.answer_bytes += answer.nbytes
         if isinstance(answer.message, m.Reply):
             self.replies += 1
             self.tokens += packet.message.n_tokens
-            self.compute_s.observe(answer.message.compute_s)
+            self.compute_s.observe(compute_s)
         elif isinstance(answer.message, m.Failure):
             self.failures[answer.message.code] += 1
 
@@ -44,6 +56,8 @@ class Measures:
         return {
             "replies": self.replies,
             "failures": dict(self.failures),
+            "busy_s": self.busy_s,
+            "staged": self.staged,
             "tokens": self.tokens,
             "request_bytes": self.request_bytes,
             "answer_bytes": self.answer_bytes,
@@ -72,8 +86,14 @@ METRICS = (
     Metric(
         "draftmq_worker_compute_seconds",
         "histogram",
-        "Computing one request; the rate of its sum is the share of time that the target works.",
+        "Computing one request; of a forward for several, its part by tokens.",
         lambda s: one(s["compute_s"]),
+    ),
+    Metric(
+        "draftmq_worker_busy_seconds_total",
+        "counter",
+        "The target at work; its rate is the share of time that it works, the rest it is idle.",
+        lambda s: one(s["busy_s"]),
     ),
     Metric(
         "draftmq_worker_tokens_total",
@@ -104,6 +124,12 @@ METRICS = (
         "gauge",
         "1 while the target works.",
         lambda s: one(s["computing"]),
+    ),
+    Metric(
+        "draftmq_worker_staged",
+        "gauge",
+        "Requests that the target is done with and whose answers are still being made.",
+        lambda s: one(s["staged"]),
     ),
     Metric(
         "draftmq_worker_draining",

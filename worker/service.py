@@ -1,4 +1,4 @@
-"""The worker's threads around its core: one for the sockets, one for the target.
+"""The worker's threads around its core: one for the sockets, and its pipeline.
 
 The I/O thread goes on answering heartbeats while the target computes.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import queue
 import socket
 import threading
 import time
@@ -24,16 +23,16 @@ from broker.keys import Role
 from broker.logs import log
 from broker.operators import door
 from broker.pages import peer_pages
-from broker.protocol import Limits, Packet
-from broker.protocol import messages as m
+from broker.protocol import Limits
 from broker.protocol.names import own_name
 from broker.protocol.peer import PeerLoop
 from worker.answers import Answerer, description
-from worker.core import Compute, Computed, Drain, Exit, Forget, Learn, Log, WorkerCore
+from worker.core import Drain, Exit, Log, WorkerCore
 from worker.direct.config import DirectConfig
 from worker.direct.sender import Sender
 from worker.errors import WorkerError
 from worker.metrics import METRICS, Measures
+from worker.pipeline import Pipeline
 from worker.targets.contract import Target, describe
 
 _logger = logging.getLogger("draftmq.worker")
@@ -44,7 +43,9 @@ class Worker:
     """A worker in threads of this process, serving ``target`` to one or several brokers.
 
     ``credits`` is how many requests a broker may give it at once: with 2 the next one is already
-    here when one ends. :meth:`drain` (what SIGTERM does to the command) finishes what is held and
+    here when one ends. ``coalesce_tokens`` lets requests that wait run in one forward of at most
+    so many tokens (B*T, padded), which may change last bits; give credits for as many as should.
+    :meth:`drain` (what SIGTERM does to the command) finishes what is held and
     leaves; :meth:`stop` leaves at once, and the broker gives its requests to others. ``direct``
     says how tensors may go to clients past the broker. ``http`` is ``HOST:PORT`` of ``/metrics``,
     ``/status`` and ``/healthz``, or None; where other machines reach it, it is for the operators
@@ -63,6 +64,7 @@ class Worker:
         name: str | None = None,
         credits: int = 2,
         drain_s: float = 30.0,
+        coalesce_tokens: int = 0,
         direct: DirectConfig | None = None,
         http: str | None = None,
         allow: Sequence[KeyLike] = (),
@@ -72,6 +74,11 @@ class Worker:
     ) -> None:
         if credits < 1:
             raise ValueError(f"credits must be at least 1, got {credits}")
+        if coalesce_tokens and not getattr(target, "batchable", False):
+            raise WorkerError(
+                f"target {target.name!r} cannot run several requests in one forward; leave "
+                "coalesce_tokens (--coalesce-tokens) away"
+            )
         endpoints = [broker] if isinstance(broker, str) else list(broker)
         shown = credentials(Role.WORKER, endpoints, key, broker_key, _logger)
         name = name or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -79,7 +86,6 @@ class Worker:
         self.facts = describe(target, model)
         device = target.get_input_embeddings().weight.device
         self._sender = Sender(direct or DirectConfig(), self.name, device, endpoints)
-        self._answerer = Answerer(target, self.facts, self.name, self._sender)
         self.core = WorkerCore(
             self.name,
             time.time_ns(),
@@ -88,6 +94,7 @@ class Worker:
             time.monotonic(),
             credits=credits,
             drain_s=drain_s,
+            coalesce_tokens=coalesce_tokens,
             note=self._sender.summary,
         )
         self.measures = Measures()
@@ -95,17 +102,16 @@ class Worker:
         self._allow = allow
         self._insecure = insecure
         self._http: HttpServer | None = None
-        #: what the compute thread is to do, in order; None ends it
-        self._work: queue.SimpleQueue[Compute | Learn | Forget | None] = queue.SimpleQueue()
         #: asked to drain
         self.leaving = False
         self._left = threading.Event()
         self._error: str = ""
         self._loop = PeerLoop(
-            "draftmq-worker", self.core, self._perform, self._loop_failed, _logger, shown.curves
+            "draftmq-worker", self.core, self._perform, self._thread_failed, _logger, shown.curves
         )
-        self._compute_thread = threading.Thread(
-            target=self._compute, name="draftmq-target", daemon=True
+        answerer = Answerer(target, self.facts, self.name, self._sender)
+        self._pipeline = Pipeline(
+            answerer, self.measures, self._limits, self._loop.post, self._thread_failed
         )
 
     def start(self) -> Worker:
@@ -122,7 +128,7 @@ class Worker:
                 raise WorkerError(str(error)) from error
             self._http.start()
         _workers.add(self)
-        self._compute_thread.start()
+        self._pipeline.start()
         self._loop.start()
         return self
 
@@ -152,10 +158,8 @@ class Worker:
             self._http = None
         if self._loop.running:
             self._loop.stop()
-        self._work.put(None)
         self._left.set()
-        if self._compute_thread.is_alive():
-            self._compute_thread.join()
+        self._pipeline.stop()
         self._sender.close()
 
     @property
@@ -170,7 +174,7 @@ class Worker:
             "model": self.facts.model,
             "brokers": {endpoint: link.state.value for endpoint, link in self.core.links.items()},
             "held": len(self.core.held),
-            "computing": self.core.computing is not None,
+            "computing": bool(self.core.computing),
             "draining": self.core.leave_at is not None,
             **self.measures.plain(),
         }
@@ -191,30 +195,11 @@ class Worker:
             self._error = action.error
             self._left.set()
         else:
-            self._work.put(action)
+            self._pipeline.do(action)
 
-    def _loop_failed(self, error: Exception) -> None:
-        self._error = f"the worker's I/O thread broke: {error!r}"
+    def _thread_failed(self, error: Exception) -> None:
+        self._error = f"a thread of the worker broke: {error!r}"
         self._left.set()
-
-    def _compute(self) -> None:
-        while (work := self._work.get()) is not None:
-            if isinstance(work, Compute):
-                waited_s = time.monotonic() - work.received_at
-                answer = self._answerer.answer(work.packet, self._limits(), waited_s)
-                assert isinstance(work.packet.message, m.Request)
-                self.measures.answered(work.packet, answer, waited_s)
-                self._loop.post(Computed(work.packet.message.id, answer))
-            elif isinstance(work, Learn):
-                self._learn(work.packet)
-            else:
-                self._answerer.forget(work.mapping_id)
-
-    def _learn(self, offer: Packet) -> None:
-        try:
-            self._answerer.learn(offer)
-        except Exception as error:  # requests that name it are answered with what is wrong
-            _logger.warning("bad_mapping", extra={"fields": {"error": str(error)}})
 
     def _limits(self) -> Limits:
         return min(

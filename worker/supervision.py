@@ -7,6 +7,7 @@ from torch import Tensor
 
 from worker.errors import BadRequest
 from worker.mapping import VocabMapping
+from worker.projection import draft_probs
 from worker.targets.contract import Target, TargetOutputs, full_tensor, shift_left
 from worker.topk import top_probs
 
@@ -32,18 +33,31 @@ def compute_supervision(
     :func:`worker.topk.top_probs` in place of target_probs. All but the aux states are moved left
     by one with zeros at the end. ``probs`` has the bits of NeMo AutoModel's co-located EAGLE-3
     target: the argmax over the full vocabulary in the logits' dtype, the softmax in float32 over
-    the selected logits only, so that no full-vocabulary float32 copy is ever made.
+    the selected logits only, so that no full-vocabulary float32 copy is ever made, and of the
+    draft's no second one (:func:`worker.projection.draft_probs`).
 
     Raises :class:`BadRequest` for an encoding or a mapping that does not suit the target.
     """
-    _suits(target, mapping, encoding)
+    suits(target, mapping, encoding)
     outputs = target.forward(input_ids, attention_mask, loss_mask)
+    return supervision(outputs, input_ids, loss_mask, mapping=mapping, encoding=encoding)
+
+
+def supervision(
+    outputs: TargetOutputs,
+    input_ids: Tensor,
+    loss_mask: Tensor,
+    *,
+    mapping: VocabMapping,
+    encoding: str,
+) -> dict[str, Tensor]:
+    """:func:`compute_supervision` of a forward that has run."""
     device = outputs.logits.device
     selected_token_ids, selected_token_mask = mapping.on(device)
     shifted_loss_mask = shift_left(loss_mask.to(device))
     top_ids = _aligned(outputs, outputs.logits.argmax(dim=-1))  # [B, T]
     known = selected_token_mask[top_ids] & shifted_loss_mask.bool()
-    supervision = {
+    common = {
         "aux_hidden_states": outputs.aux_hidden_states,
         "position_mask": known.unsqueeze(-1),
         "input_ids": shift_left(input_ids.to(device, torch.int64)),
@@ -52,13 +66,12 @@ def compute_supervision(
     if encoding == "hidden":
         assert outputs.last_hidden_state is not None  # by target.encodings
         last = _aligned(outputs, full_tensor(outputs.last_hidden_state).to(device))
-        return supervision | {"last_hidden_state": last}
+        return common | {"last_hidden_state": last}
     if encoding == "topk":
         top = top_probs(outputs.logits, selected_token_ids)
-        return supervision | {name: _aligned(outputs, part) for name, part in top.items()}
-    selected = outputs.logits.index_select(-1, selected_token_ids)  # [B, T, D]
-    probs = torch.softmax(_aligned(outputs, selected).float(), dim=-1)
-    return supervision | {"target_probs": probs}
+        return common | {name: _aligned(outputs, part) for name, part in top.items()}
+    probs = draft_probs(outputs.logits, selected_token_ids, shifted=outputs.shifted)
+    return common | {"target_probs": probs}
 
 
 def validate_request(
@@ -124,7 +137,8 @@ def _aligned(outputs: TargetOutputs, tensor: Tensor) -> Tensor:
     return tensor if outputs.shifted else shift_left(tensor)
 
 
-def _suits(target: Target, mapping: VocabMapping, encoding: str) -> None:
+def suits(target: Target, mapping: VocabMapping, encoding: str) -> None:
+    """Raises :class:`BadRequest` for an encoding or a mapping that does not suit the target."""
     if encoding not in target.encodings:
         why = getattr(target, "hidden_refused", "") if encoding == "hidden" else ""
         raise BadRequest(

@@ -31,6 +31,7 @@ from trainer_client.errors import (
 )
 from trainer_client.remote import RemoteEagle3TargetModel
 from trainer_client.service import Client
+from worker.answers import Answerer, Work
 from worker.errors import WorkerError
 from worker.mapping import VocabMapping
 
@@ -328,3 +329,16 @@ def test_an_address_that_is_taken_or_open_to_others(cluster: Cluster) -> None:
         Broker("tcp://0.0.0.0:0").start()
     with pytest.raises(BrokerError, match="cannot serve HTTP"):
         Broker(http=cluster.broker.http_address).start()
+
+
+@pytest.mark.parametrize("said", ["no JSON", "[]", "{}"])
+def test_a_worker_that_says_nonsense_of_its_model_is_named(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    def hostile(answerer: Answerer, work: Work) -> None:
+        work.info_json, work.tensors = said, {}
+
+    monkeypatch.setattr(Answerer, "_compute", hostile)
+    worker = cluster.worker()
+    with pytest.raises(IdentityError, match=f"worker {worker.name} answered model_info with"):
+        cluster.trainer().model_info()

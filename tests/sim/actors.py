@@ -22,13 +22,15 @@ from trainer_client.core import (
     KeepMapping,
     Submit,
 )
-from worker.core import Compute, Computed, Exit, Forget, Learn, WorkerCore
+from worker.core import Compute, Computed, Exit, Forget, Learn, TargetFree, WorkerCore
 
 if TYPE_CHECKING:
     from tests.sim.world import World
 
 #: What the fake target makes of a request's bytes: no two requests have the same.
 _SECRET = 0x5DEECE66D
+#: Making an answer takes this part of what the target takes.
+_ENCODING = 0.75
 
 
 class WorkerProcess(PeerProcess):
@@ -81,6 +83,12 @@ class WorkerProcess(PeerProcess):
             self.world.exited(self, action.error)
 
     def _computed(self, packet: Packet, took_s: float) -> None:
+        """The target goes on; the answer is made meanwhile."""
+        if self.alive:
+            self.receive(TargetFree())
+            self.world.later(took_s * _ENCODING, self._encoded, packet, took_s)
+
+    def _encoded(self, packet: Packet, took_s: float) -> None:
         if self.alive:
             self.receive(Computed(packet.message.id, self._answer(packet, took_s)))  # type: ignore[union-attr]
 

@@ -174,7 +174,7 @@ def worker_that_drains_drops_what_it_holds() -> Iterator[None]:
         if isinstance(event, Drain) and not core.computing:
             core.held.clear()
         elif isinstance(event, Drain):
-            for request_id in [held for held in core.held if held != core.computing]:
+            for request_id in [held for held in core.held if held not in core.computing]:
                 del core.held[request_id]
         return event
 

@@ -6,7 +6,18 @@ from broker.protocol import Packet, encode
 from broker.protocol import messages as m
 from broker.protocol.link import Arrived, Connected, Disconnected, SendTo, Tick
 from tests.broker.rig import mapping_offer, model
-from worker.core import Compute, Computed, Drain, Exit, Forget, Learn, WorkerCore
+from worker.core import (
+    Compute,
+    Computed,
+    ComputeTogether,
+    Drain,
+    Exit,
+    Forget,
+    Learn,
+    TargetFree,
+    WorkerCore,
+)
+from worker.core.held import Stage
 
 A, B = "tcp://a:5556", "tcp://b:5556"
 
@@ -297,3 +308,142 @@ def test_news_of_a_transfer_do_not_wait_for_the_broker() -> None:
     assert rig.core.held == {}
     rig.welcome()
     assert rig.answers() == []
+
+
+def test_the_target_goes_on_while_the_answer_before_is_made() -> None:
+    rig = Rig()
+    rig.welcome()
+    ids = [rig.request(number) for number in (1, 2)]
+    assert rig.computing() == [1]
+    rig.handle(TargetFree())
+    assert rig.computing() == [2]
+    assert rig.answers() == []
+    rig.computed(ids[0])
+    assert rig.answers() == ["Reply 1"]
+
+
+def test_the_target_waits_when_too_many_answers_are_being_made() -> None:
+    rig = Rig(max_staged=2)
+    rig.welcome()
+    ids = [rig.request(number) for number in (1, 2, 3, 4)]
+    rig.handle(TargetFree())
+    rig.handle(TargetFree())
+    assert rig.computing() == [1, 2]
+    rig.computed(ids[0])
+    assert rig.computing() == [3]
+    rig.handle(TargetFree())
+    assert rig.computing() == []
+
+
+def test_a_request_that_is_cancelled_while_its_answer_is_made_is_answered_so() -> None:
+    rig = Rig()
+    rig.welcome()
+    one = rig.request(1)
+    rig.handle(TargetFree())
+    rig.arrive(m.Cancel(one))
+    assert rig.answers() == []
+    rig.computed(one)
+    assert rig.answers() == ["Failure 1 cancelled"]
+
+
+def test_a_request_whose_time_is_over_when_its_turn_comes_is_not_computed() -> None:
+    rig = Rig()
+    rig.welcome()
+    one, two, three = (rig.request(number) for number in (1, 2, 3))
+    rig.now += 59.0
+    rig.request(3)  # it is still wanted
+    rig.now += 2.0
+    rig.computed(one)
+    assert rig.computing() == [1, 3]
+    assert rig.answers() == ["Reply 1", "Failure 2 cancelled"]
+    assert list(rig.core.held) == [three]
+    assert two not in rig.core.held
+
+
+def shaped(rig: Rig, number: int, tokens: tuple[int, int], **changes: str) -> m.RequestId:
+    """A generate request whose manifest says ids and masks of this shape."""
+    request_id = m.RequestId("c", 1, number)
+    names = ("input_ids", "attention_mask", "loss_mask")
+    specs = tuple(m.TensorSpec(name, "int64", tokens, 1) for name in names)
+    wanted = {"operation": "generate", "mapping_id": "", "encoding": "probs"} | changes
+    request = m.Request(
+        request_id,
+        model="",
+        step=number,
+        n_tokens=tokens[0] * tokens[1],
+        ttl_s=60.0,
+        manifest=specs,
+        **wanted,
+    )
+    rig.arrive(encode(request, [bytes(8 * tokens[0] * tokens[1])] * 3))
+    return request_id
+
+
+def batches(rig: Rig) -> list[list[int]]:
+    """Numbers of the requests of each forward since the last call."""
+    given = []
+    for action in rig.done:
+        if isinstance(action, (Compute, ComputeTogether)):
+            parts = (action,) if isinstance(action, Compute) else action.parts
+            given.append([part.packet.message.id.number for part in parts])  # type: ignore[union-attr]
+    rig.done.clear()
+    return given
+
+
+def test_waiting_requests_run_in_one_forward_up_to_so_many_padded_tokens() -> None:
+    rig = Rig(coalesce_tokens=64)
+    rig.welcome()
+    ids = [shaped(rig, 1, (2, 8)), shaped(rig, 2, (2, 8)), shaped(rig, 3, (1, 16))]
+    shaped(rig, 4, (2, 16))  # with it: 5 rows of 16 tokens
+    assert batches(rig) == [[1]]  # nothing else waited
+    rig.handle(TargetFree())
+    assert batches(rig) == [[2, 3]]
+    for request_id in ids:
+        rig.computed(request_id)
+    assert batches(rig) == [[4]]
+    assert rig.answers() == ["Reply 1", "Reply 2", "Reply 3"]
+
+
+def test_requests_for_other_things_do_not_run_together_and_nobody_is_overtaken() -> None:
+    rig = Rig(coalesce_tokens=1000)
+    rig.welcome()
+    shaped(rig, 1, (1, 4))
+    shaped(rig, 2, (1, 4))
+    shaped(rig, 3, (1, 4), encoding="hidden")
+    shaped(rig, 4, (1, 4))
+    shaped(rig, 5, (1, 4), operation="input_embeddings")
+    found = batches(rig)
+    while rig.core.computing:
+        rig.computed(rig.core.computing[0])
+        for request_id in rig.core.held:
+            if rig.core.held[request_id].stage is Stage.STAGED:
+                rig.computed(request_id)
+        found += batches(rig)
+    assert found == [[1], [2], [3], [4], [5]]
+
+
+def test_of_requests_that_run_together_one_is_cancelled() -> None:
+    rig = Rig(coalesce_tokens=1000)
+    rig.welcome()
+    one, two, three = (shaped(rig, number, (1, 4)) for number in (1, 2, 3))
+    rig.computed(one)
+    assert batches(rig) == [[1], [2, 3]]
+    rig.arrive(m.Cancel(two))
+    rig.handle(TargetFree())
+    rig.computed(two)
+    rig.computed(three)
+    assert rig.answers() == ["Reply 1", "Failure 2 cancelled", "Reply 3"]
+    assert not rig.core.held
+
+
+def test_a_forward_of_several_counts_as_one_towards_those_whose_answers_are_made() -> None:
+    rig = Rig(coalesce_tokens=1000, max_staged=2)
+    rig.welcome()
+    for number in range(1, 6):
+        shaped(rig, number, (1, 4))
+    rig.handle(TargetFree())
+    shaped(rig, 6, (1, 4))
+    rig.handle(TargetFree())
+    assert batches(rig) == [[1], [2, 3, 4, 5]]
+    rig.computed(m.RequestId("c", 1, 1))
+    assert batches(rig) == [[6]]

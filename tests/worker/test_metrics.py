@@ -62,12 +62,14 @@ def test_answers_are_measured() -> None:
     measures = Measures()
     request = encode(asked("generate"))
     reply = m.Reply(request.message.id, "w", "t", "f", (), 0, "", "probs", 0.5, "", ())  # type: ignore[union-attr]
-    measures.answered(request, encode(reply), 2.0)
+    measures.computed = 3
+    measures.answered(request, encode(reply), 2.0, 0.5)
     failure = encode(m.Failure(reply.id, "bad_request", "as planned"))
-    measures.answered(request, failure, 3.0)
+    measures.answered(request, failure, 3.0, 0.25)
     seen = measures.plain()
     assert (seen["replies"], seen["tokens"], seen["failures"]) == (1, 100, {"bad_request": 1})
     assert (seen["wait_s"]["sum"], seen["compute_s"]["sum"]) == (5.0, 0.5)
+    assert (seen["busy_s"], seen["staged"]) == (0.75, 1)
     assert seen["request_bytes"] == 2 * request.nbytes
     assert seen["answer_bytes"] == encode(reply).nbytes + failure.nbytes
 

@@ -70,6 +70,12 @@ class Target(ColocatedContract, Protocol):
     def fingerprint(self) -> str: ...  # of the weights
 
     @property
+    def batchable(self) -> bool: ...
+
+    # Several requests may run in one forward: a row's outputs, which are not shifted, depend on no
+    # other row, and on no padding that follows where its attention mask is 0.
+
+    @property
     def encodings(self) -> tuple[str, ...]: ...  # of "probs", "hidden", "topk"
 
     @property

@@ -41,6 +41,8 @@ class ForeignTarget:
         self.tokenizer = tokenizer
         self.model = inner.model
         self.aux_layer_ids = tuple(int(layer) for layer in inner.aux_layer_ids)
+        #: its outputs are shifted, and what it makes of padding is not known
+        self.batchable = False
         self.encodings = ("probs", "topk")
         config = text_config(self.model.config)
         self.vocab_size = int(config.vocab_size)

@@ -38,6 +38,9 @@ LAYER_PATHS = (
     "gpt_neox.layers",
 )
 
+#: Rotary embeddings that choose their frequencies by the longest sequence of the batch.
+_ROPES_OF_THE_LONGEST = {"dynamic", "longrope", "su"}
+
 
 @dataclass
 class _Capture:
@@ -107,6 +110,7 @@ class HuggingFaceTarget:
         #: V: what the logits have, which may be more than the tokenizer knows
         self.vocab_size = int(logits.shape[-1])
         self.dtype = aux.dtype
+        self.batchable = _batchable(model)
         self.hidden_refused = _why_not_hidden(head, trial, logits)
         self.encodings = ("probs", "topk") if self.hidden_refused else ("probs", "hidden", "topk")
 
@@ -201,6 +205,16 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     raise TargetError(
         f"{type(model).__name__} (num_hidden_layers={depth}) has no decoder layers at any of "
         f"{', '.join(LAYER_PATHS)}; serve it with --target-factory"
+    )
+
+
+def _batchable(model: Any) -> bool:
+    """False where the longest row of a batch decides the positions of all (by the rope's kind)."""
+    config = text_config(model.config)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    ropes = [rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))]
+    return not any(
+        each.get("rope_type", each.get("type")) in _ROPES_OF_THE_LONGEST for each in ropes
     )
 
 

@@ -70,6 +70,7 @@ class StubTarget:
         self.model = SimpleNamespace(config=StubConfig(vocab_size, hidden_size, num_hidden_layers))
         requested = None if aux_layer_ids is None else tuple(aux_layer_ids)
         self.aux_layer_ids = choose_aux_layer_ids(requested, num_hidden_layers)
+        self.batchable = True
         self.encodings = ("probs", "hidden", "topk")
         self.vocab_size = vocab_size
         self.dtype = dtype

@@ -1,4 +1,4 @@
-"""The worker as a state machine: what it holds, what it computes next, when it may leave.
+"""What a worker holds, what it computes next, when it may leave.
 
 It never decides who is served: requests are computed in the order in which brokers gave them.
 """
@@ -6,100 +6,40 @@ It never decides who is served: requests are computed in the order in which brok
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Union
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from broker.protocol import Packet, RemoteProtocolError, encode
 from broker.protocol import messages as m
-from broker.protocol.link import (
-    Arrived,
-    Connected,
-    Disconnected,
-    Link,
-    LinkState,
-    Reopen,
-    SendTo,
-    Tick,
+from broker.protocol.link import Arrived, Connected, Disconnected, Link, LinkState, SendTo
+from worker.core.events import (
+    Action,
+    Compute,
+    Computed,
+    ComputeTogether,
+    Drain,
+    Event,
+    Exit,
+    Forget,
+    Learn,
+    Log,
+    TargetFree,
 )
+from worker.core.held import Held, Stage, together
 
-
-@dataclass(frozen=True)
-class Computed:
-    """The target is done with a request: here is the reply, or the failure."""
-
-    id: m.RequestId
-    answer: Packet
-
-
-@dataclass(frozen=True)
-class Drain:
-    """Finish what is held, take nothing new, then leave."""
-
-    reason: str
-
-
-Event = Union[Connected, Disconnected, Arrived, Computed, Drain, Tick]  # noqa: UP007
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Give this request, which came at ``received_at``, to the target."""
-
-    packet: Packet
-    received_at: float
-
-
-@dataclass(frozen=True)
-class Learn:
-    """Keep the vocab mapping that this offer carries."""
-
-    packet: Packet
-
-
-@dataclass(frozen=True)
-class Forget:
-    """Drop a vocab mapping; it is told again when it is needed."""
-
-    mapping_id: str
-
-
-@dataclass(frozen=True)
-class Exit:
-    """Leave: drained, or refused by every broker (``error`` says why)."""
-
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Log:
-    """Something an operator may want to know."""
-
-    level: str
-    event: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-
-Action = Union[SendTo, Reopen, Compute, Learn, Forget, Exit, Log]  # noqa: UP007
-
-
-@dataclass(eq=False)
-class _Held:
-    """A request from arrival until its answer is on its way."""
-
-    #: the brokers that wait for the answer; several when the client failed over meanwhile
-    endpoints: list[str]
-    packet: Packet
-    received_at: float
-    cancelled: bool = False
-    #: set when the target is done while a broker that waits for it cannot be reached
-    answer: Packet | None = None
+#: Forwards whose answers may be in the making while the target goes on: one is being encoded and
+#: one waits for that, so that neither side stands still for the other's last millisecond. More
+#: would only take memory.
+MAX_STAGED = 2
 
 
 class WorkerCore:
     """One worker, linked to one or several brokers; it has ``credits`` for each of them.
 
-    ``note`` makes the line about its direct channels that heartbeats carry.
+    The target goes on with the next request as soon as it is free, while at most ``max_staged``
+    forwards' answers are being made. ``coalesce_tokens`` is how many tokens (B*T, padded) of
+    waiting requests may run in one forward; 0 has each run alone. ``note`` makes the line about
+    its direct channels that heartbeats carry.
     """
 
     def __init__(
@@ -113,6 +53,8 @@ class WorkerCore:
         credits: int = 2,
         max_mappings: int = 16,
         drain_s: float = 30.0,
+        coalesce_tokens: int = 0,
+        max_staged: int = MAX_STAGED,
         note: Callable[[], str] = str,
     ) -> None:
         self.worker = worker
@@ -121,12 +63,16 @@ class WorkerCore:
         self.credits = credits
         self.max_mappings = max_mappings
         self.drain_s = drain_s
+        self.coalesce_tokens = coalesce_tokens
+        self.max_staged = max_staged
         self.links = {
             endpoint: Link(endpoint, self._hello_for(endpoint), now, note) for endpoint in endpoints
         }
-        #: in the order of arrival; the first without an answer is what the target works on
-        self.held: OrderedDict[m.RequestId, _Held] = OrderedDict()
-        self.computing: m.RequestId | None = None
+        #: in the order of arrival, which is that of computing
+        self.held: OrderedDict[m.RequestId, Held] = OrderedDict()
+        #: what the target works on: nothing, one request, or several in one forward
+        self.computing: tuple[m.RequestId, ...] = ()
+        self._forwards = 0
         #: least recently used first
         self.mappings: OrderedDict[str, None] = OrderedDict()
         self.leave_at: float | None = None
@@ -144,13 +90,15 @@ class WorkerCore:
             self._actions += self.links[event.endpoint].disconnected(now, event.why)
         elif isinstance(event, Arrived):
             self._arrived(self.links[event.endpoint], event.packet, now)
+        elif isinstance(event, TargetFree):
+            self._target_free()
         elif isinstance(event, Computed):
             self._computed(event)
         elif isinstance(event, Drain):
             self._drain(event.reason, now)
         for link in self.links.values():
             self._actions += link.tick(now)
-        self._compute_next()
+        self._compute_next(now)
         self._leave_if_done(now)
         return self._actions
 
@@ -195,7 +143,7 @@ class WorkerCore:
 
     def _request(self, link: Link, request: m.Request, packet: Packet, now: float) -> None:
         if (held := self.held.get(request.id)) is not None:
-            self._asked_again(held, link, request.id)
+            self._asked_again(held, link, request, now)
             return
         if request.mapping_id and request.mapping_id not in self.mappings:
             text = f"this worker does not have the vocab mapping {request.mapping_id}"
@@ -204,21 +152,23 @@ class WorkerCore:
             return
         if request.mapping_id:
             self.mappings.move_to_end(request.mapping_id)
-        self.held[request.id] = _Held([link.endpoint], packet, now)
+        self.held[request.id] = Held([link.endpoint], packet, now, now + request.ttl_s)
 
-    def _asked_again(self, held: _Held, link: Link, request_id: m.RequestId) -> None:
+    def _asked_again(self, held: Held, link: Link, request: m.Request, now: float) -> None:
         """It is wanted (again), perhaps by a second broker: one forward answers all."""
         held.cancelled = False
+        held.expires_at = now + request.ttl_s
         if link.endpoint not in held.endpoints:
             held.endpoints.append(link.endpoint)
         if held.answer is not None:
-            self._answer(request_id, held.answer)
+            self._answer(request.id, held.answer)
 
     def _cancel(self, link: Link, request_id: m.RequestId) -> None:
         held = self.held.get(request_id)
         if held is None or link.endpoint not in held.endpoints:
             return
-        if held.endpoints == [link.endpoint] and request_id == self.computing:
+        begun = held.stage in (Stage.COMPUTING, Stage.STAGED)
+        if held.endpoints == [link.endpoint] and begun:
             held.cancelled = True
             return
         held.endpoints.remove(link.endpoint)
@@ -237,7 +187,7 @@ class WorkerCore:
             self._actions.append(Learn(packet))
         self.mappings[mapping_id] = None
         self.mappings.move_to_end(mapping_id)
-        needed = {held.packet.message.mapping_id for held in self.held.values()}  # type: ignore[union-attr]
+        needed = {held.request.mapping_id for held in self.held.values()}
         unused = [known for known in self.mappings if known not in needed and known != mapping_id]
         for oldest in unused[: max(0, len(self.mappings) - self.max_mappings)]:
             del self.mappings[oldest]
@@ -250,8 +200,14 @@ class WorkerCore:
 
     # -- from the target ------------------------------------------------------------------------
 
+    def _target_free(self) -> None:
+        for request_id in self.computing:
+            self.held[request_id].stage = Stage.STAGED
+        self.computing = ()
+
     def _computed(self, event: Computed) -> None:
-        self.computing = None
+        if event.id in self.computing:
+            self._target_free()
         held = self.held[event.id]
         answer = event.answer
         if held.cancelled and not m.comes_directly(answer.message):
@@ -261,7 +217,7 @@ class WorkerCore:
     def _answer(self, request_id: m.RequestId, answer: Packet) -> None:
         """Send the answer to every broker that waits for it; keep it for those that are away."""
         held = self.held[request_id]
-        held.answer = answer
+        held.stage, held.answer = Stage.ANSWERED, answer
         for endpoint in list(held.endpoints):
             if self.links[endpoint].ready:
                 held.endpoints.remove(endpoint)
@@ -270,14 +226,29 @@ class WorkerCore:
         if not held.endpoints or m.comes_directly(answer.message):
             del self.held[request_id]
 
-    def _compute_next(self) -> None:
-        if self.computing is not None:
+    def _compute_next(self, now: float) -> None:
+        """Give the target the next request, or requests, if it is free and there is room behind."""
+        at = [held.forward for held in self.held.values() if held.stage is Stage.STAGED]
+        if self.computing or len(set(at)) >= self.max_staged:
             return
-        for request_id, held in self.held.items():
-            if held.answer is None:
-                self.computing = request_id
-                self._actions.append(Compute(held.packet, held.received_at))
-                return
+        self._drop_expired(now)
+        waiting = [held for held in self.held.values() if held.stage is Stage.WAITING]
+        if not waiting:
+            return
+        chosen = together(waiting, self.coalesce_tokens) if self.coalesce_tokens else waiting[:1]
+        self._forwards += 1
+        self.computing = tuple(held.request.id for held in chosen)
+        for held in chosen:
+            held.stage, held.forward = Stage.COMPUTING, self._forwards
+        parts = tuple(Compute(held.packet, held.received_at) for held in chosen)
+        self._actions.append(parts[0] if len(parts) == 1 else ComputeTogether(parts))
+
+    def _drop_expired(self, now: float) -> None:
+        """No forward for what nobody waits for; were it still wanted, it would be asked again."""
+        for request_id, held in list(self.held.items()):
+            if held.stage is Stage.WAITING and held.expires_at <= now:
+                text = "its client's time was over before the target began"
+                self._answer(request_id, encode(m.Failure(request_id, "cancelled", text)))
 
     # -- leaving --------------------------------------------------------------------------------
 
@@ -335,14 +306,22 @@ class WorkerCore:
 
     def validate(self) -> None:
         """Check every invariant; raises ``AssertionError``."""
-        if self.computing is not None:
-            assert self.held[self.computing].answer is None
+        stages = [held.stage for held in self.held.values()]
         for held in self.held.values():
             assert held.endpoints
             assert set(held.endpoints) <= set(self.links)
+            assert (held.answer is None) == (held.stage is not Stage.ANSWERED)
             assert held.answer is None or not any(self.links[e].ready for e in held.endpoints)
-        waiting = [request_id for request_id, held in self.held.items() if held.answer is None]
-        assert bool(waiting) == (self.computing is not None)
-        assert self.computing is None or self.computing == waiting[0]
-        needed = {held.packet.message.mapping_id for held in self.held.values()}  # type: ignore[union-attr]
+        begun = [i for i, held in self.held.items() if held.stage is Stage.COMPUTING]
+        assert tuple(begun) == self.computing
+        computing = {self.held[request_id].forward for request_id in begun}
+        staged = {h.forward for h in self.held.values() if h.stage is Stage.STAGED}
+        assert len(computing) <= 1
+        assert len(staged) <= self.max_staged
+        assert all(forward > max(staged, default=0) for forward in computing)
+        # the target never waits while there is work and room for its answer
+        assert Stage.WAITING not in stages or computing or len(staged) == self.max_staged
+        order = [stage is Stage.WAITING for stage in stages if stage is not Stage.ANSWERED]
+        assert order == sorted(order)  # nobody is overtaken
+        needed = {held.request.mapping_id for held in self.held.values()}
         assert needed <= {*self.mappings, ""}

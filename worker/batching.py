@@ -1,0 +1,72 @@
+"""Several requests in one forward: padded on the right, and cut apart again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worker.errors import TargetError
+from worker.mapping import VocabMapping
+from worker.supervision import suits, supervision
+from worker.targets.contract import Target, TargetOutputs
+
+#: ``input_ids``, ``attention_mask``, ``loss_mask``: each [B, T].
+Tokens = dict[str, Tensor]
+
+
+@torch.no_grad()
+def compute_together(
+    target: Target, requests: Sequence[Tokens], *, mapping: VocabMapping, encoding: str
+) -> list[dict[str, Tensor]]:
+    """What :func:`worker.supervision.compute_supervision` gives for each, from one forward.
+
+    The target sees [sum of B, longest T]; padding has token 0, behind what is attended to, so
+    that positions stay what they were. A product of other sizes may be summed in another order:
+    the last bits can differ from those that each request gets alone.
+
+    Raises :class:`worker.errors.BadRequest` where the encoding or the mapping does not suit.
+    """
+    suits(target, mapping, encoding)
+    outputs = target.forward(**padded(requests))
+    if outputs.shifted:
+        raise TargetError(
+            f"target {target.name!r} says that it is batchable and gives shifted outputs; cut "
+            "apart, they would end in what belongs to the padding"
+        )
+    made, first = [], 0
+    for tokens in requests:
+        rows, length = tokens["input_ids"].shape
+        part = _part(outputs, slice(first, first + rows), length)
+        made.append(
+            supervision(
+                part, tokens["input_ids"], tokens["loss_mask"], mapping=mapping, encoding=encoding
+            )
+        )
+        first += rows
+    return made
+
+
+def padded(requests: Sequence[Tokens]) -> Tokens:
+    """All rows [sum of B, longest T]; zeros on the right of the shorter ones."""
+    longest = max(tokens["input_ids"].shape[1] for tokens in requests)
+    return {
+        name: torch.cat([_widened(tokens[name], longest) for tokens in requests])
+        for name in requests[0]
+    }
+
+
+def _widened(tensor: Tensor, length: int) -> Tensor:
+    return F.pad(tensor, (0, length - tensor.shape[1]))
+
+
+def _part(outputs: TargetOutputs, rows: slice, length: int) -> TargetOutputs:
+    """Views of one request's rows, without their padding."""
+    last = outputs.last_hidden_state
+    return TargetOutputs(
+        outputs.aux_hidden_states[rows, :length],
+        outputs.logits[rows, :length],
+        None if last is None else last[rows, :length],
+    )

@@ -1,0 +1,82 @@
+"""What the worker's core is told, and what it wants done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+from broker.protocol import Packet
+from broker.protocol import messages as m
+from broker.protocol.link import Arrived, Connected, Disconnected, Reopen, SendTo, Tick
+
+
+@dataclass(frozen=True)
+class TargetFree:
+    """The target is done with all that it was given; their answers are still being made."""
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A request's answer is made: the reply, or the failure. The target is done with it, too."""
+
+    id: m.RequestId
+    answer: Packet
+
+
+@dataclass(frozen=True)
+class Drain:
+    """Finish what is held, take nothing new, then leave."""
+
+    reason: str
+
+
+Event = Union[Connected, Disconnected, Arrived, TargetFree, Computed, Drain, Tick]  # noqa: UP007
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Give this request, which came at ``received_at``, to the target."""
+
+    packet: Packet
+    received_at: float
+
+
+@dataclass(frozen=True)
+class ComputeTogether:
+    """Give these requests to the target in one forward; each gets an answer of its own."""
+
+    parts: tuple[Compute, ...]
+
+
+@dataclass(frozen=True)
+class Learn:
+    """Keep the vocab mapping that this offer carries."""
+
+    packet: Packet
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Drop a vocab mapping; it is told again when it is needed."""
+
+    mapping_id: str
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Leave: drained, or refused by every broker (``error`` says why)."""
+
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Log:
+    """Something an operator may want to know."""
+
+    level: str
+    event: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+Action = Union[SendTo, Reopen, Compute, ComputeTogether, Learn, Forget, Exit, Log]  # noqa: UP007
