@@ -177,7 +177,8 @@ class Broker:
         """What ``/trace`` shows: when the last requests passed through; from any thread."""
         with self._lock:
             last = list(self.core.measures.last)
-        return {"broker": self.core.incarnation, "requests": [asdict(times) for times in last]}
+        requests = [asdict(times) | {"id": times.id._asdict()} for times in last]
+        return {"broker": self.core.incarnation, "requests": requests}
 
     def __repr__(self) -> str:
         with self._lock:

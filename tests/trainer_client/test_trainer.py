@@ -22,6 +22,7 @@ from trainer_client.eagle3.unroll import Eagle3Unroll
 from trainer_client.training import data
 from trainer_client.training.data import Schedule
 from trainer_client.training.memory import peak_bytes
+from trainer_client.training.run import Ranks
 from trainer_client.training.staging import staged
 from trainer_client.training.trainer import StepMetrics, Trainer, make_optimizer
 
@@ -159,7 +160,9 @@ def _rank(rank: int, store: str, results: str) -> None:
         },
         os.path.join(results, f"{rank}.pt"),
     )
-    dist.destroy_process_group()
+    ranks = Ranks(rank, 2)
+    ranks.meet()
+    ranks.leave()
 
 
 @pytest.fixture(scope="module")

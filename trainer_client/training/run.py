@@ -116,7 +116,17 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    def meet(self) -> None:
+        """Wait for the others, before leaving in good order.
+
+        Gloo's threads take the GIL to let go of a tensor, and the end of a group, which holds it,
+        waits for them: right behind an all-reduce it would wait for ever. In a barrier they get it.
+        """
+        if self.world_size > 1:
+            dist.barrier()
+
     def leave(self) -> None:
+        """Leave the process group, also in the middle of things."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -246,6 +256,7 @@ def train(
                 backend.model_info(),
                 settings.keep_checkpoints,
             )
+    ranks.meet()
     if log is None:
         return {}
     log.__exit__(None, None, None)
