@@ -14,8 +14,14 @@ TOKENS = 512
 FAST_S = 0.1
 #: The slow one: an older GPU, or one that others use too.
 SLOW_S = 4 * FAST_S
-#: Of a pool, by factory.
-SECONDS = {"fast": FAST_S, "slow": SLOW_S}
+#: Short, so that many replies come in a second.
+BRISK_S = FAST_S / 2
+#: Of a request, by factory.
+SECONDS = {"brisk": BRISK_S, "fast": FAST_S, "slow": SLOW_S}
+
+
+def brisk() -> StubTarget:
+    return _paced(BRISK_S)
 
 
 def fast() -> StubTarget:

@@ -29,16 +29,25 @@ class Pool:
         self.clients, self.workers = (f"tcp://127.0.0.1:{port}" for port in ports[:2])
         self._http = f"127.0.0.1:{ports[2]}"
         self._started = 0
+        self._broker: subprocess.Popen[bytes] | None = None
+        #: of the workers, by name
+        self.pids: dict[str, int] = {}
 
-    def broker(self) -> subprocess.Popen[bytes]:
+    def broker(self) -> None:
         """Start a broker, always on the same addresses."""
         ends = ["--clients", self.clients, "--workers", self.workers, "--http", self._http]
-        return self._start("broker", [*ends, *self._options])
+        self._broker = self._start("broker", [*ends, *self._options])
 
-    def worker(self, factory: str, name: str) -> subprocess.Popen[bytes]:
+    def kill_broker(self) -> None:
+        """End it by SIGKILL."""
+        assert self._broker is not None, "there is no broker yet"
+        self._broker.kill()
+        self._broker.wait()
+
+    def worker(self, factory: str, name: str) -> None:
         """Start a worker with the target that ``package.module:callable`` makes."""
         target = ["--target-factory", factory, "--threads", 1, "--name", name]
-        return self._start("worker", ["--broker", self.workers, *target])
+        self.pids[name] = self._start("worker", ["--broker", self.workers, *target]).pid
 
     def wait_for_workers(self, count: int) -> None:
         """Until so many are there. Raises ``TrainerClientError`` with its log if one has ended."""

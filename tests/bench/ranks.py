@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from tests.bench.paced import TOKENS
 from trainer_client.batch import TargetBackend
@@ -77,13 +78,14 @@ class _Training:
 
     def rank(self, backend: TargetBackend, prefetch: bool) -> None:
         try:
-            for _ in _batches(backend, prefetch):
+            for _ in batches(backend, prefetch=prefetch):
                 self._compute()
                 self._barrier.wait()
                 if self._ended:
                     return
-        finally:
-            self._barrier.abort() if not self._ended else None
+        except BaseException:
+            self._barrier.abort()  # the others must not wait for this one
+            raise
 
     def _compute(self) -> None:
         began = time.perf_counter()
@@ -105,13 +107,16 @@ class _Training:
         return Trained(len(self._stepped_at) - 1, seconds, self._computed_s / self._ranks)
 
 
-def _batches(backend: TargetBackend, prefetch: bool) -> Iterator[object]:
-    sample = SimpleNamespace(
-        input_ids=torch.zeros(1, TOKENS, dtype=torch.int64),
-        attention_mask=torch.ones(1, TOKENS, dtype=torch.int64),
-        loss_mask=torch.ones(1, TOKENS, dtype=torch.int64),
-    )
+def batches(backend: TargetBackend, *, prefetch: bool) -> Iterator[object]:
+    """Without an end."""
     if prefetch:
-        yield from Prefetcher(backend, itertools.repeat(sample))
+        asked = SimpleNamespace(**sample())
+        yield from Prefetcher(backend, itertools.repeat(asked))
     while not prefetch:
-        yield backend.generate_batch(**vars(sample))
+        yield backend.generate_batch(**sample())
+
+
+def sample() -> dict[str, Tensor]:
+    """What a rank asks about: input_ids, attention_mask and loss_mask, each [1, TOKENS]."""
+    ones = torch.ones(1, TOKENS, dtype=torch.int64)
+    return {"input_ids": torch.zeros_like(ones), "attention_mask": ones, "loss_mask": ones}

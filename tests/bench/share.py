@@ -59,13 +59,13 @@ def unequal_pool() -> Iterator[Pool]:
 
 
 @contextlib.contextmanager
-def ranks(started: Pool) -> Iterator[list[RemoteEagle3TargetModel]]:
+def ranks(started: Pool, count: int = RANKS) -> Iterator[list[RemoteEagle3TargetModel]]:
     """A client for each rank, of one job."""
     import torch
 
     with contextlib.ExitStack() as stack:
         backends = [
-            stack.enter_context(started.client(job="bench", rank=rank)) for rank in range(RANKS)
+            stack.enter_context(started.client(job="bench", rank=rank)) for rank in range(count)
         ]
         for backend in backends:
             size = backend.model_info()["vocab_size"]

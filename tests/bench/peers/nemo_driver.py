@@ -127,9 +127,7 @@ def supervision(tokens: int, hidden_size: int, draft_vocab: int) -> dict[str, fl
     return {"seconds": seconds, "bytes": nbytes}
 
 
-def share(
-    server_s: list[float], ranks: int, seconds: float, warm_s: float
-) -> dict[str, float]:
+def share(server_s: list[float], ranks: int, seconds: float, warm_s: float) -> dict[str, float]:
     """Ranks that step together, each with a client and as many requests ahead as servers."""
     with Servers(_serve_paced, server_s) as servers:
         clients = [_client(servers.urls, Paced.VOCAB) for _ in range(ranks)]
