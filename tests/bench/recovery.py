@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from tests.bench.lines import Line, Progress
 from tests.bench.paced import SLOW_S
 from tests.bench.pool import PATIENCE_S, Pool, pool
-from tests.bench.ranks import batches, sample
-from tests.bench.share import ranks
+from tests.bench.ranks import batches, client, sample
 from trainer_client.remote import RemoteEagle3TargetModel
 
 #: Shorter than the default, so that several rounds take no minute. A second run of a slow request,
@@ -36,6 +35,7 @@ _WINDOW_S = 0.5
 _FULL = 0.9
 #: How long the rate is looked at before the broker ends, and after another is there.
 _SEEN_S = 2.0
+_RANKS = 4
 #: How long a broker is away: as long as it takes to start, and longer than peers try again quickly.
 _OUTAGES_S = (0.0, 2.0)
 
@@ -45,9 +45,9 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
     kills, silences, outages = (1, 1, 1) if quick else (3, 2, 2)
     progress("workers are lost")
     workers = ["tests.bench.paced:slow"] * (kills + silences + 1)
-    with pool(workers, _STRICT) as started, ranks(started, 1) as (client,):
-        killed = [_elsewhere_s(started, client, signal.SIGKILL) for _ in range(kills)]
-        silent = [_elsewhere_s(started, client, signal.SIGSTOP) for _ in range(silences)]
+    with pool(workers, _STRICT) as started, client(started.clients) as asking:
+        killed = [_elsewhere_s(started, asking, signal.SIGKILL) for _ in range(kills)]
+        silent = [_elsewhere_s(started, asking, signal.SIGSTOP) for _ in range(silences)]
     with pool(["tests.bench.paced:brisk"] * 4) as started, _stream(started) as replied_at:
         back = []
         for outage_s in _OUTAGES_S[:outages]:
@@ -66,12 +66,13 @@ def _line(name: str, seconds: list[float], wants: str, limit_s: float) -> Line:
     return Line(name, value, "s", wants, value <= limit_s)
 
 
-def _elsewhere_s(started: Pool, client: RemoteEagle3TargetModel, blow: signal.Signals) -> float:
+def _elsewhere_s(started: Pool, asking: RemoteEagle3TargetModel, blow: signal.Signals) -> float:
     """Seconds from the blow until the request that a worker had is computed by another.
 
     That it is computed is known when it is done, and then it took as long as its target waits.
     """
-    reply = client.generate_batch_async(**sample())
+    asked = sample()
+    reply = asking.generate_batch_async(asked.input_ids, asked.attention_mask, asked.loss_mask)
     worker = _computing(started)
     pid = started.pids.pop(worker)
     began = time.monotonic()
@@ -129,7 +130,8 @@ def _stream(started: Pool) -> Iterator[list[float]]:
                 return
 
     lock = threading.Lock()
-    with ranks(started) as backends:
+    with contextlib.ExitStack() as stack:
+        backends = [stack.enter_context(client(started.clients, rank)) for rank in range(_RANKS)]
         threads = [threading.Thread(target=take, args=(backend,)) for backend in backends]
         for thread in threads:
             thread.start()

@@ -8,42 +8,41 @@ which take turns, with targets of the same speeds. ``python -m tests.bench.share
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from tests.bench.lines import Line, Progress
 from tests.bench.paced import SECONDS
 from tests.bench.peers.nemo import NAME as NEMO
 from tests.bench.peers.nemo import nemo
-from tests.bench.pool import Pool, pool
-from tests.bench.ranks import train
-
-if TYPE_CHECKING:
-    from trainer_client.remote import RemoteEagle3TargetModel
+from tests.bench.pool import pool
+from tests.bench.ranks import Ranks, Run, ranks
 
 WORKERS = ("fast", "fast", "fast", "slow")
 RANKS = 4
+_SHARE = 0.95
 #: In which the broker learns how fast each worker is, and each rank its depth.
-WARM_S = 2.5
+_WARM_S = 2.5
 
 
 def measure(progress: Progress, *, quick: bool) -> list[Line]:
     """The share, and that of NeMo's client."""
     seconds, rounds = (4.0, 1) if quick else (6.0, 2)
+    run = run_of(seconds, RANKS / ideal_per_s())
     ours: list[float] = []
     theirs: list[float] = []
-    with nemo(progress) as peer, unequal_pool() as started, ranks(started) as backends:
+    with nemo(progress) as peer, unequal_pool() as trainer:
         for number in range(1, rounds + 1):
             progress(f"unequal workers, round {number} of {rounds}")
             if peer is not None:
                 server_s = [SECONDS[speed] for speed in WORKERS]
-                theirs.append(peer.steps_per_s(server_s, RANKS, seconds, WARM_S))
-            ours.append(train(backends, seconds=seconds, warm_s=WARM_S).steps_per_s)
+                theirs.append(peer.steps_per_s(server_s, RANKS, seconds, _WARM_S))
+            ours.append(trainer.train(run).steps_per_s)
     share = RANKS * statistics.median(ours) / ideal_per_s()
     nemos = RANKS * statistics.median(theirs) / ideal_per_s() if theirs else None
-    wants = f">= 0.95, and twice {NEMO}'s"
-    holds = share >= 0.95 and (nemos is None or share >= 2 * nemos)
+    wants = f">= {_SHARE}, and twice the peer's"
+    holds = share >= _SHARE and (nemos is None or share >= 2 * nemos)
     return [Line("c: four unequal workers", share, "of ideal", wants, holds, NEMO, nemos)]
 
 
@@ -52,25 +51,22 @@ def ideal_per_s() -> float:
     return sum(1 / SECONDS[speed] for speed in WORKERS)
 
 
-@contextlib.contextmanager
-def unequal_pool() -> Iterator[Pool]:
-    with pool([f"tests.bench.paced:{speed}" for speed in WORKERS]) as started:
-        yield started
+def run_of(seconds: float, step_s: float, compute_s: float = 0.0, *, prefetch: bool = True) -> Run:
+    """About so many seconds, if a step takes ``step_s``, and a while before them."""
+    return Run(
+        steps=math.ceil(seconds / step_s),
+        warm_steps=math.ceil(_WARM_S / step_s),
+        compute_s=compute_s,
+        prefetch=prefetch,
+    )
 
 
 @contextlib.contextmanager
-def ranks(started: Pool, count: int = RANKS) -> Iterator[list[RemoteEagle3TargetModel]]:
-    """A client for each rank, of one job."""
-    import torch
-
-    with contextlib.ExitStack() as stack:
-        backends = [
-            stack.enter_context(started.client(job="bench", rank=rank)) for rank in range(count)
-        ]
-        for backend in backends:
-            size = backend.model_info()["vocab_size"]
-            backend.set_vocab_mapping(torch.arange(size), torch.ones(size, dtype=torch.bool))
-        yield backends
+def unequal_pool() -> Iterator[Ranks]:
+    """The ranks, with a broker and the workers."""
+    factories = [f"tests.bench.paced:{speed}" for speed in WORKERS]
+    with pool(factories) as started, ranks(started.clients, RANKS) as trainer:
+        yield trainer
 
 
 if __name__ == "__main__":

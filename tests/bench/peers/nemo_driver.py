@@ -163,7 +163,8 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     for line in sys.stdin:
         asked = json.loads(line)
-        measured = {"supervision": supervision, "share": share}[asked["do"]](**asked["with"])
+        measure = supervision if asked["do"] == "supervision" else share
+        measured = measure(**asked["with"])
         print(json.dumps(measured), file=answers, flush=True)
 
 
