@@ -20,7 +20,7 @@ from tests.bench.pool import Pool, pool
 from tests.bench.ready import DRAFT_VOCAB, HIDDEN_SIZE, TOKENS
 from trainer_client.remote import RemoteEagle3TargetModel
 
-ENCODINGS = ("hidden", "probs")
+ENCODINGS = ("hidden", "topk", "probs")
 _REPLIES = 5
 _MIB = 1 << 20
 #: What of the peer's bytes, and how many times faster.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import worker.answers
 from worker.targets.stub import StubConfig, StubTarget
+from worker.topk import TOP_K
 
 TOKENS = 2048
 HIDDEN_SIZE = 4096
@@ -46,6 +47,11 @@ def ready() -> Ready:
     special = {
         "probs": {"target_probs": torch.rand(1, TOKENS, DRAFT_VOCAB)},
         "hidden": {"last_hidden_state": torch.randn(1, TOKENS, HIDDEN_SIZE, dtype=torch.bfloat16)},
+        "topk": {
+            "topk_log_probs": torch.randn(1, TOKENS, TOP_K),
+            "topk_ids": torch.randint(DRAFT_VOCAB, (1, TOKENS, TOP_K), dtype=torch.int16),
+            "rest_mass": torch.rand(1, TOKENS, 1),
+        },
     }
 
     def supervision(*_: Any, encoding: str, **__: Any) -> dict[str, Tensor]:
