@@ -49,7 +49,8 @@ class Asking:
     """Takes turns among clients so that a number of requests is always under way."""
 
     def __init__(self, clients: Sequence[LightClient], beats: Beats) -> None:
-        self._clients = deque(clients)
+        #: who has nothing under way, longest first
+        self._free = deque(clients)
         self._beats = beats
         self._asked_at: dict[LightClient, float] = {}
         self._poller = zmq.Poller()
@@ -68,8 +69,7 @@ class Asking:
         return taken
 
     def _ask(self) -> None:
-        client = self._clients[0]
-        self._clients.rotate(-1)
+        client = self._free.popleft()
         self._poller.register(client.socket, zmq.POLLIN)
         self._asked_at[client] = time.perf_counter()
         client.ask()
@@ -85,6 +85,7 @@ class Asking:
                 taken.append(time.perf_counter() - self._asked_at.pop(client))
                 self._poller.unregister(client.socket)
                 client.acknowledge(reply)
+                self._free.append(client)
         return taken
 
 
