@@ -1,6 +1,7 @@
 """The worker process of transfer benchmarks: for each size a model whose embeddings have it.
 
-``python -m tests.bench.serve BROKER MODE BYTES...`` Nothing is computed: what is measured is the way.
+``python -m tests.bench.serve BROKER MODE BYTES...`` Nothing is computed: what is measured is the
+way.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ _ROUNDS = 7
 _TURN_BYTES, _TURN_REPLIES = 256 * MIB, 200
 #: One turn of the latency.
 _ONE_BY_ONE = 20
-#: NeMo's reply of 262 MiB.
+_NEMO_ROUNDS, _NEMO_REPLIES = 3, 3
+#: A reply of 262 MiB.
 _NEMO_SHAPE = {"tokens": 2048, "hidden_size": 1024, "draft_vocab": 32000}
 
 #: ``(bytes of a reply, replies, requests under way)`` to the seconds that each took
@@ -46,26 +47,16 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
     """Rate and latency of each size and transport, and the large ones beside NeMo."""
     sizes, rounds = (SIZES[:2], 1) if quick else (SIZES, _ROUNDS)
     turns: Turns = defaultdict(list)
-    nemo_rates: list[float] = []
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(raw_tcp(2))
-        ways: dict[str, Way] = {"relay": lambda n, replies, _: raw(n * replies) / replies}
-        ways |= {name: stack.enter_context(wire(name, sizes)) for name in TRANSPORTS}
+        ours = {name: stack.enter_context(wire(name, sizes)) for name in TRANSPORTS}
+        relay: dict[str, Way] = {"relay": lambda nbytes, count, _: raw(nbytes * count) / count}
         for nbytes in sizes:
             progress(f"replies of {size(nbytes)}")
-            _measure_size(ways, nbytes, rounds, turns)
-        if not quick:
-            peer = stack.enter_context(nemo(progress))
-            for _ in range(3 if peer is not None else 0):
-                progress("NeMo's reply of 262 MiB")
-                seconds, sent = peer.supervision(**_NEMO_SHAPE)  # type: ignore[union-attr]
-                nemo_rates.append(sent / GIB / seconds)
-                largest = (sizes[-1], 1)
-                for transport in TRANSPORTS:
-                    turns[transport, *largest].append(ways[transport](sizes[-1], 1, 1))
-    medians = {key: statistics.median(seconds) for key, seconds in turns.items()}
-    lines = [line for nbytes in sizes for line in _lines(medians, nbytes)]
-    return lines + [_beside_nemo(medians, sizes[-1], nemo_rates, name) for name in TRANSPORTS]
+            _measure_size(relay | ours, nbytes, rounds, turns)
+        medians = {key: statistics.median(seconds) for key, seconds in turns.items()}
+        lines = [line for nbytes in sizes for line in _lines(medians, nbytes)]
+        return lines + ([] if quick else _beside_nemo(progress, ours, sizes[-1]))
 
 
 @contextlib.contextmanager
@@ -106,14 +97,27 @@ def _lines(medians: dict[tuple[str, int, int], float], nbytes: int) -> Iterator[
         yield Line(f"{name}: latency", alone, "ms", "", True, RELAY, relayed)
 
 
-def _beside_nemo(
-    medians: dict[tuple[str, int, int], float], nbytes: int, theirs: list[float], transport: str
-) -> Line:
-    rate = nbytes / GIB / medians[transport, nbytes, DEPTH]
+def _beside_nemo(progress: Progress, ours: dict[str, Way], nbytes: int) -> list[Line]:
+    """Our rates, in turns with NeMo's, whose reply has 262 MiB."""
+    theirs: list[float] = []
+    rates: dict[str, list[float]] = {name: [] for name in ours}
+    with nemo(progress) as peer:
+        for _ in range(_NEMO_ROUNDS):
+            progress("replies beside NeMo's")
+            if peer is not None:
+                seconds, sent = peer.supervision(**_NEMO_SHAPE)
+                theirs.append(sent / GIB / seconds)
+            for name, way in ours.items():
+                rates[name].append(nbytes / GIB / way(nbytes, _NEMO_REPLIES, DEPTH))
     peer_rate = statistics.median(theirs) if theirs else None
-    holds = peer_rate is None or rate >= _OF_NEMO * peer_rate
-    name = f"{size(nbytes)} replies, {transport}: rate beside NeMo"
-    return Line(name, rate, "GiB/s", f">= {_OF_NEMO:.0f} x {NEMO}", holds, NEMO, peer_rate)
+    lines = []
+    for name, seen in rates.items():
+        rate = statistics.median(seen)
+        holds = peer_rate is None or rate >= _OF_NEMO * peer_rate
+        wants = f">= {_OF_NEMO:.0f} x {NEMO}"
+        described = f"{size(nbytes)} replies, {name}: rate beside NeMo"
+        lines.append(Line(described, rate, "GiB/s", wants, holds, NEMO, peer_rate))
+    return lines
 
 
 def size(nbytes: int) -> str:
