@@ -8,7 +8,7 @@ SEED ?=
 SECONDS ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check sim chaos fuzz test-engines clean
+.PHONY: help venv demo test check sim chaos bench fuzz test-engines clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed 's/:.*## /\t/' | column -ts '	'
@@ -39,6 +39,9 @@ chaos: venv ## Train drafts through ten minutes of faults, 500 cut connections, 
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(or $(SEED),0)
 	$(BIN)/python -m tests.chaos --cuts 500 --seed $(or $(SEED),0) --output build/chaos-cuts.json
 	$(BIN)/python -m tests.chaos --restarts 8 --output build/chaos-restarts.json
+
+bench: venv ## Measure everything beside its peers and limits: a table, build/bench.json and .png
+	$(BIN)/python -m tests.bench
 
 test-engines: venv ## Load an exported draft in speculators and vLLM (an environment of its own)
 	tests/engines/run.sh

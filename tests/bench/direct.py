@@ -47,13 +47,13 @@ def measure(sizes: list[int], rounds: int) -> dict[int, dict[str, list[float]]]:
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(raw_tcp(1))
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        direct, wire = stack.enter_context(direct_and_wire(sizes, logs))
+        direct, wire = stack.enter_context(direct_and_wire([mib * MIB for mib in sizes], logs))
         for mib in sizes:
             replies = max(4, 64 // mib)
             ways: dict[str, Callable[[], float]] = {
                 "raw": lambda mib=mib, n=replies: raw(n * mib * MIB) / n,
-                "wire": lambda mib=mib, n=replies: wire(mib, n),
-                "direct": lambda mib=mib, n=replies: direct(mib, n),
+                "wire": lambda mib=mib, n=replies: wire(mib * MIB, n),
+                "direct": lambda mib=mib, n=replies: direct(mib * MIB, n),
             }
             taken: dict[str, list[float]] = {name: [] for name in ways}
             for _ in range(rounds):

@@ -1,6 +1,7 @@
 """The worker process of transfer benchmarks: for each size a model whose embeddings have it.
 
-``python -m tests.bench.serve BROKER MODE MIB...`` Nothing is computed: what is measured is the way.
+``python -m tests.bench.serve BROKER MODE BYTES...`` Nothing is computed: what is measured is the
+way.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from worker.targets.stub import StubTarget
 
 
 class Ready(StubTarget):
-    """Has a weight of ``mib`` MiB at hand."""
+    """Has a weight of so many bytes at hand."""
 
-    def __init__(self, mib: int) -> None:
-        super().__init__(name=f"{mib}MiB")
-        self._weight = torch.randn(mib << 8, 1024)
+    def __init__(self, nbytes: int) -> None:
+        super().__init__(name=str(nbytes))
+        self._weight = torch.randn(nbytes // 1024, 256)
 
     def get_input_embeddings(self) -> SimpleNamespace:
         return SimpleNamespace(weight=self._weight)
@@ -34,9 +35,9 @@ def main(broker: str, mode: str, *sizes: str) -> None:
     leaving = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: leaving.set())
     with contextlib.ExitStack() as stack:
-        for mib in sizes:
-            target, direct = Ready(int(mib)), DirectConfig(mode=mode)
-            stack.enter_context(Worker(target, broker, name=f"{mode}-{mib}", direct=direct))
+        for nbytes in sizes:
+            target, direct = Ready(int(nbytes)), DirectConfig(mode=mode)
+            stack.enter_context(Worker(target, broker, name=f"{mode}-{nbytes}", direct=direct))
         leaving.wait()
 
 

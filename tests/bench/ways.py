@@ -27,28 +27,28 @@ class Taker:
         self._client = client
         self._directly = directly
 
-    def take(self, mib: int, replies: int) -> float:
+    def take(self, nbytes: int, replies: int, depth: int = DEPTH) -> float:
         """Seconds for each of so many replies; all came the way that is measured."""
-        self._settle(mib)
+        self._settle(nbytes)
         began = time.perf_counter()
-        under_way = [self._ask(mib) for _ in range(DEPTH)]
+        under_way = [self._ask(nbytes) for _ in range(depth)]
         for taken in range(replies):
             answer = under_way.pop(0).result()
-            assert answer.tensors["weight"].nbytes == mib << 20
+            assert answer.tensors["weight"].nbytes == nbytes
             assert self._came_right(answer)
-            if taken < replies - DEPTH:
-                under_way.append(self._ask(mib))
+            if taken < replies - depth:
+                under_way.append(self._ask(nbytes))
         return (time.perf_counter() - began) / replies
 
-    def _settle(self, mib: int) -> None:
+    def _settle(self, nbytes: int) -> None:
         """The first replies of a worker come by wire, until there is a channel."""
         end = time.monotonic() + PATIENCE_S
-        while not self._came_right(self._ask(mib).result()):
+        while not self._came_right(self._ask(nbytes).result()):
             assert self._directly, "a client without direct transfers was answered directly"
             assert time.monotonic() < end, "no direct channel came about"
 
-    def _ask(self, mib: int) -> PendingReply:
-        return self._client.submit("input_embeddings", timeout_s=PATIENCE_S, model=f"{mib}MiB")
+    def _ask(self, nbytes: int) -> PendingReply:
+        return self._client.submit("input_embeddings", timeout_s=PATIENCE_S, model=str(nbytes))
 
     def _came_right(self, answer: Answer) -> bool:
         return (answer.reply.transfer is not None) == self._directly

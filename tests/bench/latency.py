@@ -1,0 +1,105 @@
+"""Small requests: how many a second, what the broker adds to each, and what CPU it takes for it.
+
+*Added* is the time of a round trip through the broker less that of the same one between the same
+two processes, connected to each other with nothing in between: 1 KiB there, 1 KiB back, one request
+at a time, the two ways in turns. See :mod:`tests.bench.load`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from tests.bench.lines import Line, Progress
+from tests.bench.processes import Broker, broker
+from tests.integration.test_processes import free_port
+
+CLIENTS = (1, 10, 100, 1000)
+_MAX_ADDED_MS = 0.5
+_MAX_GROWTH = 1.3
+_SECONDS = 4.0
+_PATIENCE_S = 120.0
+
+
+def measure(progress: Progress, *, quick: bool) -> list[Line]:
+    """Four lines for each number of clients, and how the CPU time grows from 10 to 1,000."""
+    counts, seconds = ((1, 10), 0.2) if quick else (CLIENTS, _SECONDS)
+    seen = {}
+    for count in counts:
+        progress(f"small requests, {count} clients")
+        with light_pool() as pool:
+            seen[count] = pool.load(count, seconds)
+    lines = [line for count, figures in seen.items() for line in _lines(count, figures)]
+    fewer, most = (seen[count]["cpu_s_per_request"] for count in (10, max(counts)))
+    growth = most / fewer
+    wants = f"<= {_MAX_GROWTH}"
+    name = f"broker CPU a request, {max(counts)} clients to 10"
+    return [*lines, Line(name, growth, "x", wants, growth <= _MAX_GROWTH)]
+
+
+class LightPool:
+    """A broker with one worker that answers at once."""
+
+    def __init__(self, started: Broker, direct: str) -> None:
+        self.broker = started
+        self._direct = direct
+
+    def load(self, clients: int, seconds: float) -> dict[str, float]:
+        """What :mod:`tests.bench.load` measures."""
+        arguments = [self.broker.clients, self._direct, self.broker.pid, clients, seconds]
+        command = [sys.executable, "-m", "tests.bench.load", *map(str, arguments)]
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, timeout=_PATIENCE_S
+        )
+        figures: dict[str, float] = json.loads(done.stdout)
+        return figures
+
+
+@contextlib.contextmanager
+def light_pool() -> Iterator[LightPool]:
+    direct = f"tcp://127.0.0.1:{free_port()}"
+    with broker() as started:
+        worker = ["tests.bench.light_worker", started.workers, direct]
+        started.processes.start("worker", worker)
+        yield LightPool(started, direct)
+
+
+def _lines(clients: int, seen: dict[str, float]) -> list[Line]:
+    peer = "without a broker"
+    added = {
+        percent: 1000 * (seen[f"through_{percent}_s"] - seen[f"direct_{percent}_s"])
+        for percent in ("p50", "p99")
+    }
+    return [
+        Line(
+            f"latency added, p50, {clients} clients",
+            added["p50"],
+            "ms",
+            f"<= {_MAX_ADDED_MS}",
+            added["p50"] <= _MAX_ADDED_MS,
+            f"{peer}: the whole",
+            1000 * seen["direct_p50_s"],
+        ),
+        Line(
+            f"latency added, p99, {clients} clients",
+            added["p99"],
+            "ms",
+            "",
+            True,
+            f"{peer}: the whole",
+            1000 * seen["direct_p99_s"],
+        ),
+        Line(f"small requests, {clients} clients", seen["requests_per_s"], "/s", "", True),
+        Line(
+            f"broker CPU a request, {clients} clients",
+            1e6 * seen["cpu_s_per_request"],
+            "us",
+            "",
+            True,
+            "heartbeats alone, of a second",
+            1e6 * seen["cpu_s_per_s_at_rest"],
+        ),
+    ]

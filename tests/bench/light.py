@@ -1,0 +1,117 @@
+"""Peers that speak the protocol and do nothing else: what they cost is the same on every way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import zmq
+
+from broker.protocol import Packet, RemoteProtocolError, decode, encode, payload_hash
+from broker.protocol import messages as m
+from broker.protocol.limits import Limits
+from broker.protocol.sockets import configure
+
+MODEL = m.ModelDescription(
+    model="light",
+    fingerprint="light",
+    num_hidden_layers=4,
+    hidden_size=8,
+    vocab_size=64,
+    max_position_embeddings=1024,
+    aux_layer_ids=(1, 2, 3),
+    dtype="float32",
+    encodings=("probs",),
+    tokenizer="",
+    config_json="{}",
+)
+_PAYLOAD = bytes(1024)
+_MANIFEST = (m.TensorSpec("octets", "uint8", (len(_PAYLOAD),), 1),)
+#: Far above any wait here.
+_TTL_S = 60.0
+
+
+def dealer(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
+    sock = context.socket(zmq.DEALER)
+    configure(sock, Limits())
+    return sock
+
+
+def packets(sock: zmq.Socket[bytes]) -> Iterator[Packet]:
+    """What has come."""
+    while True:
+        try:
+            frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return
+        yield decode(frames)
+
+
+class LightClient:
+    """Asks for 1 KiB with 1 KiB, over a connection of its own to a broker or to a worker."""
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str, name: str) -> None:
+        self.socket = dealer(context)
+        self.socket.connect(endpoint)
+        self.welcome = False
+        self._name = name
+        self._incarnation = time.time_ns()
+        self._number = 0
+        self._send(m.ClientHello(name, self._incarnation, "", 0))
+
+    def ask(self) -> None:
+        self._number += 1
+        request = m.Request(
+            id=m.RequestId(self._name, self._incarnation, self._number),
+            operation="generate",
+            model="",
+            step=self._number,
+            n_tokens=len(_PAYLOAD),
+            mapping_id="",
+            encoding="probs",
+            ttl_s=_TTL_S,
+            manifest=_MANIFEST,
+        )
+        self._send(request, [_PAYLOAD])
+
+    def take(self) -> m.Reply | None:
+        """The reply, if it has come; anything else is read too."""
+        for packet in packets(self.socket):
+            if isinstance(packet.message, m.Reply):
+                packet.verify()
+                return packet.message
+            if isinstance(packet.message, (m.Failure, m.Refused)):
+                raise RemoteProtocolError(packet.message.text)
+            self.welcome |= isinstance(packet.message, m.Welcome)
+        return None
+
+    def acknowledge(self, reply: m.Reply) -> None:
+        self._send(m.Received((reply.id,)))
+
+    def beat(self) -> None:
+        self._send(m.Heartbeat(-1))
+
+    def _send(self, message: m.Message, payload: list[bytes] | None = None) -> None:
+        self.socket.send_multipart(encode(message, payload or []).frames, copy=False)
+
+
+def reply_to(packet: Packet) -> Packet:
+    """What a worker answers that has its 1 KiB at hand."""
+    packet.verify()
+    request = packet.message
+    assert isinstance(request, m.Request)
+    reply = m.Reply(
+        id=request.id,
+        worker="light",
+        model=MODEL.model,
+        fingerprint=MODEL.fingerprint,
+        aux_layer_ids=MODEL.aux_layer_ids,
+        tokens_hash=payload_hash(packet),
+        mapping_id=request.mapping_id,
+        encoding=request.encoding,
+        compute_s=0.0,
+        info_json="{}",
+        manifest=_MANIFEST,
+    )
+    return encode(reply, [_PAYLOAD])

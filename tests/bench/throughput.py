@@ -1,0 +1,125 @@
+"""Replies of 1 KiB to 256 MiB, from a worker through the broker to a client: rate and latency.
+
+Three processes, over TCP and over ipc, in turns with raw TCP through a relay (three processes too)
+and with NeMo's remote target. For the rate two requests are under way, as with a trainer that
+prefetches; for the latency one. A reply ends as tensors in memory of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+from tests.bench.lines import Line, Progress
+from tests.bench.peers.nemo import NAME as NEMO
+from tests.bench.peers.nemo import nemo
+from tests.bench.processes import Broker, broker
+from tests.bench.raw_tcp import raw_tcp
+from tests.bench.ways import DEPTH, Taker
+from trainer_client.service import Client
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+SIZES = (1 * KIB, 64 * KIB, 1 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
+TRANSPORTS = ("tcp", "ipc")
+RELAY = "raw TCP through a relay"
+_OF_RELAY, _OF_NEMO = 0.9, 8.0
+#: From here on the machine is the limit, not the work on a message.
+_LARGE_BYTES = 64 * MIB
+_ROUNDS = 7
+#: One turn of the rate: so much in all, and so many replies at most.
+_TURN_BYTES, _TURN_REPLIES = 256 * MIB, 200
+#: One turn of the latency.
+_ONE_BY_ONE = 20
+_NEMO_ROUNDS, _NEMO_REPLIES = 3, 3
+#: A reply of 262 MiB.
+_NEMO_SHAPE = {"tokens": 2048, "hidden_size": 1024, "draft_vocab": 32000}
+
+#: ``(bytes of a reply, replies, requests under way)`` to the seconds that each took
+Way = Callable[[int, int, int], float]
+#: Seconds of every turn, by ``(way, bytes, requests under way)``.
+Turns = dict[tuple[str, int, int], list[float]]
+
+
+def measure(progress: Progress, *, quick: bool) -> list[Line]:
+    """Rate and latency of each size and transport, and the large ones beside NeMo."""
+    sizes, rounds = (SIZES[:2], 1) if quick else (SIZES, _ROUNDS)
+    turns: Turns = defaultdict(list)
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(raw_tcp(2))
+        ours = {name: stack.enter_context(wire(name, sizes)) for name in TRANSPORTS}
+        relay: dict[str, Way] = {"relay": lambda nbytes, count, _: raw(nbytes * count) / count}
+        for nbytes in sizes:
+            progress(f"replies of {size(nbytes)}")
+            _measure_size(relay | ours, nbytes, rounds, turns)
+        medians = {key: statistics.median(seconds) for key, seconds in turns.items()}
+        lines = [line for nbytes in sizes for line in _lines(medians, nbytes)]
+        return lines + ([] if quick else _beside_nemo(progress, ours, sizes[-1]))
+
+
+@contextlib.contextmanager
+def wire(transport: str, sizes: Sequence[int]) -> Iterator[Way]:
+    """A broker and a worker on this transport, and a client here."""
+    with broker(transport) as started, taker(started, sizes) as take:
+        yield take
+
+
+@contextlib.contextmanager
+def taker(started: Broker, sizes: Sequence[int]) -> Iterator[Way]:
+    """A worker for this broker, and a client of it here."""
+    started.processes.start("worker", ["tests.bench.serve", started.workers, "off", *sizes])
+    with Client([started.clients], name="wire") as client:
+        yield Taker(client, False).take
+
+
+def _measure_size(ways: dict[str, Way], nbytes: int, rounds: int, turns: Turns) -> None:
+    replies = min(_TURN_REPLIES, max(DEPTH, _TURN_BYTES // nbytes))
+    for turn in range(1 + rounds):  # in the first, all make memory and find their way
+        for name, way in ways.items():
+            for depth, count in ((DEPTH, replies), (1, min(_ONE_BY_ONE, replies))):
+                seconds = way(nbytes, count if depth > 1 or name != "relay" else 1, depth)
+                if turn:
+                    turns[name, nbytes, depth].append(seconds)
+
+
+def _lines(medians: dict[tuple[str, int, int], float], nbytes: int) -> Iterator[Line]:
+    limit = nbytes / GIB / medians["relay", nbytes, DEPTH]
+    large = nbytes >= _LARGE_BYTES
+    for transport in TRANSPORTS:
+        rate = nbytes / GIB / medians[transport, nbytes, DEPTH]
+        wants = f">= {_OF_RELAY} of {RELAY}" if large else ""
+        holds = rate >= _OF_RELAY * limit or not large
+        name = f"{size(nbytes)} replies, {transport}"
+        yield Line(f"{name}: rate", rate, "GiB/s", wants, holds, RELAY, limit)
+        alone, relayed = (1000 * medians[way, nbytes, 1] for way in (transport, "relay"))
+        yield Line(f"{name}: latency", alone, "ms", "", True, RELAY, relayed)
+
+
+def _beside_nemo(progress: Progress, ours: dict[str, Way], nbytes: int) -> list[Line]:
+    """Our rates, in turns with NeMo's, whose reply has 262 MiB."""
+    theirs: list[float] = []
+    rates: dict[str, list[float]] = {name: [] for name in ours}
+    with nemo(progress) as peer:
+        for _ in range(_NEMO_ROUNDS):
+            progress("replies beside NeMo's")
+            if peer is not None:
+                seconds, sent = peer.supervision(**_NEMO_SHAPE)
+                theirs.append(sent / GIB / seconds)
+            for name, way in ours.items():
+                rates[name].append(nbytes / GIB / way(nbytes, _NEMO_REPLIES, DEPTH))
+    peer_rate = statistics.median(theirs) if theirs else None
+    lines = []
+    for name, seen in rates.items():
+        rate = statistics.median(seen)
+        holds = peer_rate is None or rate >= _OF_NEMO * peer_rate
+        wants = f">= {_OF_NEMO:.0f} x {NEMO}"
+        described = f"{size(nbytes)} replies, {name}: rate beside NeMo"
+        lines.append(Line(described, rate, "GiB/s", wants, holds, NEMO, peer_rate))
+    return lines
+
+
+def size(nbytes: int) -> str:
+    unit = int(math.log2(nbytes)) // 10
+    return f"{nbytes >> (10 * unit)} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
