@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from broker.core.events import Side
-from broker.core.ledger import Ledger, fenced
+from broker.core.ledger import Ledger, fenced, heartbeat
 from broker.core.requests import Requests
 from broker.core.state import ClientSession
 from broker.protocol import Packet, encode, mapping_id
@@ -63,7 +63,8 @@ class Clients:
         """It is still there; tell it whether anybody works for it."""
         client.direct = cast(m.Heartbeat, packet.message).direct
         waits = any(request_id in self._ledger.poolless for request_id in client.requests)
-        self._ledger.answer(client, m.Heartbeat(0 if waits else len(self._ledger.workers)))
+        n_workers = 0 if waits else len(self._ledger.workers)
+        self._ledger.forward(Side.CLIENT, client.connection, heartbeat(n_workers))
 
     def goodbye(self, client: ClientSession, packet: Packet, now: float) -> None:
         """It leaves on purpose, and wants no answers any more."""

@@ -5,6 +5,7 @@ Nothing here decides anything; who changes an entry of the books also keeps the 
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 from collections.abc import Callable
@@ -115,6 +116,12 @@ class Ledger:
             max_reply_bytes=limits.max_reply_bytes,
         )
         self.send(side, connection, welcome)
+
+
+@functools.lru_cache(maxsize=16)
+def heartbeat(n_workers: int) -> Packet:
+    """What a broker says to each of its peers, most of the time the same."""
+    return encode(m.Heartbeat(n_workers))
 
 
 def fenced(name: str, old: Any, new: Any) -> m.Refused:

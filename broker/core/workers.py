@@ -6,7 +6,7 @@ from typing import cast
 
 from broker.core.dispatch import Dispatcher
 from broker.core.events import Side
-from broker.core.ledger import Ledger, fenced
+from broker.core.ledger import Ledger, fenced, heartbeat
 from broker.core.pool import Pool
 from broker.core.requests import Requests
 from broker.core.state import Blame, WorkerSession
@@ -88,7 +88,8 @@ class Workers:
     def heartbeat(self, worker: WorkerSession, packet: Packet, now: float) -> None:
         """It is still there; so are we."""
         worker.direct = cast(m.Heartbeat, packet.message).direct
-        self._ledger.send(Side.WORKER, worker.connection, m.Heartbeat(len(self._ledger.workers)))
+        beat = heartbeat(len(self._ledger.workers))
+        self._ledger.forward(Side.WORKER, worker.connection, beat)
 
     def goodbye(self, worker: WorkerSession, packet: Packet, now: float) -> None:
         """It leaves on purpose."""
