@@ -54,9 +54,7 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
         back = []
         for outage_s in _OUTAGES_S[:outages]:
             back.append(_full_rate_s(started, replied_at, outage_s))
-            progress(
-                f"away for {outage_s:g} s longer than it starts, at full rate {back[-1]:.2f} s after"
-            )
+            progress(f"broker away {outage_s:g} s and its start: full rate {back[-1]:.2f} s after")
     wants = f"<= {LIVENESS_S + _SLACK_S:g} (the liveness limit is {LIVENESS_S:g})"
     return [
         _line("g: worker killed, request runs elsewhere", killed, wants, LIVENESS_S + _SLACK_S),
