@@ -57,9 +57,9 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
             progress(f"broker away {outage_s:g} s and its start: full rate {back[-1]:.2f} s after")
     wants = f"<= {LIVENESS_S + _SLACK_S:g} (the liveness limit is {LIVENESS_S:g})"
     return [
-        _line("g: worker killed, request runs elsewhere", killed, wants, LIVENESS_S + _SLACK_S),
-        _line("g: worker silent, request runs elsewhere", silent, wants, LIVENESS_S + _SLACK_S),
-        _line("g: broker back, full rate", back, f"<= {_BACK_S:g}", _BACK_S),
+        _line("worker killed, request runs elsewhere", killed, wants, LIVENESS_S + _SLACK_S),
+        _line("worker silent, request runs elsewhere", silent, wants, LIVENESS_S + _SLACK_S),
+        _line("broker back, full rate", back, f"<= {_BACK_S:g}", _BACK_S),
     ]
 
 

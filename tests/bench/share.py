@@ -43,7 +43,7 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
     nemos = RANKS * statistics.median(theirs) / ideal_per_s() if theirs else None
     wants = f">= {_SHARE}, and twice the peer's"
     holds = share >= _SHARE and (nemos is None or share >= 2 * nemos)
-    return [Line("c: four unequal workers", share, "of ideal", wants, holds, NEMO, nemos)]
+    return [Line("four unequal workers", share, "of ideal", wants, holds, NEMO, nemos)]
 
 
 def ideal_per_s() -> float:

@@ -37,7 +37,7 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
     wants = f"<= {100 * _LIMIT:g} with prefetch"
     return [
         Line(
-            "d: trainer waits",
+            "trainer waits",
             with_it,
             "% of the time",
             wants,
