@@ -144,7 +144,7 @@ class Dealer:
         try:
             configure(sock, Limits(), self._curve)
             sock.reconnect_ivl = 50  # ms: a restarted broker is found again in no time
-            sock.reconnect_ivl_max = 1000
+            sock.reconnect_ivl_max = 400  # however long it was away: full rate in a second
             monitor = Monitor(sock)
             sock.connect(self.endpoint)
         except zmq.ZMQError:

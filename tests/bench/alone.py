@@ -24,9 +24,10 @@ def run_alone(measure: Callable[..., list[Line]]) -> None:
 
 def text_of(line: Line) -> str:
     """A line as a person reads it."""
-    verdict = "holds" if line.holds else "FALLS SHORT"
+    verdict = f"wants {line.wants}: {'holds' if line.holds else 'FALLS SHORT'}"
     peer = ""
     if line.peer is not None:
         value = "could not run here" if line.peer_value is None else f"{line.peer_value:.4g}"
-        peer = f"; {line.peer}: {value} {line.unit}"
-    return f"{line.name}: {line.value:.4g} {line.unit} (wants {line.wants}, {verdict}{peer})"
+        peer = f"{line.peer}: {value} {line.unit}"
+    beside = "; ".join(filter(None, [verdict if line.wants else "", peer]))
+    return f"{line.name}: {line.value:.4g} {line.unit}" + (f" ({beside})" if beside else "")

@@ -25,7 +25,8 @@ _REPLIES = 5
 _MIB = 1 << 20
 #: What of the peer's bytes, and how many times faster.
 _BYTES, _FASTER = 0.22, 20
-_TOLD = "told only"
+#: No bound: a figure to be seen.
+_TOLD = ""
 #: Of which the projection is timed.
 _SLOTS = 16
 
@@ -101,7 +102,7 @@ def _lines(seen: dict[str, _Seen], theirs: _Seen | None, projection_s: float) ->
         fast = theirs is not None and of.median_s * _FASTER <= theirs.median_s
         lines += [
             Line(
-                f"e: {encoding}, a step's supervision",
+                f"{encoding}, a step's supervision",
                 of.nbytes / _MIB,
                 "MiB",
                 f"<= {_BYTES} of the peer's" if bounded else _TOLD,
@@ -110,7 +111,7 @@ def _lines(seen: dict[str, _Seen], theirs: _Seen | None, projection_s: float) ->
                 None if theirs is None else theirs.nbytes / _MIB,
             ),
             Line(
-                f"e: {encoding}, until the trainer has it",
+                f"{encoding}, until the trainer has it",
                 of.median_s,
                 "s",
                 f"{_FASTER} times faster than the peer" if bounded else _TOLD,
@@ -119,7 +120,7 @@ def _lines(seen: dict[str, _Seen], theirs: _Seen | None, projection_s: float) ->
                 None if theirs is None else theirs.median_s,
             ),
         ]
-    name = "e: hidden, projection if the trainer were this CPU"
+    name = "hidden, projection if the trainer were this CPU"
     return [*lines, Line(name, projection_s, "s", _TOLD, True)]
 
 

@@ -43,7 +43,7 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
     nemos = RANKS * statistics.median(theirs) / ideal_per_s() if theirs else None
     wants = f">= {_SHARE}, and twice the peer's"
     holds = share >= _SHARE and (nemos is None or share >= 2 * nemos)
-    return [Line("c: four unequal workers", share, "of ideal", wants, holds, NEMO, nemos)]
+    return [Line("four unequal workers", share, "of ideal", wants, holds, NEMO, nemos)]
 
 
 def ideal_per_s() -> float:
@@ -51,13 +51,12 @@ def ideal_per_s() -> float:
     return sum(1 / SECONDS[speed] for speed in WORKERS)
 
 
-def run_of(seconds: float, step_s: float, compute_s: float = 0.0, *, prefetch: bool = True) -> Run:
+def run_of(seconds: float, step_s: float, compute_s: float = 0.0) -> Run:
     """About so many seconds, if a step takes ``step_s``, and a while before them."""
     return Run(
         steps=math.ceil(seconds / step_s),
         warm_steps=math.ceil(_WARM_S / step_s),
         compute_s=compute_s,
-        prefetch=prefetch,
     )
 
 
