@@ -8,6 +8,7 @@ prefetches; for the latency one. A reply ends as tensors in memory of their own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics
 from collections import defaultdict
@@ -28,11 +29,11 @@ RELAY = "raw TCP through a relay"
 _OF_RELAY, _OF_NEMO = 0.9, 8.0
 #: From here on the machine is the limit, not the work on a message.
 _LARGE_BYTES = 64 * MIB
-_ROUNDS = 7
+_ROUNDS = 5
 #: One turn of the rate: so much in all, and so many replies at most.
-_TURN_BYTES, _TURN_REPLIES = 256 * MIB, 200
-#: One turn of the latency.
-_ONE_BY_ONE = 20
+_TURN_BYTES, _TURN_REPLIES = 256 * MIB, 100
+#: And one turn of the latency.
+_ALONE_BYTES, _ALONE_REPLIES = 64 * MIB, 20
 _NEMO_ROUNDS, _NEMO_REPLIES = 3, 3
 #: A reply of 262 MiB.
 _NEMO_SHAPE = {"tokens": 2048, "hidden_size": 1024, "draft_vocab": 32000}
@@ -50,7 +51,7 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(raw_tcp(2))
         ours = {name: stack.enter_context(wire(name, sizes)) for name in TRANSPORTS}
-        relay: dict[str, Way] = {"relay": lambda nbytes, count, _: raw(nbytes * count) / count}
+        relay: dict[str, Way] = {"relay": functools.partial(_relayed, raw)}
         for nbytes in sizes:
             progress(f"replies of {size(nbytes)}")
             _measure_size(relay | ours, nbytes, rounds, turns)
@@ -74,12 +75,21 @@ def taker(started: Broker, sizes: Sequence[int]) -> Iterator[Way]:
         yield Taker(client, False).take
 
 
+def _relayed(raw: Callable[[int], float], nbytes: int, replies: int, depth: int) -> float:
+    if depth == 1:
+        return statistics.fmean(raw(nbytes) for _ in range(replies))
+    return raw(nbytes * replies) / replies
+
+
 def _measure_size(ways: dict[str, Way], nbytes: int, rounds: int, turns: Turns) -> None:
-    replies = min(_TURN_REPLIES, max(DEPTH, _TURN_BYTES // nbytes))
+    replies = {
+        DEPTH: min(_TURN_REPLIES, max(DEPTH, _TURN_BYTES // nbytes)),
+        1: min(_ALONE_REPLIES, max(1, _ALONE_BYTES // nbytes)),
+    }
     for turn in range(1 + rounds):  # in the first, all make memory and find their way
-        for name, way in ways.items():
-            for depth, count in ((DEPTH, replies), (1, min(_ONE_BY_ONE, replies))):
-                seconds = way(nbytes, count if depth > 1 or name != "relay" else 1, depth)
+        for depth, count in replies.items():
+            for name, way in ways.items():
+                seconds = way(nbytes, count, depth)
                 if turn:
                     turns[name, nbytes, depth].append(seconds)
 
