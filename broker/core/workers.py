@@ -96,8 +96,9 @@ class Workers:
         self._lose(worker, cast(m.Goodbye, packet.message).reason, now, Blame.NONE)
 
     def draining(self, worker: WorkerSession, packet: Packet, now: float) -> None:
-        """It finishes what it has, and takes no more."""
+        """It finishes what it has, and takes no more; what it was given went before our answer."""
         worker.draining = True
+        self._ledger.send(Side.WORKER, worker.connection, m.Draining())
         self._ledger.pools[worker.model].choice.put(worker)
         self._ledger.log("info", "worker_draining", worker=worker.id, running=len(worker.running))
 

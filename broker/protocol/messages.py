@@ -307,7 +307,9 @@ class MappingOffer:
 
 @dataclass(frozen=True, slots=True)
 class Draining:
-    """The worker finishes what it holds and wants nothing new."""
+    """The worker finishes what it holds and wants nothing new. The broker says it back: behind this
+    word comes nothing more.
+    """
 
     KIND: ClassVar[int] = 15
 

@@ -211,12 +211,24 @@ def test_draining_finishes_what_is_held_says_goodbye_and_leaves() -> None:
     one = rig.request(1)
     rig.handle(Drain("SIGTERM"))
     assert isinstance(rig.sent[-1][1], m.Draining)
+    rig.arrive(m.Draining())
     assert not [x for x in rig.done if isinstance(x, Exit)]
     rig.computed(one)
     assert [type(x).__name__ for _, x in rig.sent[-2:]] == ["Reply", "Goodbye"]
     assert Exit("") in rig.done
     rig.arrive(m.HelloWanted("b1"))  # nothing brings it back
     assert not isinstance(rig.sent[-1][1], m.WorkerHello)
+
+
+def test_a_request_that_was_on_its_way_when_it_began_to_drain_is_finished() -> None:
+    rig = Rig()
+    rig.welcome()
+    rig.handle(Drain("SIGTERM"))
+    one = rig.request(1)
+    rig.arrive(m.Draining())
+    assert not [x for x in rig.done if isinstance(x, Exit)]
+    rig.computed(one)
+    assert [type(x).__name__ for _, x in rig.sent[-2:]] == ["Reply", "Goodbye"]
 
 
 def test_draining_ends_at_its_limit_and_gives_the_rest_back() -> None:

@@ -63,6 +63,8 @@ class WorkerCore:
         self.credits = credits
         self.max_mappings = max_mappings
         self.drain_s = drain_s
+        #: brokers that know of the draining: nothing more is on its way from them
+        self.released: set[str] = set()
         self.coalesce_tokens = coalesce_tokens
         self.max_staged = max_staged
         self.links = {
@@ -128,6 +130,8 @@ class WorkerCore:
             self._cancel(link, message.id)
         elif isinstance(message, m.MappingOffer):
             self._learn(message.mapping_id, packet)
+        elif isinstance(message, m.Draining):
+            self.released.add(link.endpoint)
         elif isinstance(message, m.Refused):
             self._refused(message)
         if link.ready and not was_ready:
@@ -135,6 +139,7 @@ class WorkerCore:
 
     def _welcomed(self, link: Link) -> None:
         self._log("info", "attached", broker=link.broker, endpoint=link.endpoint)
+        self.released.discard(link.endpoint)
         if self.leave_at is not None:
             self._send(link.endpoint, encode(m.Draining()))
         for request_id, held in list(self.held.items()):
@@ -266,7 +271,7 @@ class WorkerCore:
             return
         reachable = {endpoint for endpoint, link in self.links.items() if link.ready}
         pending = [held for held in self.held.values() if reachable & set(held.endpoints)]
-        if pending and now < self.leave_at:
+        if (pending or reachable - self.released) and now < self.leave_at:
             return
         for endpoint in reachable:
             reason = f"drained, {len(pending)} requests given back"
