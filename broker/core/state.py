@@ -101,7 +101,8 @@ class Entry:
 
     @property
     def n_tokens(self) -> int:
-        return self.request.n_tokens
+        """At least one, whatever the client said: rates and shares are counted in tokens."""
+        return max(1, self.request.n_tokens)
 
     @property
     def avoid(self) -> set[str]:

@@ -287,6 +287,26 @@ def test_the_late_answer_of_a_lost_worker_is_used_once(rig: Rig) -> None:
     assert rig.core.counters["late_answers"] == 1
 
 
+@pytest.mark.parametrize("n_tokens", [0, -7])
+def test_a_request_may_say_any_number_of_tokens(n_tokens: int) -> None:
+    rig = Rig()
+    rig.client("c")
+    rig.worker("fast", credits=1)
+    rig.worker("slow", credits=2)
+    for name, seconds in (("fast", 0.1), ("slow", 1.0)):
+        rig.ask("c", 1 if name == "fast" else 2)
+        rig.now += seconds
+        (asked,) = [x.id for x in rig.got(name, m.Request)]
+        rig.reply(name, asked, compute_s=seconds)
+    asked = [rig.ask("c", number, n_tokens=n_tokens) for number in range(3, 9)]
+    for _ in range(20):
+        for name in ("fast", "slow"):
+            rig.now += 0.01
+            for message in rig.got(name, m.Request):
+                rig.reply(name, message.id, compute_s=0.01)
+    assert {message.id for message in rig.got("c", m.Reply)} >= set(asked)
+
+
 def test_a_failure_of_a_cancelled_run_says_nothing_of_the_next() -> None:
     rig = Rig()
     rig.client("c")
