@@ -63,6 +63,7 @@ def _listen() -> socket.socket:
 
 def _source(asks: tuple[str, int], target: tuple[str, int]) -> None:
     asked, out = socket.create_connection(asks), socket.create_connection(target)
+    out.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     block = memoryview(bytearray(4 * _CHUNK))
     while octets := asked.recv(8, socket.MSG_WAITALL):
         left = int.from_bytes(octets, "little")
@@ -77,6 +78,7 @@ def _relay(ready: Any, target: tuple[str, int]) -> None:
     ready.put(listener.getsockname())
     inward, _ = listener.accept()
     outward, view = socket.create_connection(target), memoryview(bytearray(_CHUNK))
+    outward.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     while count := inward.recv_into(view):
         outward.sendall(view[:count])
 

@@ -42,7 +42,7 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
     share = RANKS * statistics.median(ours) / ideal_per_s()
     nemos = RANKS * statistics.median(theirs) / ideal_per_s() if theirs else None
     wants = f">= {_SHARE}, and twice the peer's"
-    holds = share >= _SHARE and (nemos is None or share >= 2 * nemos)
+    holds = share >= _SHARE and nemos is not None and share >= 2 * nemos
     return [Line("four unequal workers", share, "of ideal", wants, holds, NEMO, nemos)]
 
 

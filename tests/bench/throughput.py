@@ -123,7 +123,7 @@ def _beside_nemo(progress: Progress, ours: dict[str, Way], nbytes: int) -> list[
     lines = []
     for name, seen in rates.items():
         rate = statistics.median(seen)
-        holds = peer_rate is None or rate >= _OF_NEMO * peer_rate
+        holds = peer_rate is not None and rate >= _OF_NEMO * peer_rate
         wants = f">= {_OF_NEMO:.0f} x {NEMO}"
         described = f"{size(nbytes)} replies, {name}: rate beside NeMo"
         lines.append(Line(described, rate, "GiB/s", wants, holds, NEMO, peer_rate))
