@@ -60,8 +60,6 @@ class FairQueue:
         self._there: dict[int, _Item] = {}  # by the id() of the entry
         self._arrivals = itertools.count()
         self._now_tokens = 0.0
-        #: the tokens of all that is queued
-        self.n_tokens = 0
 
     def __len__(self) -> int:
         return len(self._there)
@@ -84,7 +82,6 @@ class FairQueue:
         item = (again, -entry.step, -turn, -next(self._arrivals), entry)
         bisect.insort(job.items, item)
         self._there[id(entry)] = item
-        self.n_tokens += entry.n_tokens
 
     def at(self, place: int) -> Queueable | None:
         """The entry that will be served about so many places after the next one, if there is one.
@@ -117,7 +114,6 @@ class FairQueue:
             return
         job = self._jobs[entry.job]
         del job.items[bisect.bisect_left(job.items, item)]
-        self.n_tokens -= entry.n_tokens
         if not self._there:  # who had how much does not matter any more
             self._jobs.clear()
             self._order.clear()
@@ -132,4 +128,3 @@ class FairQueue:
         assert {id(item[-1]): item for item in items} == self._there
         assert len(items) == len(self._there)
         assert all(job.items == sorted(job.items) for job in self._jobs.values())
-        assert self.n_tokens == sum(item[-1].n_tokens for item in items)

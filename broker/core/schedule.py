@@ -190,7 +190,9 @@ class Choice:
         if now > worker.busy_until + _FORGIVEN_AFTER * takes_s:
             return worker, 0
         others_per_s = self._tokens_per_s - _tokens_per_s(worker)
-        return worker, max(0, math.ceil(takes_s * others_per_s / n_tokens) - self._n_running)
+        return worker, max(
+            0, math.ceil(takes_s * others_per_s / max(1, n_tokens)) - self._n_running
+        )
 
     def _count(self, worker: WorkerSession, counted: tuple[float, int]) -> None:
         per_s, running = self._counted.get(worker, (0.0, 0))

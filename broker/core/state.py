@@ -101,8 +101,8 @@ class Entry:
 
     @property
     def n_tokens(self) -> int:
-        """At least one, whatever the client said: rates and shares are counted in tokens."""
-        return max(1, self.request.n_tokens)
+        """B*T; 0 where nobody has said it."""
+        return max(0, self.request.n_tokens)
 
     @property
     def avoid(self) -> set[str]:

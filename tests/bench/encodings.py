@@ -48,7 +48,7 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
     rounds = 1 if quick else 2
     seen = {encoding: _Seen() for encoding in ENCODINGS}
     theirs = _Seen()
-    with nemo(progress) as peer, pool(["tests.bench.ready:ready"]) as started:
+    with nemo(progress, quick=quick) as peer, pool(["tests.bench.ready:ready"]) as started:
         for number in range(1, rounds + 1):
             progress(f"a step's supervision, round {number} of {rounds}")
             if peer is not None:

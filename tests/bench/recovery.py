@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import math
 import os
 import signal
 import statistics
@@ -112,7 +111,7 @@ def _full_rate_s(started: Pool, replied_at: list[float], outage_s: float) -> flo
     for at in replied_at[bisect.bisect(replied_at, back_at) :]:
         if _count(replied_at, at, at + _WINDOW_S) >= _FULL * per_window:
             return at - back_at
-    return math.inf
+    return _SEEN_S + _BACK_S  # not within the time that was looked at
 
 
 def _count(replied_at: list[float], since: float, until: float) -> int:

@@ -32,7 +32,7 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
     run = run_of(seconds, RANKS / ideal_per_s())
     ours: list[float] = []
     theirs: list[float] = []
-    with nemo(progress) as peer, unequal_pool() as trainer:
+    with nemo(progress, quick=quick) as peer, unequal_pool() as trainer:
         for number in range(1, rounds + 1):
             progress(f"unequal workers, round {number} of {rounds}")
             if peer is not None:

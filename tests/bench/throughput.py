@@ -111,7 +111,7 @@ def _beside_nemo(progress: Progress, ours: dict[str, Way], nbytes: int) -> list[
     """Our rates, in turns with NeMo's, whose reply has 262 MiB."""
     theirs: list[float] = []
     rates: dict[str, list[float]] = {name: [] for name in ours}
-    with nemo(progress) as peer:
+    with nemo(progress, quick=False) as peer:
         for _ in range(_NEMO_ROUNDS):
             progress("replies beside NeMo's")
             if peer is not None:

@@ -77,9 +77,11 @@ class Nemo:
 
 
 @contextlib.contextmanager
-def nemo(progress: Progress) -> Iterator[Nemo | None]:
-    """NeMo, or None where it cannot be installed; ``progress`` is told why."""
-    python = python_of(_VENV, _INSTALLS, progress)
+def nemo(progress: Progress, *, quick: bool) -> Iterator[Nemo | None]:
+    """NeMo; None where it cannot be installed, which ``progress`` is told, and where it is to be
+    ``quick``.
+    """
+    python = None if quick else python_of(_VENV, _INSTALLS, progress)
     if python is None:
         yield None
         return
