@@ -273,7 +273,7 @@ class Client:
         if isinstance(action, Fail):
             pending.set_exception(request_error(action.code, f"request {action.id}: {action.text}"))
         else:
-            pending.set_result(_answer(action.packet, action.tensors))
+            pending.set_result(_answer(action))
             self.reply_s.observe(action.arrived_at - action.submitted_at)
             if self._trace is not None:
                 self._trace.delivered(action, time.monotonic())
@@ -302,15 +302,16 @@ class Client:
         self._pending.clear()
 
 
-def _answer(packet: Packet, tensors: dict[str, Tensor] | None) -> Answer:
-    assert isinstance(packet.message, m.Reply)
-    if tensors is not None:
-        return Answer(packet.message, tensors)
-    if not packet.message.manifest:
-        return Answer(packet.message, {})
-    from broker.protocol.tensors import from_frames
+def _answer(delivered: Deliver) -> Answer:
+    reply = delivered.packet.message
+    assert isinstance(reply, m.Reply)
+    if delivered.tensors is not None:
+        return Answer(reply, delivered.tensors)
+    if not reply.manifest:
+        return Answer(reply, {})
+    from broker.protocol.tensors import from_octets
 
-    return Answer(packet.message, from_frames(packet.message.manifest, packet.payload))
+    return Answer(reply, from_octets(reply.manifest, delivered.octets))
 
 
 def _close_all() -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from broker.protocol import Limits, LocalProtocolError, Packet, encode, payload_hash
 from broker.protocol import messages as m
 from broker.protocol.errors import RemoteProtocolError
-from broker.protocol.tensors import from_frames, to_frames
+from broker.protocol.parts import in_parts
+from broker.protocol.tensors import from_packet, to_frames
 from worker.batching import Tokens, compute_together
 from worker.direct.parts import specs
 from worker.direct.sender import Plan, Sender
@@ -102,14 +103,14 @@ class Answerer:
                 f"the mapping is for a vocabulary of {offer.message.vocab_size}, this target has "
                 f"{self.facts.vocab_size}"
             )
-        ids = from_frames(offer.message.manifest, offer.payload)["selected_token_ids"]
+        ids = from_packet(offer)["selected_token_ids"]
         mapping = VocabMapping(ids, offer.message.vocab_size)
         self.mappings[mapping.id] = mapping
 
     def forget(self, mapping_id: str) -> None:
         self.mappings.pop(mapping_id, None)
 
-    def answer(self, packet: Packet, limits: Limits, waited_s: float = 0.0) -> Packet:
+    def answer(self, packet: Packet, limits: Limits, waited_s: float = 0.0) -> tuple[Packet, ...]:
         """The reply to one request, at once; see :meth:`compute` and :meth:`finish`."""
         work = Work(packet, waited_s)
         self.compute([work])
@@ -140,7 +141,7 @@ class Answerer:
             work.share = size / max(1, sum(sizes))
 
     def _read(self, work: Work) -> None:
-        work.packet.verify()
+        tensors: dict[str, Any] = from_packet(work.packet)
         request = work.request
         if request.operation not in m.OPERATIONS:
             known = ", ".join(m.OPERATIONS)
@@ -150,7 +151,6 @@ class Answerer:
         if request.encoding not in self.facts.encodings:
             offered = ", ".join(self.facts.encodings)
             raise BadRequest(f"encoding {request.encoding!r} is not offered here; choose {offered}")
-        tensors: dict[str, Any] = from_frames(request.manifest, work.packet.payload)
         if tuple(tensors) != _TOKENS:
             raise BadRequest(f"wants the tensors {_TOKENS}, got {tuple(tensors)}")
         facts = self.facts
@@ -207,8 +207,8 @@ class Answerer:
 
     # -- in the thread that encodes -------------------------------------------------------------
 
-    def finish(self, work: Work, limits: Limits) -> Packet:
-        """The reply to a request that was computed, or its failure.
+    def finish(self, work: Work, limits: Limits) -> tuple[Packet, ...]:
+        """The messages of the reply to a request that was computed, or its failure.
 
         A reply whose tensors go directly has no payload; they are on their way when this returns.
         """
@@ -220,9 +220,9 @@ class Answerer:
                 with self._staging.after(work.done, work.tensors.values()):
                     return self._reply(work, work.tensors, limits)
         assert work.failure is not None
-        return work.failure
+        return (work.failure,)
 
-    def _reply(self, work: Work, tensors: dict[str, Tensor], limits: Limits) -> Packet:
+    def _reply(self, work: Work, tensors: dict[str, Tensor], limits: Limits) -> tuple[Packet, ...]:
         request = work.request
         plan = self._sender.plan(request, tensors) if self._sender else Plan()
         if plan.transfer is None:
@@ -244,7 +244,7 @@ class Answerer:
             transfer=plan.transfer,
             invitation=plan.invitation,
         )
-        answer = encode(reply, payload, limits)
+        answer = in_parts(reply, payload, limits)
         if self._sender is not None and plan.transfer is not None:
             self._sender.send(request.id.client, plan.transfer, tensors)
         return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from broker.exposition import Metric, one
@@ -37,19 +38,22 @@ class Measures:
         """Requests that the target is done with and whose answers are still being made."""
         return max(0, self.computed - self.replies - sum(self.failures.values()))
 
-    def answered(self, packet: Packet, answer: Packet, waited_s: float, compute_s: float) -> None:
-        """A request's answer is made."""
+    def answered(
+        self, packet: Packet, answer: Sequence[Packet], waited_s: float, compute_s: float
+    ) -> None:
+        """A request's answer is made: the reply with its parts, or the failure."""
         assert isinstance(packet.message, m.Request)
+        first = answer[0].message
         self.wait_s.observe(waited_s)
         self.busy_s += compute_s
         self.request_bytes += packet.nbytes
-        self.answer_bytes += answer.nbytes
-        if isinstance(answer.message, m.Reply):
+        self.answer_bytes += sum(each.nbytes for each in answer)
+        if isinstance(first, m.Reply):
             self.replies += 1
             self.tokens += packet.message.n_tokens
             self.compute_s.observe(compute_s)
-        elif isinstance(answer.message, m.Failure):
-            self.failures[answer.message.code] += 1
+        elif isinstance(first, m.Failure):
+            self.failures[first.code] += 1
 
     def plain(self) -> dict[str, Any]:
         """All of it as plain values."""

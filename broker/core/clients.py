@@ -41,16 +41,19 @@ class Clients:
             )
             self._watch(client)
         elif client.connection is not None:
+            self._requests.end_passing(client)
             del self._ledger.client_connections[client.connection]
         client.connection = connection
         client.last_seen = now
         self._ledger.client_connections[connection] = client
         self._ledger.reply_room.free_sent(client.id, client.requests)
         self._ledger.welcome(Side.CLIENT, connection)
+        self._requests.ask_again(client)
 
     def disconnected(self, client: ClientSession, now: float) -> None:
         """Its connection is gone; it may come back on another."""
         assert client.connection is not None
+        self._requests.end_passing(client)
         del self._ledger.client_connections[client.connection]
         client.connection = None
         client.last_seen = now

@@ -32,12 +32,14 @@ def validate(core: BrokerCore) -> None:
     for worker in core.workers.values():
         assert core.pools[worker.model].workers[worker.id] is worker
         assert worker.free >= 0
+        assert all(core.entries[id_].passing for id_ in worker.passing)
     for request_id, entry in core.entries.items():
         assert entry.id == request_id
         assert request_id not in core.answers
         queue = core.pools[entry.pool].queue if entry.pool else ()
         places = {
             "running": bool(entry.workers),
+            "passing": entry.passing is not None,
             "without a pool": request_id in core.poolless,
             "suspected": request_id in core.suspected,
             "without its mapping": request_id in core.mappingless.get(entry.request.mapping_id, {}),
@@ -48,6 +50,10 @@ def validate(core: BrokerCore) -> None:
         }
         assert sum(places.values()) == 1, f"{entry} is in these places: {places}"
         assert all(request_id in core.workers[worker].running for worker in entry.workers)
+        if (passing := entry.passing) is not None:
+            assert request_id in core.workers[passing.worker].passing
+            assert not passing.complete
+            assert core.clients[entry.client].connection is not None
     assert {id_ for id_, e in core.entries.items() if e.suspects} <= set(core.bereft)
     assert core.bereft.items() <= core.entries.items()
     assert core.suspected.keys() <= core.bereft.keys()
@@ -72,7 +78,7 @@ def snapshot(core: BrokerCore, now: float) -> dict[str, Any]:
     ``now_s`` is the clock that all its rates should be taken over. A client's ``step`` is that
     of its first unfinished request.
     """
-    running = Counter(entry.pool for entry in core.entries.values() if entry.workers)
+    running = Counter(entry.pool for entry in core.entries.values() if entry.under_way)
     return {
         "broker": core.incarnation,
         "now_s": now,

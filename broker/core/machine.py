@@ -53,6 +53,7 @@ class BrokerCore(Ledger):
                 m.Goodbye: self._workers.goodbye,
                 m.Draining: self._workers.draining,
                 m.Reply: self._workers.reply,
+                m.Part: self._workers.part,
                 m.Failure: self._workers.reply,
             },
         }
@@ -133,7 +134,7 @@ class BrokerCore(Ledger):
 
     def __repr__(self) -> str:
         queued = sum(len(pool.queue) for pool in self.pools.values())
-        running = sum(1 for entry in self.entries.values() if entry.workers)
+        running = sum(1 for entry in self.entries.values() if entry.under_way)
         return (
             f"<Broker clients={len(self.clients)} workers={len(self.workers)} "
             f"queued={queued} running={running}>"

@@ -10,7 +10,7 @@ from broker.core.events import Side
 from broker.core.ledger import Ledger
 from broker.core.pool import Pool
 from broker.core.schedule import learn_speed
-from broker.core.state import ClientSession, Entry, WorkerSession
+from broker.core.state import ClientSession, Entry, Passing, WorkerSession
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
 
@@ -36,6 +36,8 @@ class Requests:
             ledger.forward(Side.CLIENT, client.connection, held)
         elif (entry := ledger.entries.get(request.id)) is not None:
             self._asked_again(entry, packet, client, now)
+        elif request.id in ledger.reply_room:  # its answer is on this connection
+            ledger.counters["resends"] += 1
         elif len(client.requests) >= ledger.config.window:
             there, window = len(client.requests), ledger.config.window
             text = f"{there} requests are under way, the window is {window}"
@@ -52,10 +54,10 @@ class Requests:
         request = cast(m.Request, packet.message)
         self._ledger.counters["resends"] += 1
         entry.expires_at = now + request.ttl_s
-        if entry.packet is None and entry.workers:  # one has it from before a restart
+        if entry.packet is None and entry.under_way:  # one has it from before a restart
             entry.request, entry.job = request, client.job
             client.requests.add(entry.id)
-        if entry.packet is None and self._keep(entry, packet) and not entry.workers:
+        if entry.packet is None and self._keep(entry, packet) and not entry.under_way:
             self.route(entry, now)
         if entry.id in self._ledger.mappingless.get(request.mapping_id, {}):
             self._ledger.answer(client, m.MappingWanted(request.mapping_id))
@@ -69,7 +71,11 @@ class Requests:
         entry.nbytes = packet.nbytes
         ledger.waiting_for_request_room.discard(entry)
         asked_for = ledger.recalled.pop(entry.id, None) is not None
-        if not asked_for and not entry.workers and ledger.waiting_for_request_room.must_wait(entry):
+        if (
+            not asked_for
+            and not entry.under_way
+            and ledger.waiting_for_request_room.must_wait(entry)
+        ):
             return False
         ledger.request_room.put(entry.id, entry.nbytes)
         entry.packet = packet
@@ -83,6 +89,12 @@ class Requests:
             ledger.recalled[entry.id] = entry
             ledger.counters["recalls"] += 1
             ledger.answer(ledger.clients[entry.client], m.RequestWanted(entry.id))
+
+    def ask_again(self, client: ClientSession) -> None:
+        """It is back, and may not have heard what was asked for, or have given it up meanwhile."""
+        for entry in self._ledger.recalled.values():
+            if entry.client == client.id:
+                self._ledger.answer(client, m.RequestWanted(entry.id))
 
     def route(self, entry: Entry, now: float, *, again: bool = False) -> None:
         """Find the pool that serves an entry; without one it waits for it."""
@@ -151,7 +163,7 @@ class Requests:
             if entry is None and request_id not in self._ledger.answers:
                 request = m.Request(request_id, "generate", worker.model, 0, 0, "", "", 0.0, ())
                 entry = self._ledger.entries[request_id] = Entry(request, None, "", now, now)
-            if entry is not None:
+            if entry is not None and entry.passing is None:
                 self._dispatcher.unqueue(entry)
                 entry.pool = worker.model
                 entry.workers.add(worker.id)
@@ -166,12 +178,12 @@ class Requests:
         if isinstance(message, m.Reply):
             learn_speed(worker, entry.n_tokens, message.compute_s)
             ledger.pools[worker.model].choice.put(worker)
-            ledger.measures.replied(entry, worker, since, message.compute_s, now)
-            ledger.counters["replies"] += 1
             ledger.counters["hedges_won"] += entry.hedge == worker.id
-            ledger.counters["direct_replies"] += message.transfer is not None
-            ledger.counters["reply_bytes"] += packet.nbytes
-            self.finish(entry, packet, now)
+            if message.parts:
+                self._begin_passing(entry, Passing(worker.id, packet, since))
+            else:
+                self._replied(entry, worker, message, packet.nbytes, since, now)
+                self.finish(entry, packet, now)
             return
         failure = cast(m.Failure, message)
         if failure.code == "unknown_mapping":  # its store is bounded too: tell it again
@@ -184,6 +196,76 @@ class Requests:
             self.retry(entry, worker.id, failure.code, now)
         else:
             self.finish(entry, packet, now)
+
+    def _replied(
+        self,
+        entry: Entry,
+        worker: WorkerSession,
+        reply: m.Reply,
+        nbytes: int,
+        since: float,
+        now: float,
+    ) -> None:
+        ledger = self._ledger
+        ledger.measures.replied(entry, worker, since, reply.compute_s, now)
+        ledger.counters["replies"] += 1
+        ledger.counters["direct_replies"] += reply.transfer is not None
+        ledger.counters["reply_bytes"] += nbytes
+
+    def _begin_passing(self, entry: Entry, passing: Passing) -> None:
+        """A reply comes in parts: nobody else needs to compute it; where nobody is there to take
+        it, it is lost, and its client will ask again.
+        """
+        ledger = self._ledger
+        client = ledger.clients.get(entry.client)
+        if (
+            client is None
+            or client.connection is None
+            or client.incarnation != entry.id.incarnation
+        ):
+            self.drop(entry, cancel=True)
+            return
+        self._withdraw(entry)
+        ledger.hedged.discard(entry.id)
+        entry.hedge, entry.passing = "", passing
+        ledger.workers[passing.worker].passing.add(entry.id)
+        ledger.reply_room.owe(entry.id, entry.n_tokens, passing.reply.tensor_bytes)
+        ledger.forward(Side.CLIENT, client.connection, passing.packet)
+
+    def pass_on(self, entry: Entry, passing: Passing, packet: Packet, now: float) -> None:
+        """The next part of a reply goes to its client; with the last the request ends."""
+        if wrong := passing.take(packet):
+            self._ledger.counters["bad_messages"] += 1
+            self.break_off(entry, wrong, now)
+            return
+        client = self._ledger.clients[entry.client]
+        self._ledger.forward(Side.CLIENT, client.connection, packet)
+        if passing.complete:
+            worker = self._ledger.workers[passing.worker]
+            nbytes = passing.packet.nbytes + passing.nbytes
+            self._replied(entry, worker, passing.reply, nbytes, passing.since, now)
+            client.answered += 1
+            self.drop(entry, cancel=False)
+            self._ledger.reply_room.owe(entry.id, entry.n_tokens, passing.nbytes)
+
+    def break_off(self, entry: Entry, why: str, now: float) -> None:
+        """The rest of a reply does not come: the request runs again."""
+        assert entry.passing is not None
+        entry.story.append(f"the reply of worker {entry.passing.worker} broke off: {why}")
+        self._end_passing(entry)
+        self._queue_again(entry, now)
+
+    def end_passing(self, client: ClientSession) -> None:
+        """Its connection is gone, with the parts that it had: it will ask again."""
+        for worker in self._ledger.workers.values():
+            for request_id in [each for each in worker.passing if each.client == client.id]:
+                self.drop(self._ledger.entries[request_id], cancel=False)
+
+    def _end_passing(self, entry: Entry) -> None:
+        if entry.passing is not None:
+            if (worker := self._ledger.workers.get(entry.passing.worker)) is not None:
+                worker.passing.discard(entry.id)
+            entry.passing = None
 
     def pass_on_transfer(self, packet: Packet) -> None:
         """Tell a client also of a transfer that it no longer wants: it must take it, to stay in
@@ -286,9 +368,15 @@ class Requests:
         self._ledger.hedged.discard(entry.id)
         self._ledger.reply_room.free(entry.id)
         self._dispatcher.unqueue(entry)
+        self._end_passing(entry)
         if (client := self._ledger.clients.get(entry.client)) is not None:
             client.requests.discard(entry.id)
         if cancel:
-            for worker_id in entry.workers:
-                worker = self._ledger.workers[worker_id]
-                self._ledger.send(Side.WORKER, worker.connection, m.Cancel(entry.id))
+            self._withdraw(entry)
+
+    def _withdraw(self, entry: Entry) -> None:
+        """Workers need not go on with it."""
+        for worker_id in entry.workers:
+            worker = self._ledger.workers[worker_id]
+            self._ledger.send(Side.WORKER, worker.connection, m.Cancel(entry.id))
+        entry.workers.clear()

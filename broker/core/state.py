@@ -5,9 +5,9 @@ from __future__ import annotations
 import enum
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
-from broker.protocol.messages import Request, RequestId
+from broker.protocol.messages import Part, Reply, Request, RequestId
 from broker.protocol.wire import Packet
 
 K = TypeVar("K")
@@ -44,6 +44,8 @@ class WorkerSession:
     #: assigned and not yet answered -> when assigned; at most ``credits``, but for what it held
     #: before a reconnect
     running: dict[RequestId, float] = field(default_factory=dict)
+    #: replies whose parts are coming from it; it is done with them, and has their credits back
+    passing: set[RequestId] = field(default_factory=set)
     mappings: set[str] = field(default_factory=set)
     draining: bool = False
     #: seconds for one token, learned from answers; None until the first
@@ -58,6 +60,42 @@ class WorkerSession:
     def free(self) -> int:
         """Requests it may still be given."""
         return 0 if self.draining else max(0, self.credits - len(self.running))
+
+
+@dataclass(eq=False)
+class Passing:
+    """A reply in parts on its way through here. Nothing of it is kept: if it breaks off, or its
+    client's connection does, the request runs again.
+    """
+
+    worker: str
+    packet: Packet
+    #: when the worker was given the request
+    since: float
+    #: parts that have come
+    parts: int = 0
+    #: bytes that have come
+    nbytes: int = 0
+
+    @property
+    def reply(self) -> Reply:
+        return cast(Reply, self.packet.message)
+
+    def take(self, part: Packet) -> str:
+        """Count the next part; what is wrong with it, or nothing."""
+        number = cast(Part, part.message).number
+        if number != self.parts:
+            return f"part {number} came for part {self.parts}"
+        self.parts += 1
+        self.nbytes += part.nbytes - len(part.frames[0])
+        announced = self.reply.tensor_bytes
+        if self.nbytes > announced or (self.complete and self.nbytes < announced):
+            return f"{self.nbytes} bytes came in {self.parts} parts, announced were {announced}"
+        return ""
+
+    @property
+    def complete(self) -> bool:
+        return self.parts >= self.reply.parts
 
 
 @dataclass(eq=False)
@@ -78,6 +116,8 @@ class Entry:
     #: since when it has waited for one
     poolless_since: float = 0.0
     workers: set[str] = field(default_factory=set)
+    #: its reply, while the parts of it come
+    passing: Passing | None = None
     #: the worker of the second run, once there is one
     hedge: str = ""
     #: workers on which it failed or which it took down; others are tried first
@@ -94,6 +134,11 @@ class Entry:
     @property
     def client(self) -> str:
         return self.request.id.client
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a worker has it, or its reply is coming from one."""
+        return bool(self.workers) or self.passing is not None
 
     @property
     def step(self) -> int:

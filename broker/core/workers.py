@@ -115,13 +115,20 @@ class Workers:
         self._reckon(worker, now)
         entry = self._ledger.entries.get(message.id)
         earlier = entry is not None and worker.id not in entry.workers  # cancelled and asked again
-        if entry is None or (earlier and isinstance(message, m.Failure)):
+        whole = isinstance(message, m.Reply) and not message.parts
+        if entry is None or entry.passing is not None or (earlier and not whole):
             self._ledger.counters["late_answers"] += 1
             self._requests.pass_on_transfer(packet)
         else:
             entry.workers.discard(worker.id)
             self._requests.conclude(entry, worker, packet, since, now)
         self._dispatcher.dispatch(pool, now)
+
+    def part(self, worker: WorkerSession, packet: Packet, now: float) -> None:
+        """The next part of a reply; of one that nobody wants any more, it ends here."""
+        entry = self._ledger.entries.get(cast(m.Part, packet.message).id)
+        if entry is not None and entry.passing and entry.passing.worker == worker.id:
+            self._requests.pass_on(entry, entry.passing, packet, now)
 
     def _reckon(self, worker: WorkerSession, now: float) -> None:
         """It goes on with the rest of what it has, and may be given more."""
@@ -155,6 +162,8 @@ class Workers:
         self._ledger.log(
             "info", "worker_left", worker=worker.id, reason=reason, running=len(worker.running)
         )
+        for request_id in list(worker.passing):
+            self._requests.break_off(self._ledger.entries[request_id], reason, now)
         for request_id, since in worker.running.items():
             entry = self._ledger.entries.get(request_id)
             if entry is None or worker.id not in entry.workers:

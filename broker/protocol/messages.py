@@ -238,7 +238,8 @@ class Reply:
 
     ``tokens_hash`` is that of the request's payload. ``info_json`` answers ``model_info``; with
     other operations it has ``waited_s``, from the request's arrival until it was computed. The
-    tensors are the payload, or with ``transfer`` there is none and they come directly. An
+    tensors are the payload. Or there is none: with ``transfer`` they come directly, and with
+    ``parts`` as the payload of so many messages behind this one (:class:`Part`). An
     ``invitation`` begins a direct channel for later replies.
     """
 
@@ -256,6 +257,12 @@ class Reply:
     manifest: tuple[TensorSpec, ...]
     transfer: Transfer | None = None
     invitation: Invitation | None = None
+    parts: int = 0
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all its tensors, whichever way they come."""
+        return sum(spec.nbytes for spec in self.manifest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +329,18 @@ class RequestWanted:
     id: RequestId
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The next payload frames of a reply in parts, whose manifest they follow. ``number`` counts
+    from 0. The broker passes each on when it comes, so a large reply is on both connections at
+    once, and heartbeats pass between two parts.
+    """
+
+    KIND: ClassVar[int] = 17
+    id: RequestId
+    number: int
+
+
 Message = Union[  # noqa: UP007 - evaluated at run time, on Python 3.10 too
     ClientHello,
     WorkerHello,
@@ -339,6 +358,7 @@ Message = Union[  # noqa: UP007 - evaluated at run time, on Python 3.10 too
     MappingOffer,
     Draining,
     RequestWanted,
+    Part,
 ]
 
 #: Why a request can end without a result, and who says so.

@@ -10,16 +10,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from broker.protocol.errors import LocalProtocolError
 from broker.protocol.limits import MIB
-from broker.protocol.memory import POOL
 from broker.protocol.messages import DTYPE_BYTES, TensorSpec
-from broker.protocol.wire import Buffer
+from broker.protocol.parts import Assembly
+from broker.protocol.wire import Buffer, Packet
 
-#: Smaller frames cost the broker more for each byte, larger ones leave the caches and the memory
-#: that glibc keeps (docs/decisions/0008-wire-path.md).
-FRAME_BYTES = 1 * MIB
+#: Smaller frames cost the broker more for each byte, larger ones leave the caches
+#: (docs/decisions/0008-wire-path.md, 0012-replies-in-parts.md).
+FRAME_BYTES = 2 * MIB
 
 _TORCH: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
 #: What travels, by its name in a manifest.
@@ -47,24 +48,23 @@ def to_frames(
     return tuple(manifest), payload
 
 
-def from_frames(
-    manifest: Sequence[TensorSpec], payload: Sequence[Buffer]
+def from_packet(packet: Packet) -> dict[str, torch.Tensor]:
+    """The tensors of a message that has them as its payload, on the CPU, in the manifest's order.
+
+    Raises :class:`RemoteProtocolError` for a damaged frame.
+    """
+    manifest: tuple[TensorSpec, ...] = getattr(packet.message, "manifest", ())
+    assembly = Assembly(manifest)
+    assembly.add(packet)
+    return from_octets(manifest, assembly.octets)
+
+
+def from_octets(
+    manifest: Sequence[TensorSpec], octets: Sequence[NDArray[np.uint8]]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a decoded message, on the CPU, in the manifest's order."""
-    tensors, at = {}, 0
-    for spec in manifest:
-        tensors[spec.name] = _tensor(spec, payload[at : at + spec.frames])
-        at += spec.frames
-    return tensors
-
-
-def _tensor(spec: TensorSpec, frames: Sequence[Buffer]) -> torch.Tensor:
-    into, at = POOL.take(spec.nbytes), 0
-    for frame in frames:
-        part = np.frombuffer(frame, dtype=np.uint8)
-        into[at : at + part.size] = part
-        at += part.size
-    return shaped(torch.from_numpy(into), spec)
+    """Bytes, uint8 [nbytes] each, as the tensors of a manifest; nothing is copied."""
+    pairs = zip(manifest, octets, strict=True)
+    return {spec.name: shaped(torch.from_numpy(each), spec) for spec, each in pairs}
 
 
 def shaped(octets: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from broker.protocol.messages import DTYPE_BYTES, Message, TensorSpec
 from broker.protocol.schema import Codec, SchemaError, codec
 
 MAGIC = b"DRMQ"
-VERSION = 1
+VERSION = 2
 
 #: magic, version, kind, reserved (0), payload frames, body bytes, payload bytes
 _PRELUDE = struct.Struct("<4sBBHIIQ")
@@ -54,8 +54,8 @@ class Packet:
         """The frames behind the header."""
         return self.frames[1:]
 
-    def verify(self) -> None:
-        """Compare every payload frame with its checksum; the broker leaves this to the ends.
+    def sound_frames(self) -> Iterator[Buffer]:
+        """The payload frames, each after its checksum was compared; the broker compares none.
 
         Raises :class:`RemoteProtocolError` for a damaged frame.
         """
@@ -65,6 +65,12 @@ class Packet:
                     f"payload frame {number} of {type(self.message).__name__} is damaged: its "
                     f"checksum is not the {expected:#018x} that the header says"
                 )
+            yield frame
+
+    def verify(self) -> None:
+        """Raises :class:`RemoteProtocolError` if a payload frame is damaged."""
+        for _ in self.sound_frames():
+            pass
 
     def __repr__(self) -> str:
         return f"<Packet {self.message!r} frames={len(self.frames)}>"
@@ -214,7 +220,7 @@ def _check_total(message: Message, nbytes: int, limits: Limits) -> None:
     limit = limits.max_request_bytes
     if isinstance(message, messages.Reply):
         limit = limits.max_reply_bytes
-        nbytes = sum(spec.nbytes for spec in message.manifest)  # also what comes directly
+        nbytes = message.tensor_bytes  # also what comes directly
     if nbytes > limit:
         raise SchemaError(f"the payload has {nbytes} bytes, the limit is {limit}")
 
@@ -222,11 +228,21 @@ def _check_total(message: Message, nbytes: int, limits: Limits) -> None:
 def _check_manifest(message: Message, lengths: Sequence[int]) -> None:
     """The manifest must account for every payload frame and every byte, tensor by tensor.
 
-    The tensors of a direct transfer have no frames.
+    The tensors of a direct transfer have no frames, those of a reply in parts have them later, and
+    a part's are accounted for where the manifest is.
     """
     manifest: tuple[TensorSpec, ...] = getattr(message, "manifest", ())
-    direct = getattr(message, "transfer", None) is not None
-    at = 0
+    _check_tensors(manifest)
+    if isinstance(message, messages.Part):
+        if not lengths or message.number < 0:
+            raise SchemaError(f"part {message.number} has {len(lengths)} payload frames")
+    elif isinstance(message, messages.Reply) and (message.parts or message.transfer):
+        _check_elsewhere(message, lengths)
+    else:
+        _account(manifest, lengths)
+
+
+def _check_tensors(manifest: Sequence[TensorSpec]) -> None:
     names = set()
     for spec in manifest:
         if spec.dtype not in DTYPE_BYTES:
@@ -238,14 +254,35 @@ def _check_manifest(message: Message, lengths: Sequence[int]) -> None:
         if spec.name in names:
             raise SchemaError(f"two tensors are called {spec.name!r}")
         names.add(spec.name)
+
+
+def _check_elsewhere(reply: messages.Reply, lengths: Sequence[int]) -> None:
+    """Of a reply whose tensors are not its payload."""
+    if lengths:
+        raise SchemaError(f"{len(lengths)} payload frames, the tensors are said to come elsewhere")
+    frames = sum(spec.frames for spec in reply.manifest)
+    if reply.transfer is not None:
+        if frames or reply.parts:
+            raise SchemaError(f"its tensors come directly, and have {frames} frames as well")
+        return
+    for spec in reply.manifest:
+        if not (0 < spec.frames <= spec.nbytes or spec.frames == spec.nbytes == 0):
+            raise SchemaError(
+                f"tensor {spec.name!r} of {spec.nbytes} bytes cannot have {spec.frames} frames"
+            )
+    if not 0 < reply.parts <= frames:
+        raise SchemaError(f"{frames} frames cannot come in {reply.parts} parts")
+
+
+def _account(manifest: Sequence[TensorSpec], lengths: Sequence[int]) -> None:
+    at = 0
+    for spec in manifest:
         if not 0 <= spec.frames <= len(lengths) - at:
             raise SchemaError(
                 f"tensor {spec.name!r} claims {spec.frames} frames, {len(lengths) - at} are left"
             )
         nbytes = sum(lengths[at : at + spec.frames])
-        if direct and spec.frames:
-            raise SchemaError(f"tensor {spec.name!r} has frames, its reply says that it has none")
-        if nbytes != spec.nbytes and not direct:
+        if nbytes != spec.nbytes:
             raise SchemaError(
                 f"tensor {spec.name!r} ({spec.dtype}, {spec.shape}) takes {spec.nbytes} bytes, "
                 f"its frames have {nbytes}"

@@ -33,7 +33,7 @@ from broker.pages import pages
 from broker.protocol import RemoteProtocolError, decode, encode, wire
 from broker.protocol import messages as m
 from broker.protocol.link import Arrived, Connected
-from broker.protocol.tensors import from_frames, to_frames
+from broker.protocol.tensors import from_packet, to_frames
 from broker.service import Broker
 from tests.broker.rig import mapping_offer, model
 from trainer_client.cli import cli
@@ -161,7 +161,9 @@ class _Peers:
 
 
 def _tensors(packet: wire.Packet) -> dict[str, torch.Tensor]:
-    return from_frames(getattr(packet.message, "manifest", ()), packet.payload)
+    if isinstance(packet.message, m.Part):
+        return {}
+    return from_packet(packet)
 
 
 def learn_mapping(data: bytes) -> None:

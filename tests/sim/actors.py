@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from broker.core import Side
 from broker.protocol import Packet, RemoteProtocolError, encode, payload_hash
 from broker.protocol import messages as m
+from broker.protocol.parts import in_parts
 from tests.broker.rig import model
 from tests.sim.mappings import MAPPINGS
 from tests.sim.peers import PeerProcess
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 #: What the fake target makes of a request's bytes: no two requests have the same.
 _SECRET = 0x5DEECE66D
+#: A reply of three frames, 3, 3 and 2 bytes, is one message, or comes in two or three parts.
+_PART_BYTES = (8, 5, 3)
 #: Making an answer takes this part of what the target takes.
 _ENCODING = 0.75
 
@@ -92,7 +95,7 @@ class WorkerProcess(PeerProcess):
         if self.alive:
             self.receive(Computed(packet.message.id, self._answer(packet, took_s)))  # type: ignore[union-attr]
 
-    def _answer(self, packet: Packet, took_s: float) -> Packet:
+    def _answer(self, packet: Packet, took_s: float) -> tuple[Packet, ...]:
         """What ``worker.answers.Answerer`` makes, without a target."""
         request = packet.message
         assert isinstance(request, m.Request)
@@ -108,6 +111,8 @@ class WorkerProcess(PeerProcess):
             if ask.nature == "failing" or ask.attempts == 1:
                 return _failure(request, "target_failed", "the target raised")
         (tokens,) = struct.unpack("<Q", packet.payload[0])
+        supervision = struct.pack("<Q", tokens ^ _SECRET)
+        frames = [supervision[at : at + 3] for at in range(0, len(supervision), 3)]
         reply = m.Reply(
             request.id,
             str(self),
@@ -119,9 +124,9 @@ class WorkerProcess(PeerProcess):
             request.encoding,
             took_s,
             "",
-            (m.TensorSpec("supervision", "uint8", (8,), 1),),
+            (m.TensorSpec("supervision", "uint8", (8,), len(frames)),),
         )
-        return encode(reply, [struct.pack("<Q", tokens ^ _SECRET)])
+        return in_parts(reply, frames, nbytes=_PART_BYTES[tokens % len(_PART_BYTES)])
 
 
 @dataclass(eq=False)
@@ -233,5 +238,5 @@ def _description(serves: str) -> m.ModelDescription:
     return model(serves)
 
 
-def _failure(request: m.Request, code: str, text: str) -> Packet:
-    return encode(m.Failure(request.id, code, text))
+def _failure(request: m.Request, code: str, text: str) -> tuple[Packet, ...]:
+    return (encode(m.Failure(request.id, code, text)),)

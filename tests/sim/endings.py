@@ -31,7 +31,7 @@ def check_ending(
     if isinstance(action, Deliver):
         reply = action.packet.message
         require(
-            bytes(action.packet.payload[0]) == ask.expected and reply.id == ask.id,  # type: ignore[union-attr]
+            action.octets[0].tobytes() == ask.expected and reply.id == ask.id,  # type: ignore[union-attr]
             "another's tensors",
             f"{action.id} was given the bytes of another request, or damaged ones",
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tests.sim.actors import ClientProcess, WorkerProcess
-from tests.sim.peers import BrokerProcess, PeerProcess, Process
+from tests.sim.peers import LINGER_S, BrokerProcess, PeerProcess, Process
 from worker.core import Drain
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 #: A process that was down is started again so long after the faults have stopped.
-_RESTART_S = 0.3
+_RESTART_S = LINGER_S + 0.3
 #: What a caller in a stopped process wants is looked at this often.
 _RETRY_S = 0.1
 
@@ -73,7 +73,7 @@ def leave(world: World, who: str, down_s: float) -> None:
     process = world.process(who)
     if process is not None:
         process.leave()
-        world.gone(process, down_s)
+        world.gone(process, LINGER_S + down_s)
 
 
 # -- the network --------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 from broker.core import BrokerCore
 from broker.core.clients import Clients
 from broker.core.requests import Requests
+from broker.protocol import encode
 from broker.protocol import messages as m
 from broker.protocol.link import Link
 from tests.sim.planting import (
@@ -159,6 +160,27 @@ def broker_does_not_ask_strangers_for_a_hello() -> Iterator[None]:
         yield
 
 
+@mutation
+def broker_forgets_a_reply_that_broke_off() -> Iterator[None]:
+    with instead(Requests, "break_off", lambda _: lambda self, entry, why, now: None):
+        yield
+
+
+@mutation
+def broker_goes_on_with_parts_for_a_client_that_was_away() -> Iterator[None]:
+    with instead(Requests, "end_passing", lambda _: lambda self, client: None):
+        yield
+
+
+@mutation
+def broker_passes_a_part_on_twice() -> Iterator[None]:
+    with saying(
+        BrokerCore,
+        lambda core, action: [action, action] if said(action, m.Part) else [action],
+    ):
+        yield
+
+
 # -- the worker ---------------------------------------------------------------------------------
 
 
@@ -250,7 +272,14 @@ def client_ignores_deadlines() -> Iterator[None]:
 
 @mutation
 def client_takes_damaged_tensors() -> Iterator[None]:
-    with instead(client_answers, "_damage", lambda _: lambda packet: ""):
+    def trusting(real: Any) -> Any:
+        class Trusting(real):  # type: ignore[misc]
+            def add(self, packet: Any) -> None:
+                super().add(encode(packet.message, packet.payload))
+
+        return Trusting
+
+    with instead(client_answers, "Assembly", trusting):
         yield
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from broker.core import BadBytes, ConnectionLost, Received
 from broker.protocol import Packet
+from broker.protocol import messages as m
 from broker.protocol.link import Arrived, Connected, Disconnected
 from tests.sim.chance import Stream
 
@@ -26,6 +27,8 @@ _RECONNECT_FIRST_S, _RECONNECT_LAST_S = 0.05, 1.0
 _DELAY_S = 0.001
 #: One message in so many is held up on its way, by up to so long.
 _TAIL_SHARE, _TAIL_S = 0.05, 0.05
+#: A part of a large reply is on its way for so long at the most.
+_PART_S = 0.1
 
 
 class Way:
@@ -202,8 +205,9 @@ class Network:
         damaged: Packet | None = packet
         if (where := self.damage.get((*pair, is_up))) and len(where):
             damaged = _damaged(packet, where.pop())
+        took_s = luck.random() * _PART_S if isinstance(packet.message, m.Part) else 0.0
         way.sent += 1
-        way.last_at = max(way.last_at, self.world.now + delay_s)
+        way.last_at = max(way.last_at, self.world.now + delay_s) + took_s
         self.world.at(way.last_at, self._arrive, connection, way, way.sent, damaged)
 
     def _arrive(self, connection: Connection, way: Way, number: int, packet: Packet | None) -> None:

@@ -22,6 +22,8 @@ from tests.sim.network import Connection, Socket
 if TYPE_CHECKING:
     from tests.sim.world import World
 
+#: What a peer that leaves has said may take so long on its way.
+LINGER_S = 2.0
 #: What ``poll`` rounds a wait up to.
 _POLL_S = 0.001
 
@@ -83,7 +85,7 @@ class Process:
         """End in good order: say goodbye, and let it leave."""
         if self.alive and not self.stopped:
             self.act(self.core.goodbye())
-        self.die(quietly=False, after_s=0.06)
+        self.die(quietly=False, after_s=LINGER_S)
 
     def die(self, *, quietly: bool, after_s: float = 0.0) -> None:
         """End at once; ``quietly`` as a host does that loses power."""

@@ -12,7 +12,7 @@ from tests.sim import endings, faults
 from tests.sim.actors import Ask, ClientProcess, WorkerProcess
 from tests.sim.invariants import Invariants
 from tests.sim.network import Network
-from tests.sim.peers import BrokerProcess, PeerProcess, Process
+from tests.sim.peers import LINGER_S, BrokerProcess, PeerProcess, Process
 from tests.sim.violation import InvariantError
 from trainer_client.core import Deliver, Fail
 
@@ -194,8 +194,8 @@ class World:
     def exited(self, worker: WorkerProcess, error: str) -> None:
         """A worker left by itself, drained or refused."""
         self.tell(worker, f"exits {error}")
-        worker.die(quietly=False, after_s=0.06)
-        self.gone(worker, 0.3, lost=bool(error or worker.core.held))
+        worker.die(quietly=False, after_s=LINGER_S)
+        self.gone(worker, LINGER_S + 0.3, lost=bool(error or worker.core.held))
 
     # -- requests -------------------------------------------------------------------------------
 

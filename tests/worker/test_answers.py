@@ -32,10 +32,10 @@ def answerer() -> Answerer:
 
 
 def failure(answerer: Answerer, packet: Packet, limits: Limits | None = None) -> str:
-    answer = answerer.answer(packet, limits or Limits()).message
+    answer = answerer.answer(packet, limits or Limits())[0].message
     assert isinstance(answer, m.Failure), answer
     assert answer.id == packet.message.id  # type: ignore[union-attr]
-    good = answerer.answer(GOOD, Limits()).message
+    good = answerer.answer(GOOD, Limits())[0].message
     assert isinstance(good, m.Reply)  # nothing is left of the bad one
     return f"{answer.code}: {answer.text}"
 
@@ -93,7 +93,7 @@ def test_a_wrong_request_is_answered_with_what_is_wrong(
 @pytest.mark.parametrize("operation", ["lm_head_rows", "generate"])
 def test_a_mapping_that_was_forgotten_is_asked_for(answerer: Answerer, operation: str) -> None:
     answerer.forget(MAPPING.id)
-    answer = answerer.answer(changed(operation=operation), Limits()).message
+    answer = answerer.answer(changed(operation=operation), Limits())[0].message
     assert isinstance(answer, m.Failure)
     assert answer.text.startswith(f"no usable vocab mapping '{MAPPING.id}' came before")
 

@@ -7,7 +7,7 @@ import torch
 
 from broker.protocol import Limits, Packet
 from broker.protocol import messages as m
-from broker.protocol.tensors import from_frames
+from broker.protocol.tensors import from_packet
 from tests.worker.requests import generate, offer
 from tests.worker.tiny_models import VOCAB, make, shared
 from worker.answers import Answerer, Work
@@ -125,7 +125,7 @@ def answers(target: StubTarget, packets: list[Packet]) -> list[Packet]:
     answerer.learn(offer(MAPPING))
     works = [Work(packet) for packet in packets]
     answerer.compute(works)
-    return [answerer.finish(work, Limits()) for work in works]
+    return [answerer.finish(work, Limits())[0] for work in works]
 
 
 def said(answer: Packet) -> str:
@@ -148,8 +148,8 @@ def test_requests_in_one_forward_are_answered_each_by_itself() -> None:
         assert answer.message.id == packet.message.id  # type: ignore[union-attr]
         assert answer.message.tokens_hash == alone.message.tokens_hash
         assert answer.message.manifest == alone.message.manifest
-        got = from_frames(answer.message.manifest, answer.payload)
-        for name, tensor in from_frames(alone.message.manifest, alone.payload).items():
+        got = from_packet(answer)
+        for name, tensor in from_packet(alone).items():
             torch.testing.assert_close(got[name], tensor)
 
 

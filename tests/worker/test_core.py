@@ -57,7 +57,7 @@ class Rig:
 
     def computed(self, request_id: m.RequestId) -> None:
         reply = (request_id, "w", "tiny", "f0", (1, 3, 4), 0, "", "probs", 1.0, "", ())
-        self.handle(Computed(request_id, encode(m.Reply(*reply))))
+        self.handle(Computed(request_id, (encode(m.Reply(*reply)),)))
 
     def computing(self) -> list[int]:
         """Numbers of the requests given to the target since the last call."""
@@ -299,7 +299,7 @@ def test_a_mapping_that_was_damaged_on_its_way_is_not_learned() -> None:
 def direct_answer(request_id: m.RequestId) -> Computed:
     transfer = m.Transfer("w/c", 1, 0)
     reply = (request_id, "w", "tiny", "f0", (1, 3, 4), 0, "", "probs", 1.0, "", (), transfer)
-    return Computed(request_id, encode(m.Reply(*reply)))
+    return Computed(request_id, (encode(m.Reply(*reply)),))
 
 
 def test_a_cancelled_request_whose_tensors_are_on_their_way_is_answered() -> None:

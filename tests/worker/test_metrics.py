@@ -63,9 +63,9 @@ def test_answers_are_measured() -> None:
     request = encode(asked("generate"))
     reply = m.Reply(request.message.id, "w", "t", "f", (), 0, "", "probs", 0.5, "", ())  # type: ignore[union-attr]
     measures.computed = 3
-    measures.answered(request, encode(reply), 2.0, 0.5)
+    measures.answered(request, [encode(reply)], 2.0, 0.5)
     failure = encode(m.Failure(reply.id, "bad_request", "as planned"))
-    measures.answered(request, failure, 3.0, 0.25)
+    measures.answered(request, [failure], 3.0, 0.25)
     seen = measures.plain()
     assert (seen["replies"], seen["tokens"], seen["failures"]) == (1, 100, {"bad_request": 1})
     assert (seen["wait_s"]["sum"], seen["compute_s"]["sum"]) == (5.0, 0.5)
@@ -89,9 +89,9 @@ def test_a_request_is_computed_with_the_time_of_its_arrival() -> None:
 def test_a_reply_says_how_long_its_request_has_waited() -> None:
     target = StubTarget()
     answerer = Answerer(target, describe(target), "w")
-    answer = answerer.answer(encode(asked("input_embeddings")), Limits(), waited_s=0.25)
+    (answer,) = answerer.answer(encode(asked("input_embeddings")), Limits(), waited_s=0.25)
     assert isinstance(answer.message, m.Reply)
     assert json.loads(answer.message.info_json) == {"waited_s": 0.25}
-    info = answerer.answer(encode(asked("model_info")), Limits(), waited_s=0.25)
+    (info,) = answerer.answer(encode(asked("model_info")), Limits(), waited_s=0.25)
     assert isinstance(info.message, m.Reply)
     assert "vocab_size" in json.loads(info.message.info_json)

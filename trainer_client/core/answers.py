@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from broker.protocol import Packet, RemoteProtocolError, payload_hash
 from broker.protocol import messages as m
 from broker.protocol.link import Link
+from broker.protocol.parts import Assembly
 from trainer_client.core.events import Deliver, JoinChannel, Received, ReceiveDirectly
-from trainer_client.core.ledger import Ledger, Ticket
+from trainer_client.core.ledger import Arriving, Ledger, Ticket
 
 
 class Answers:
@@ -22,39 +27,92 @@ class Answers:
         answer = packet.message
         assert isinstance(answer, (m.Reply, m.Failure))
         ticket = self._ledger.tickets.get(answer.id)
-        self._ledger.send(link.endpoint, m.Received((answer.id,)))
         if isinstance(answer, m.Reply):
             self._direct(answer)
+            if answer.parts:
+                self._begins(link, ticket, packet, answer, now)
+                return
+        self._ledger.send(link.endpoint, m.Received((answer.id,)))
         if ticket is None:
             self._ledger.counters["duplicates"] += 1
         elif isinstance(answer, m.Failure):
             self._failed(link, ticket, answer, now)
-        elif damage := _damage(packet):
-            self._ledger.counters["damaged"] += 1
-            ticket.story.append(f"a damaged reply was dropped: {damage}")
-            self._ledger.log("warning", "damaged_reply", request=str(answer.id), text=damage)
-            ticket.resend_at = now
-        elif stranger := self._stranger(ticket.packet, answer):
-            self._ledger.fail(answer.id, "identity", stranger)
+        elif not self._is_ours(ticket, answer):
+            pass  # the ticket has ended with that
+        elif answer.transfer is not None:
+            self._await_tensors(ticket, packet)
         else:
-            self._ledger.identities.setdefault(
-                answer.model, (answer.fingerprint, answer.aux_layer_ids)
+            arriving = Arriving(packet, Assembly(answer.manifest))
+            if self._placed(ticket, arriving, packet, now):
+                self._deliver(answer.id, packet, now, arriving.assembly.octets)
+
+    def _begins(
+        self, link: Link, ticket: Ticket | None, packet: Packet, reply: m.Reply, now: float
+    ) -> None:
+        """A reply came whose payload comes in parts behind it: from the start, also where those of
+        another one had begun to come.
+        """
+        if ticket is None or ticket.endpoint != link.endpoint:
+            self._ledger.counters["duplicates"] += 1
+            self._ledger.send(link.endpoint, m.Cancel(reply.id))
+        elif not self._is_ours(ticket, reply):
+            self._ledger.send(link.endpoint, m.Cancel(reply.id))
+        else:
+            ticket.arriving = Arriving(packet, Assembly(reply.manifest))
+            ticket.resend_at = max(ticket.resend_at, now + self._ledger.config.resend_s)
+
+    def part(self, link: Link, packet: Packet, now: float) -> None:
+        """The next part of a reply; of one that nobody waits for, nothing is done with it."""
+        part = packet.message
+        assert isinstance(part, m.Part)
+        ticket = self._ledger.tickets.get(part.id)
+        if ticket is None or ticket.arriving is None or ticket.endpoint != link.endpoint:
+            return
+        arriving = ticket.arriving
+        ticket.resend_at = max(ticket.resend_at, now + self._ledger.config.resend_s)
+        if not self._placed(ticket, arriving, packet, now):
+            ticket.arriving = None
+            self._ledger.send(link.endpoint, m.Cancel(part.id))  # the broker thinks all is well
+        elif arriving.taken == arriving.reply.parts:
+            self._ledger.send(link.endpoint, m.Received((part.id,)))
+            self._deliver(part.id, arriving.packet, now, arriving.assembly.octets)
+
+    def _placed(self, ticket: Ticket, arriving: Arriving, packet: Packet, now: float) -> bool:
+        """Put a payload where it belongs; False where it is not sound, and the request is sent
+        again.
+        """
+        try:
+            if isinstance(part := packet.message, m.Part) and part.number != arriving.taken:
+                raise RemoteProtocolError(f"part {part.number} came for part {arriving.taken}")
+            arriving.assembly.add(packet)
+            arriving.taken += 1
+            if arriving.taken >= arriving.reply.parts and not arriving.assembly.complete:
+                raise RemoteProtocolError("it ended before all of its tensors were here")
+        except RemoteProtocolError as error:
+            self._ledger.counters["damaged"] += 1
+            ticket.story.append(f"a damaged reply was dropped: {error}")
+            self._ledger.log(
+                "warning", "damaged_reply", request=str(ticket.request.id), text=str(error)
             )
-            if answer.transfer is not None:
-                self._await_tensors(ticket, packet)
-            else:
-                self._deliver(answer.id, packet, now)
+            ticket.resend_at = now
+            return False
+        return True
 
     def _deliver(
-        self, request_id: m.RequestId, packet: Packet, now: float, tensors: Any = None
+        self,
+        request_id: m.RequestId,
+        packet: Packet,
+        now: float,
+        octets: Sequence[NDArray[np.uint8]] = (),
+        tensors: Any = None,
     ) -> None:
         ticket = self._ledger.finish(request_id)
         assert ticket is not None
         assert isinstance(packet.message, m.Reply)
         self._ledger.counters["replies"] += 1
-        self._ledger.counters["reply_bytes"] += sum(spec.nbytes for spec in packet.message.manifest)
+        self._ledger.counters["reply_bytes"] += packet.message.tensor_bytes
         times = (ticket.submitted_at, ticket.sent_at, now)
-        self._ledger.act(Deliver(ticket.id, packet, ticket.request, *times, tensors))
+        self._ledger.act(Deliver(ticket.id, packet, ticket.request, *times, octets, tensors))
 
     def _direct(self, reply: m.Reply) -> None:
         if reply.invitation is not None:
@@ -78,7 +136,7 @@ class Answers:
         assert reply is not None
         if event.tensors is not None:
             self._ledger.counters["direct"] += 1
-            self._deliver(event.id, reply, now, event.tensors)
+            self._deliver(event.id, reply, now, tensors=event.tensors)
         else:
             self._ask_by_wire(event.id, ticket, reply, event.error)
 
@@ -111,6 +169,15 @@ class Answers:
             ticket.story.append(f"broker {link.broker}: {failure.text}")
             ticket.resend_at = now + link.heartbeat_s
 
+    def _is_ours(self, ticket: Ticket, reply: m.Reply) -> bool:
+        """Whether a reply is the one to this request; if not, the request ends with that."""
+        if stranger := self._stranger(ticket.packet, reply):
+            self._ledger.fail(reply.id, "identity", stranger)
+            return False
+        identity = (reply.fingerprint, reply.aux_layer_ids)
+        self._ledger.identities.setdefault(reply.model, identity)
+        return True
+
     def _stranger(self, packet: Packet, reply: m.Reply) -> str:
         """Why a reply is not the one to this request, or nothing."""
         request = packet.message
@@ -132,11 +199,3 @@ class Answers:
         if not wrong:
             return ""
         return f"worker {reply.worker} sent a reply that is not ours: {'; '.join(wrong)}"
-
-
-def _damage(packet: Packet) -> str:
-    try:
-        packet.verify()
-    except RemoteProtocolError as error:
-        return str(error)
-    return ""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union
+
+import numpy as np
+from numpy.typing import NDArray
 
 from broker.protocol import Packet
 from broker.protocol import messages as m
@@ -58,6 +61,8 @@ class Deliver:
     #: when it was first sent
     sent_at: float
     arrived_at: float
+    #: those that came by wire, one after the other as the manifest says, each uint8 [nbytes]
+    octets: Sequence[NDArray[np.uint8]] = ()
     #: those that came directly
     tensors: Any = None
 

@@ -11,8 +11,24 @@ from typing import Any
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
 from broker.protocol.link import Link, LinkState, SendTo
+from broker.protocol.parts import Assembly
 from trainer_client.core.config import ClientConfig
 from trainer_client.core.events import Action, Fail, Log
+
+
+@dataclass(eq=False)
+class Arriving:
+    """A reply whose payload comes in parts, and what has come of it."""
+
+    packet: Packet
+    assembly: Assembly
+    #: parts that are here
+    taken: int = 0
+
+    @property
+    def reply(self) -> m.Reply:
+        assert isinstance(self.packet.message, m.Reply)
+        return self.packet.message
 
 
 @dataclass(eq=False)
@@ -32,6 +48,8 @@ class Ticket:
     sends: int = 0
     #: the reply whose tensors are coming directly
     reply: Packet | None = None
+    #: the one whose parts are coming from the broker that has the request
+    arriving: Arriving | None = None
     story: list[str] = field(default_factory=list)
 
     @property
@@ -127,6 +145,7 @@ class Ledger:
         """Take a ticket out of wherever it stands."""
         self.waiting.pop(request_id, None)
         self.receiving.discard(request_id)
+        ticket.arriving = None
         if ticket.endpoint is not None:
             self.in_flight[ticket.endpoint].discard(request_id)
 
@@ -169,3 +188,6 @@ class Ledger:
         for request_id, ticket in self.tickets.items():
             assert ticket.request.id == request_id
             assert (ticket.reply is not None) == (request_id in self.receiving)
+            if (arriving := ticket.arriving) is not None:
+                assert ticket.endpoint is not None
+                assert arriving.taken < arriving.reply.parts

@@ -109,6 +109,8 @@ class ClientCore(Ledger):
         self._actions += link.received(message, now)
         if isinstance(message, (m.Reply, m.Failure)):
             self._answers.answered(link, packet, now)
+        elif isinstance(message, m.Part):
+            self._answers.part(link, packet, now)
         elif isinstance(message, m.MappingWanted):
             self._offer(link, message.mapping_id)
         elif isinstance(message, m.RequestWanted):
@@ -122,7 +124,8 @@ class ClientCore(Ledger):
         if link.ready and not was_ready:
             self.log("debug", "welcomed", endpoint=link.endpoint, broker=link.broker)
             for request_id in self.in_flight[link.endpoint]:
-                self.tickets[request_id].resend_at = now  # the new connection knows nothing of it
+                ticket = self.tickets[request_id]  # the new connection knows nothing of it
+                ticket.resend_at, ticket.arriving = now, None
 
     def _offer(self, link: Link, mapping_id: str) -> None:
         packet = self.mappings.get(mapping_id)

@@ -29,7 +29,7 @@ class Sending:
             ):
                 ticket = self._ledger.tickets[request_id]
                 ticket.take_the_wire()
-                ticket.endpoint = None
+                ticket.endpoint = ticket.arriving = None
                 ticket.story.append(f"lost the broker at {endpoint}")
                 self._ledger.waiting[request_id] = None
                 self._ledger.waiting.move_to_end(request_id, last=False)
@@ -78,6 +78,9 @@ class Sending:
         where = "it was never sent, for no broker had room"
         if ticket.reply is not None:
             where = "its answer came, and its tensors were still on their direct way"
+        elif ticket.arriving is not None:
+            here, parts = ticket.arriving.taken, ticket.arriving.reply.parts
+            where = f"its answer was coming, {here} of {parts} parts of it were here"
         elif ticket.sends:
             where = f"it was sent {ticket.sends} time(s), last to {ticket.endpoint}"
         causes = [trouble(link, now) for link in self._ledger.links.values()]

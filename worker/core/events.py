@@ -18,10 +18,12 @@ class TargetFree:
 
 @dataclass(frozen=True)
 class Computed:
-    """A request's answer is made: the reply, or the failure. The target is done with it, too."""
+    """A request's answer is made: the reply with its parts, or the failure. The target is done with
+    it, too.
+    """
 
     id: m.RequestId
-    answer: Packet
+    answer: tuple[Packet, ...]
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ class Held:
     #: number of the forward that computes it; those that run together have the same
     forward: int = 0
     cancelled: bool = False
-    #: there exactly in the last stage
-    answer: Packet | None = None
+    #: its messages; there exactly in the last stage
+    answer: tuple[Packet, ...] = ()
 
     @property
     def request(self) -> m.Request:

@@ -143,8 +143,8 @@ class WorkerCore:
         if self.leave_at is not None:
             self._send(link.endpoint, encode(m.Draining()))
         for request_id, held in list(self.held.items()):
-            if link.endpoint in held.endpoints and held.answer is not None:
-                self._answer(request_id, held.answer)
+            if link.endpoint in held.endpoints and held.answer:
+                self._answer(request_id, *held.answer)
 
     def _request(self, link: Link, request: m.Request, packet: Packet, now: float) -> None:
         if (held := self.held.get(request.id)) is not None:
@@ -165,8 +165,8 @@ class WorkerCore:
         held.expires_at = now + request.ttl_s
         if link.endpoint not in held.endpoints:
             held.endpoints.append(link.endpoint)
-        if held.answer is not None:
-            self._answer(request.id, held.answer)
+        if held.answer:
+            self._answer(request.id, *held.answer)
 
     def _cancel(self, link: Link, request_id: m.RequestId) -> None:
         held = self.held.get(request_id)
@@ -215,20 +215,22 @@ class WorkerCore:
             self._target_free()
         held = self.held[event.id]
         answer = event.answer
-        if held.cancelled and not m.comes_directly(answer.message):
-            answer = encode(m.Failure(event.id, "cancelled", "cancelled while the target ran"))
-        self._answer(event.id, answer)
+        if held.cancelled and not m.comes_directly(answer[0].message):
+            text = "cancelled while the target ran"
+            answer = (encode(m.Failure(event.id, "cancelled", text)),)
+        self._answer(event.id, *answer)
 
-    def _answer(self, request_id: m.RequestId, answer: Packet) -> None:
+    def _answer(self, request_id: m.RequestId, *answer: Packet) -> None:
         """Send the answer to every broker that waits for it; keep it for those that are away."""
         held = self.held[request_id]
         held.stage, held.answer = Stage.ANSWERED, answer
         for endpoint in list(held.endpoints):
             if self.links[endpoint].ready:
                 held.endpoints.remove(endpoint)
-                self._send(endpoint, answer)
+                for packet in answer:
+                    self._send(endpoint, packet)
         # Late news of a transfer is none.
-        if not held.endpoints or m.comes_directly(answer.message):
+        if not held.endpoints or m.comes_directly(answer[0].message):
             del self.held[request_id]
 
     def _compute_next(self, now: float) -> None:
@@ -315,8 +317,8 @@ class WorkerCore:
         for held in self.held.values():
             assert held.endpoints
             assert set(held.endpoints) <= set(self.links)
-            assert (held.answer is None) == (held.stage is not Stage.ANSWERED)
-            assert held.answer is None or not any(self.links[e].ready for e in held.endpoints)
+            assert bool(held.answer) == (held.stage is Stage.ANSWERED)
+            assert not held.answer or not any(self.links[e].ready for e in held.endpoints)
         begun = [i for i, held in self.held.items() if held.stage is Stage.COMPUTING]
         assert tuple(begun) == self.computing
         computing = {self.held[request_id].forward for request_id in begun}

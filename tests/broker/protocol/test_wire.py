@@ -20,7 +20,7 @@ from broker.protocol import (
     wire,
 )
 from broker.protocol import messages as m
-from broker.protocol.tensors import from_frames, to_frames
+from broker.protocol.tensors import from_packet, to_frames
 from tests.broker.protocol import strategies
 
 ID = m.RequestId("rank0", 7, 3)
@@ -59,7 +59,7 @@ def test_every_tensor_survives_the_wire_in_frames_of_any_size(drawn: dict, size:
     }
     packet = decode(octets(offer(tensors, size)))
     packet.verify()
-    back = from_frames(packet.message.manifest, packet.payload)
+    back = from_packet(packet)
     assert list(back) == list(tensors)
     for name, tensor in tensors.items():
         assert back[name].dtype == tensor.dtype
@@ -74,7 +74,7 @@ def test_a_bool_tensor_a_scalar_and_an_empty_one_survive_the_wire() -> None:
         "empty": torch.empty(0, 3, dtype=torch.int64),
     }
     packet = decode(octets(offer(tensors)))
-    back = from_frames(packet.message.manifest, packet.payload)
+    back = from_packet(packet)
     for name, tensor in tensors.items():
         assert torch.equal(back[name], tensor)
         assert back[name].shape == tensor.shape
@@ -82,7 +82,7 @@ def test_a_bool_tensor_a_scalar_and_an_empty_one_survive_the_wire() -> None:
 
 def test_a_received_tensor_may_be_written_to() -> None:
     packet = decode(octets(offer({"a": torch.zeros(3)})))
-    from_frames(packet.message.manifest, packet.payload)["a"].fill_(1.0)
+    from_packet(packet)["a"].fill_(1.0)
 
 
 def test_contiguous_tensors_are_sent_from_their_own_memory() -> None:
@@ -153,7 +153,7 @@ def test_a_body_nested_too_deeply_is_refused() -> None:
 
 
 def test_another_version_is_named_with_both_numbers() -> None:
-    with pytest.raises(VersionMismatchError, match="version 9, this side speaks version 1"):
+    with pytest.raises(VersionMismatchError, match="version 9, this side speaks version 2"):
         decode([sealed([1], version=9)])
 
 
@@ -273,7 +273,7 @@ def test_a_direct_reply_has_a_manifest_and_no_frames() -> None:
 
 
 def test_a_direct_reply_with_frames_or_over_the_limit_is_refused() -> None:
-    with pytest.raises(LocalProtocolError, match="has frames, its reply says that it has none"):
+    with pytest.raises(LocalProtocolError, match="the tensors are said to come elsewhere"):
         encode(direct_reply(m.TensorSpec("aux", "uint8", (4,), 1)), [b"1234"])
     large = direct_reply(m.TensorSpec("aux", "uint8", (4096,), 0))
     with pytest.raises(LocalProtocolError, match="has 4096 bytes, the limit is 1024"):
