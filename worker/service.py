@@ -36,6 +36,8 @@ from worker.pipeline import Pipeline
 from worker.targets.contract import Target, describe
 
 _logger = logging.getLogger("draftmq.worker")
+#: For what is on its way when a worker leaves at once.
+_LINGER_S = 1.0
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
@@ -152,12 +154,16 @@ class Worker:
         return left
 
     def stop(self) -> None:
-        """Leave now. A running forward is waited for; its answer is not sent."""
+        """Leave now. A running forward is waited for; its answer is not sent.
+
+        The last answers of a worker that drained have the rest of its time to leave.
+        """
         if self._http is not None:
             self._http.stop()
             self._http = None
         if self._loop.running:
-            self._loop.stop()
+            left_s = (self.core.leave_at or 0.0) - time.monotonic() if self.core.left else 0.0
+            self._loop.stop(max(_LINGER_S, left_s))
         self._left.set()
         self._pipeline.stop()
         self._sender.close()

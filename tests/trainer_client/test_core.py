@@ -64,7 +64,7 @@ class Rig:
         self.handle(Submit(packet, self.now + deadline_s))
         return packet
 
-    def reply(self, request: Packet, endpoint: str = A, **changes: object) -> Packet:
+    def reply_to(self, request: Packet, **changes: object) -> m.Reply:
         assert isinstance(request.message, m.Request)
         fields: dict[str, object] = {
             "id": request.message.id,
@@ -79,7 +79,10 @@ class Rig:
             "info_json": "",
             "manifest": (),
         }
-        packet = encode(m.Reply(**(fields | changes)))  # type: ignore[arg-type]
+        return m.Reply(**(fields | changes))  # type: ignore[arg-type]
+
+    def reply(self, request: Packet, endpoint: str = A, **changes: object) -> Packet:
+        packet = encode(self.reply_to(request, **changes))
         self.arrive(packet, endpoint)
         return packet
 

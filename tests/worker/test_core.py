@@ -5,6 +5,7 @@ from dataclasses import replace
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
 from broker.protocol.link import Arrived, Connected, Disconnected, SendTo, Tick
+from broker.protocol.parts import in_parts
 from tests.broker.rig import mapping_offer, model
 from worker.core import (
     Compute,
@@ -459,3 +460,39 @@ def test_a_forward_of_several_counts_as_one_towards_those_whose_answers_are_made
     assert batches(rig) == [[1], [2, 3, 4, 5]]
     rig.computed(m.RequestId("c", 1, 1))
     assert batches(rig) == [[6]]
+
+
+def parts_of(request_id: m.RequestId) -> tuple[Packet, ...]:
+    manifest = (m.TensorSpec("aux", "uint8", (4,), 2),)
+    reply = (request_id, "w", "tiny", "f0", (1, 3, 4), 0, "", "probs", 1.0, "", manifest)
+    return in_parts(m.Reply(*reply), [b"ab", b"cd"], nbytes=2)
+
+
+def test_the_parts_of_a_reply_are_sent_behind_it() -> None:
+    rig = Rig()
+    rig.welcome()
+    one = rig.request(1)
+    rig.sent.clear()
+    rig.handle(Computed(one, parts_of(one)))
+    assert [message for _, message in rig.sent] == [x.message for x in parts_of(one)]
+    assert not rig.core.held
+
+
+def test_a_reply_in_parts_that_was_made_without_a_broker_is_sent_whole_when_it_is_back() -> None:
+    rig = Rig()
+    rig.welcome()
+    one = rig.request(1)
+    rig.handle(Disconnected(A))
+    rig.handle(Computed(one, parts_of(one)))
+    rig.sent.clear()
+    rig.welcome()
+    assert [message for _, message in rig.sent][1:] == [x.message for x in parts_of(one)]
+
+
+def test_a_reply_in_parts_is_not_sent_when_it_was_cancelled_while_the_target_ran() -> None:
+    rig = Rig()
+    rig.welcome()
+    one = rig.request(1)
+    rig.arrive(m.Cancel(one))
+    rig.handle(Computed(one, parts_of(one)))
+    assert rig.answers() == ["Failure 1 cancelled"]
