@@ -111,6 +111,9 @@ class Clients:
             if request_id.client == client.id:
                 self._ledger.answers.discard(request_id)
                 self._ledger.reply_room.free(request_id)
+                entry = self._ledger.entries.get(request_id)
+                if entry is not None and entry.passing is not None:
+                    self._requests.drop(entry, cancel=False)
 
     def mapping_offer(self, client: ClientSession, packet: Packet, now: float) -> None:
         """The content of a mapping that requests wait for."""

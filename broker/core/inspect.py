@@ -32,7 +32,8 @@ def validate(core: BrokerCore) -> None:
     for worker in core.workers.values():
         assert core.pools[worker.model].workers[worker.id] is worker
         assert worker.free >= 0
-        assert all(core.entries[id_].passing for id_ in worker.passing)
+        replies = [core.entries[request_id].passing for request_id in worker.passing]
+        assert all(reply is not None and not reply.complete for reply in replies)
     for request_id, entry in core.entries.items():
         assert entry.id == request_id
         assert request_id not in core.answers
@@ -51,9 +52,9 @@ def validate(core: BrokerCore) -> None:
         assert sum(places.values()) == 1, f"{entry} is in these places: {places}"
         assert all(request_id in core.workers[worker].running for worker in entry.workers)
         if (passing := entry.passing) is not None:
-            assert request_id in core.workers[passing.worker].passing
-            assert not passing.complete
+            assert passing.complete or request_id in core.workers[passing.worker].passing
             assert core.clients[entry.client].connection is not None
+            assert request_id in core.clients[entry.client].requests
     assert {id_ for id_, e in core.entries.items() if e.suspects} <= set(core.bereft)
     assert core.bereft.items() <= core.entries.items()
     assert core.suspected.keys() <= core.bereft.keys()

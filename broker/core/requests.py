@@ -36,8 +36,6 @@ class Requests:
             ledger.forward(Side.CLIENT, client.connection, held)
         elif (entry := ledger.entries.get(request.id)) is not None:
             self._asked_again(entry, packet, client, now)
-        elif request.id in ledger.reply_room:  # its answer is on this connection
-            ledger.counters["resends"] += 1
         elif len(client.requests) >= ledger.config.window:
             there, window = len(client.requests), ledger.config.window
             text = f"{there} requests are under way, the window is {window}"
@@ -54,6 +52,8 @@ class Requests:
         request = cast(m.Request, packet.message)
         self._ledger.counters["resends"] += 1
         entry.expires_at = now + request.ttl_s
+        if entry.passing is not None and now >= entry.passing.awaited_until:
+            self.break_off(entry, "its client did not get all of it", now)
         if entry.packet is None and entry.under_way:  # one has it from before a restart
             entry.request, entry.job = request, client.job
             client.requests.add(entry.id)
@@ -213,18 +213,15 @@ class Requests:
         ledger.counters["reply_bytes"] += nbytes
 
     def _begin_passing(self, entry: Entry, passing: Passing) -> None:
-        """A reply comes in parts: nobody else needs to compute it; where nobody is there to take
-        it, it is lost, and its client will ask again.
+        """A reply comes in parts, so nobody else needs to compute it. Where nobody is there to take
+        it, it is lost: its client will ask again.
         """
         ledger = self._ledger
         client = ledger.clients.get(entry.client)
-        if (
-            client is None
-            or client.connection is None
-            or client.incarnation != entry.id.incarnation
-        ):
+        if client is None or not self._takes(client, entry):
             self.drop(entry, cancel=True)
             return
+        client.requests.add(entry.id)
         self._withdraw(entry)
         ledger.hedged.discard(entry.id)
         entry.hedge, entry.passing = "", passing
@@ -232,8 +229,17 @@ class Requests:
         ledger.reply_room.owe(entry.id, entry.n_tokens, passing.reply.tensor_bytes)
         ledger.forward(Side.CLIENT, client.connection, passing.packet)
 
+    def _takes(self, client: ClientSession, entry: Entry) -> bool:
+        """Whether it is there; since a restart of ours it may not have asked for it again yet."""
+        if client.connection is None or client.incarnation != entry.id.incarnation:
+            return False
+        has_room = len(client.requests) < self._ledger.config.window
+        return entry.id in client.requests or has_room
+
     def pass_on(self, entry: Entry, passing: Passing, packet: Packet, now: float) -> None:
-        """The next part of a reply goes to its client; with the last the request ends."""
+        """The next part of a reply goes to its client; with the last the worker is done, and when
+        its client says that it has all of it the request ends.
+        """
         if wrong := passing.take(packet):
             self._ledger.counters["bad_messages"] += 1
             self.break_off(entry, wrong, now)
@@ -245,8 +251,8 @@ class Requests:
             nbytes = passing.packet.nbytes + passing.nbytes
             self._replied(entry, worker, passing.reply, nbytes, passing.since, now)
             client.answered += 1
-            self.drop(entry, cancel=False)
-            self._ledger.reply_room.owe(entry.id, entry.n_tokens, passing.nbytes)
+            worker.passing.discard(entry.id)
+            passing.awaited_until = now + self._ledger.config.liveness_s
 
     def break_off(self, entry: Entry, why: str, now: float) -> None:
         """The rest of a reply does not come: the request runs again."""
@@ -257,9 +263,9 @@ class Requests:
 
     def end_passing(self, client: ClientSession) -> None:
         """Its connection is gone, with the parts that it had: it will ask again."""
-        for worker in self._ledger.workers.values():
-            for request_id in [each for each in worker.passing if each.client == client.id]:
-                self.drop(self._ledger.entries[request_id], cancel=False)
+        for entry in [self._ledger.entries[request_id] for request_id in client.requests]:
+            if entry.passing is not None:
+                self.drop(entry, cancel=False)
 
     def _end_passing(self, entry: Entry) -> None:
         if entry.passing is not None:

@@ -28,10 +28,6 @@ class Room:
         #: client -> request -> bytes; no empty ones
         self._taken: defaultdict[str, dict[RequestId, int]] = defaultdict(dict)
 
-    def __contains__(self, request_id: RequestId) -> bool:
-        """Whether anything is taken for this request."""
-        return request_id in self._taken.get(request_id.client, {})
-
     def fits_client(self, client: str, nbytes: int) -> bool:
         """Whether this client may have so much more."""
         taken = self._taken.get(client)

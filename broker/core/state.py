@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
@@ -64,8 +65,9 @@ class WorkerSession:
 
 @dataclass(eq=False)
 class Passing:
-    """A reply in parts on its way through here. Nothing of it is kept: if it breaks off, or its
-    client's connection does, the request runs again.
+    """A reply in parts on its way through here, until its client says that it has all of it.
+
+    Nothing of it is kept: where it breaks off, or its client's connection, the request runs again.
     """
 
     worker: str
@@ -76,6 +78,8 @@ class Passing:
     parts: int = 0
     #: bytes that have come
     nbytes: int = 0
+    #: when its client should have said that it has it; nobody knows before the last part
+    awaited_until: float = math.inf
 
     @property
     def reply(self) -> Reply:

@@ -38,7 +38,6 @@ def test_each_part_is_passed_on_when_it_comes(rig: Rig) -> None:
     for packet in packets:
         rig.from_worker("w1", packet)
         assert of_reply(rig) == [packet.message]
-    assert not rig.core.entries
     assert rig.core.counters["replies"] == 1
     assert rig.core.counters["reply_bytes"] == packets[0].nbytes + 8
 
@@ -51,6 +50,21 @@ def test_nothing_of_it_is_kept_and_its_room_is_taken_until_it_is_acknowledged(ri
         assert len(rig.core.answers) == 0
     rig.from_client("c", m.Received((rig.id("c", 1),)))
     assert rig.core.reply_room.taken_bytes == 0
+    assert not rig.core.entries
+
+
+def test_a_reply_whose_end_its_client_never_gets_is_computed_again(rig: Rig) -> None:
+    rig.ask("c", 1)
+    for packet in answer(rig):
+        rig.from_worker("w1", packet)
+    rig.got("w1")
+    alive = [(Side.CLIENT, "c"), (Side.WORKER, "w1")]
+    rig.pass_time(rig.core.config.liveness_s - 0.5, *alive)
+    rig.ask("c", 1)  # it may still be on its way
+    assert rig.requests("w1") == []
+    rig.pass_time(1.0, *alive)
+    rig.ask("c", 1)
+    assert rig.requests("w1") == ["c#1"]
 
 
 def test_the_worker_has_its_credit_back_with_the_first_word(rig: Rig) -> None:
