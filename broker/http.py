@@ -56,9 +56,10 @@ class WsgiServer:
             channel_timeout=30,
             **options,
         )
-        listening = [one for one in self._sockets.values() if isinstance(one, BaseWSGIServer)]
-        self.address = f"{listening[0].effective_host}:{listening[0].effective_port}"
-        self._trigger = listening[0].trigger
+        self._listening = [o for o in self._sockets.values() if isinstance(o, BaseWSGIServer)]
+        first = self._listening[0]
+        self.address = f"{first.effective_host}:{first.effective_port}"
+        self._trigger = first.trigger
         self._thread = threading.Thread(target=self._server.run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -72,8 +73,12 @@ class WsgiServer:
         self._trigger.close()
 
     def _leave(self) -> None:
-        """On the server's own thread. What wakes it stays open: it may be in use just now."""
+        """On the server's own thread. What wakes it stays open, for it may be in use just now; so
+        what listens is closed without its own ``close``, which would close that too.
+        """
         self._trigger.del_channel()
+        for listening in self._listening:
+            wasyncore.dispatcher.close(listening)
         wasyncore.close_all(self._sockets)
 
 

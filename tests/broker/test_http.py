@@ -114,6 +114,18 @@ def test_a_server_leaves_nothing_behind_though_a_browser_keeps_its_connection() 
     kept.close()
 
 
+def test_a_server_that_another_thread_wakes_as_it_stops_stops_all_the_same() -> None:
+    server = HttpServer("127.0.0.1:0", {})
+    server.start()
+    with server._trigger.lock:  # as ``stop`` does, but for its own wake-up
+        server._trigger.thunks.append(server._leave)
+    server._trigger.pull_trigger()
+    server._thread.join(timeout=5)
+    assert not server._thread.is_alive()
+    server._trigger.pull_trigger()  # that comes now; its descriptor must not be another's
+    server._trigger.close()
+
+
 def test_a_name_with_several_addresses_is_listened_on() -> None:
     server = HttpServer("127.0.0.1:0 127.0.0.2:0", {"/": lambda environ: text("here")})
     server.start()
