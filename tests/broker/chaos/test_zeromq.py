@@ -20,6 +20,10 @@ from worker.service import Worker
 from worker.targets.stub import StubTarget
 
 PATIENCE_S = 30.0
+#: Embeddings of 12 MiB: a reply of three parts.
+_LARGE_VOCAB = 196_608
+#: Which way a reply goes through the proxy of the clients, and of the workers.
+_WAY = {1: "bytes_down", 2: "bytes_up"}
 
 
 @pytest.fixture
@@ -49,15 +53,19 @@ def test_a_dealer_comes_back_after_each_cut(context: zmq.Context[zmq.Socket[byte
 class Cluster:
     """A broker, a worker and a client, with a proxy between the broker and both."""
 
-    def __init__(self, stack: contextlib.ExitStack) -> None:
+    def __init__(self, stack: contextlib.ExitStack, vocab_size: int = 2048) -> None:
         config = BrokerConfig(heartbeat_s=0.1, liveness_s=0.5)
         self.broker = stack.enter_context(Broker(config=config))
         upstream = [self.broker.client_endpoint, self.broker.worker_endpoint]
         self.proxy = stack.enter_context(ChaosProxy(["tcp://127.0.0.1:0"] * 2, upstream))
         clients, workers = self.proxy.endpoints
-        self.target = StubTarget(vocab_size=2048)
+        self.target = StubTarget(vocab_size=vocab_size)
         stack.enter_context(Worker(self.target, workers, name="w"))
         self.client = stack.enter_context(Client([clients]))
+
+    def passed(self, pair: int) -> int:
+        """Bytes that have gone the way of replies through the clients' proxy, or the workers'."""
+        return int(self.proxy.snapshot()["counters"][_WAY[pair]])
 
     def ask(self) -> PendingReply:
         return self.client.submit("input_embeddings", timeout_s=PATIENCE_S)
@@ -98,6 +106,25 @@ def test_requests_are_answered_through_a_fault(
     for pending in [cluster.ask() for _ in range(4)]:
         cluster.expect(pending)
     assert sum(cluster.proxy.snapshot()["injected"].values()) > 0
+
+
+@pytest.mark.parametrize("pair", [1, 2])
+@pytest.mark.parametrize("kind", ["cut", "truncate", "corrupt", "stall"])
+def test_a_fault_strikes_between_two_parts_of_a_reply(kind: str, pair: int) -> None:
+    with contextlib.ExitStack() as stack:
+        cluster = Cluster(stack, vocab_size=_LARGE_VOCAB)
+        cluster.expect(cluster.ask())
+        passed = cluster.passed(pair)
+        slowly = {"kind": "throttle", "bytes_per_s": passed, "pair": pair}
+        cluster.proxy.inject(read_fault(slowly))  # the reply takes a second
+        pending = cluster.ask()
+        eventually(lambda: cluster.passed(pair) > 1.4 * passed)
+        cluster.proxy.heal()
+        seconds = {"for": 0.8} if kind == "stall" else {}
+        cluster.proxy.inject(read_fault({"kind": kind, "pair": pair, **seconds}))
+        assert cluster.passed(pair) < 2 * passed, "the reply was through before the fault"
+        cluster.expect(pending)
+        cluster.expect(cluster.ask())
 
 
 def test_a_handshake_that_was_damaged_is_begun_again() -> None:
