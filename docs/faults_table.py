@@ -30,6 +30,8 @@ _PROXY = "tests/broker/chaos/test_zeromq.py"
 _DOORS = "tests/broker/test_security_doors.py"
 _KEYS = "tests/integration/test_security.py"
 _CHAOS = "tests/chaos/test_chaos.py"
+_PARTS = "tests/broker/test_core_parts.py"
+_CLIENT_PARTS = "tests/trainer_client/test_core_parts.py"
 
 FAULTS = (
     Fault(
@@ -85,6 +87,30 @@ FAULTS = (
         "after the reply was computed, before it was taken",
         "the resend is answered from the store, without another forward",
         f"{_BROKER}::test_an_answer_to_a_disconnected_client_is_kept_for_its_resend",
+    ),
+    Fault(
+        "cut, stalled, cut short or damaged: the worker's connection, or the client's",
+        "between two parts of a large reply",
+        "a slower step: the rest of it comes, or the request runs again",
+        f"{_PROXY}::test_a_fault_strikes_between_two_parts_of_a_reply",
+    ),
+    Fault(
+        "a worker dies",
+        "between two parts of its reply",
+        "the request runs elsewhere; what had come is dropped",
+        f"{_PARTS}::test_worker_dies_between_two_parts",
+    ),
+    Fault(
+        "a client's connection is cut",
+        "between two parts of its reply",
+        "the request runs again, for the broker keeps no large reply",
+        f"{_PARTS}::test_client_is_away_between_two_parts",
+    ),
+    Fault(
+        "a part of a reply is damaged, missing, twice or cut short",
+        "on its way to the client",
+        "nothing of that reply is taken, and it is asked for again",
+        f"{_CLIENT_PARTS}::test_a_part_is_not_sound",
     ),
     Fault(
         "an answer or its acknowledgement is lost",

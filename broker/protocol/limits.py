@@ -13,9 +13,9 @@ GIB = 1 << 30
 class Limits:
     """Upper bounds for one message; the broker's are sent to every peer that says hello."""
 
-    #: The frame table of a 4 GiB reply in 1 MiB frames takes 48 KiB; the rest is room.
+    #: A model's config has 256 KiB at the most, a frame table 12 bytes a frame; the rest is room.
     max_header_bytes: int = 1 * MIB
-    #: 4 GiB in frames of 1 MiB, and some.
+    #: Of one message. Peers send some tens: large replies are several messages.
     max_frames: int = 8192
     #: libzmq allocates a frame at once when its length is announced, so this is also what a
     #: stranger can make the broker allocate: ``ZMQ_MAXMSGSIZE`` cuts off whoever announces more.
