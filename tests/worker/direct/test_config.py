@@ -6,18 +6,20 @@ from broker.protocol.channel import Channel, Failed, Open
 from worker.direct.config import DirectConfig, choose, split_address
 
 LOCAL, REMOTE = ["tcp://127.0.0.1:5556"], ["tcp://10.1.2.3:5556"]
+CPU = ("shm", "gloo")
 
 
 @pytest.mark.parametrize(
     ("config", "device", "brokers", "backends", "why"),
     [
-        ({}, "cpu", LOCAL, ("gloo",), "brokers on this machine"),
-        ({}, "cpu", ["ipc:///tmp/x", "tcp://[::1]:1", "tcp://localhost:2"], ("gloo",), "machine"),
+        ({}, "cpu", LOCAL, CPU, "brokers on this machine"),
+        ({}, "cpu", ["ipc:///tmp/x", "tcp://[::1]:1", "tcp://localhost:2"], CPU, "machine"),
         ({}, "cpu", REMOTE, (), "--direct-address auto, or an address, allows it"),
         ({}, "cpu", [*LOCAL, *REMOTE], (), "the broker at 10.1.2.3 is on a network"),
-        ({"address": "10.1.2.9"}, "cpu", REMOTE, ("gloo",), "--direct-address 10.1.2.9"),
+        ({"address": "10.1.2.9"}, "cpu", REMOTE, CPU, "--direct-address 10.1.2.9"),
         ({"mode": "off"}, "cpu", LOCAL, (), "--direct off"),
         ({"mode": "gloo"}, "cuda:0", LOCAL, ("gloo",), "--direct gloo"),
+        ({"mode": "shm"}, "cpu", LOCAL, ("shm",), "--direct shm"),
         ({"mode": "nccl"}, "cpu", LOCAL, (), "--direct nccl cannot move tensors on cpu"),
         ({"mode": "ipc"}, "cuda:1", LOCAL, ("ipc",), "--direct ipc"),
     ],
@@ -44,7 +46,7 @@ def test_auto_takes_the_interface_that_reaches_the_broker() -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"mode": "rdma"}, "direct must be one of auto, ipc, nccl, gloo, off, got 'rdma'"),
+        ({"mode": "rdma"}, "direct must be one of auto, ipc, nccl, shm, gloo, off, got 'rdma'"),
         ({"ports": (9, 3)}, "FIRST-LAST within 0-65535, got 9-3"),
         ({"ports": (1, 70000)}, "got 1-70000"),
         ({"min_bytes": 0}, "min_bytes must be above 0, got 0"),
