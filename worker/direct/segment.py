@@ -20,7 +20,7 @@ from worker.direct.pair import PairStore
 
 #: Names of the workers' sockets begin so: in the kernel's abstract space, where no files stay.
 NAME = b"\0draftmq-"
-_SECRET_BYTES = 16
+SECRET_BYTES = 16
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
@@ -33,7 +33,7 @@ def possible() -> bool:
     return True
 
 
-def host(store: PairStore, nbytes: int) -> tuple[socket.socket, mmap.mmap]:
+def lend(store: PairStore, nbytes: int) -> tuple[socket.socket, mmap.mmap]:
     """The worker's part: a connection to the client, and a segment that both have.
 
     Raises :class:`TransferError` when the client does not come or is another user's, and
@@ -41,7 +41,7 @@ def host(store: PairStore, nbytes: int) -> tuple[socket.socket, mmap.mmap]:
     """
     connection = _admit(store)
     try:
-        segment = _lend(connection, nbytes)
+        segment = _make(connection, nbytes)
         store.set("lent", "1")
     except BaseException:
         connection.close()
@@ -49,7 +49,7 @@ def host(store: PairStore, nbytes: int) -> tuple[socket.socket, mmap.mmap]:
     return connection, segment
 
 
-def visit(store: PairStore, nbytes: int) -> tuple[socket.socket, mmap.mmap]:
+def borrow(store: PairStore, nbytes: int) -> tuple[socket.socket, mmap.mmap]:
     """The client's part: a connection to the worker, and its segment to read from.
 
     Raises :class:`TransferError` when the worker is another user's or what it lends is unsafe, and
@@ -59,7 +59,7 @@ def visit(store: PairStore, nbytes: int) -> tuple[socket.socket, mmap.mmap]:
     try:
         store.set("called", "1")
         store.wait(["lent"])
-        segment = borrow(connection, nbytes)
+        segment = take(connection, nbytes)
     except BaseException:
         connection.close()
         raise
@@ -67,7 +67,7 @@ def visit(store: PairStore, nbytes: int) -> tuple[socket.socket, mmap.mmap]:
 
 
 def _admit(store: PairStore) -> socket.socket:
-    secret = secrets.token_bytes(_SECRET_BYTES)
+    secret = secrets.token_bytes(SECRET_BYTES)
     with local_socket() as door:
         door.bind(NAME + secrets.token_hex(8).encode())
         door.listen()
@@ -85,7 +85,7 @@ def _admit(store: PairStore) -> socket.socket:
 
 def _call(store: PairStore) -> socket.socket:
     told = store.get("door")
-    secret, name = told[:_SECRET_BYTES], told[_SECRET_BYTES:]
+    secret, name = told[:SECRET_BYTES], told[SECRET_BYTES:]
     if not name.startswith(NAME):
         raise TransferError(f"the worker named {name!r:.80}, which is no socket of a worker")
     connection = local_socket()
@@ -114,11 +114,11 @@ def _is_ours(connection: socket.socket) -> bool:
 
 def _said(caller: socket.socket) -> bytes:
     with contextlib.suppress(OSError):
-        return caller.recv(_SECRET_BYTES, socket.MSG_DONTWAIT)
+        return caller.recv(SECRET_BYTES, socket.MSG_DONTWAIT)
     return b""
 
 
-def _lend(connection: socket.socket, nbytes: int) -> mmap.mmap:
+def _make(connection: socket.socket, nbytes: int) -> mmap.mmap:
     segment = os.memfd_create("draftmq", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         # all its pages now: where memory lacks this is an error, and a signal would come later
@@ -131,7 +131,7 @@ def _lend(connection: socket.socket, nbytes: int) -> mmap.mmap:
         os.close(segment)
 
 
-def borrow(connection: socket.socket, nbytes: int) -> mmap.mmap:
+def take(connection: socket.socket, nbytes: int) -> mmap.mmap:
     """Map what the worker has sent, to read from; it must not be able to shrink.
 
     Raises :class:`TransferError` for anything that could fail under the reader.
@@ -143,9 +143,7 @@ def borrow(connection: socket.socket, nbytes: int) -> mmap.mmap:
     try:
         size = os.fstat(segment).st_size
         if size != nbytes or not _seals(segment) & fcntl.F_SEAL_SHRINK:
-            raise TransferError(
-                f"the worker lent {size} bytes that may shrink, not {nbytes} sealed"
-            )
+            raise TransferError(f"what the worker lent ({size} bytes) is not {nbytes} that stay")
         return mmap.mmap(segment, nbytes, prot=mmap.PROT_READ)
     finally:
         os.close(segment)

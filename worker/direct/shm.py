@@ -22,7 +22,7 @@ from broker.protocol.memory import POOL
 from worker.direct.backend import WORKER, TransferError, out_of_step
 from worker.direct.pair import OnPair, PairStore
 from worker.direct.parts import Piece, on_host, parts
-from worker.direct.segment import host, visit
+from worker.direct.segment import borrow, lend
 
 #: A slot takes a part. Of 1 to 8 MiB and two to eight slots these were among the fastest and take
 #: the least memory, 4 MiB a channel (docs/decisions/0010-shared-memory.md).
@@ -36,7 +36,7 @@ class ShmBackend(OnPair):
 
     def __init__(self, store: PairStore, rank: int) -> None:
         super().__init__(store)
-        self._notes, segment = (host if rank == WORKER else visit)(store, SLOTS * PART_BYTES)
+        self._notes, segment = (lend if rank == WORKER else borrow)(store, SLOTS * PART_BYTES)
         #: the client's is read-only
         self._slots = np.frombuffer(segment, np.uint8).reshape(SLOTS, PART_BYTES)
 

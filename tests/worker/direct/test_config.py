@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from broker.protocol.channel import Channel, Failed, Open
@@ -36,6 +38,17 @@ def test_the_choice_says_why(
 def test_a_gpu_comes_first_and_gloo_last() -> None:
     backends = choose(DirectConfig(), "cuda", LOCAL).backends
     assert (backends[0], backends[-1]) == ("ipc", "gloo")
+
+
+@pytest.mark.parametrize("refusal", [AttributeError, PermissionError])  # not Linux, or a sandbox
+def test_shared_memory_is_not_offered_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, refusal: type[Exception]
+) -> None:
+    def memfd_create(*_: object) -> int:
+        raise refusal
+
+    monkeypatch.setattr(os, "memfd_create", memfd_create)
+    assert choose(DirectConfig(), "cpu", LOCAL).backends == ("gloo",)
 
 
 def test_auto_takes_the_interface_that_reaches_the_broker() -> None:
