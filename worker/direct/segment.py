@@ -30,7 +30,7 @@ def possible() -> bool:
         os.close(os.memfd_create("draftmq"))
     except (AttributeError, OSError):
         return False
-    return True
+    return hasattr(socket, "SO_PEERCRED")
 
 
 def lend(store: PairStore, nbytes: int) -> tuple[socket.socket, mmap.mmap]:
