@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -51,14 +52,15 @@ def test_many_transfers_in_several_parts(backend: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(sent, got, strict=True))
 
 
-def test_ends_that_are_out_of_step_notice(backend: str) -> None:
+def test_ends_that_are_out_of_step_notice_at_once(backend: str) -> None:
     sent = [torch.ones(100, dtype=torch.uint8)]
     with pair(backend) as (worker, client):
-        sending = threading.Thread(target=lambda: _suppressed(lambda: worker.send(4, sent, 1.0)))
+        sending = threading.Thread(target=lambda: _suppressed(lambda: worker.send(4, sent, 60.0)))
         sending.start()
         with pytest.raises(TransferError, match=r"part \(5, 0\) was expected, \(4, 0\) came"):
-            client.receive(5, [100], 1.0)
-        sending.join()
+            client.receive(5, [100], 60.0)
+        sending.join(10)
+        assert not sending.is_alive()
 
 
 def _suppressed(call: object) -> None:
@@ -75,8 +77,10 @@ def test_a_peer_that_does_nothing_is_waited_for_no_longer_than_the_limit(
             "send": lambda: worker.send(0, [torch.ones(8, dtype=torch.uint8)], 0.2),
             "receive": lambda: client.receive(0, [8], 0.2),
         }
+        began = time.monotonic()
         with pytest.raises(TransferError, match=r"(?i)timed out"):
             calls[side]()
+        assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("interrupter", ["itself", "its peer"])

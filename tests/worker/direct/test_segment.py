@@ -65,6 +65,7 @@ def mapped() -> list[str]:
 
 def shown_out(stranger: socket.socket) -> bool:
     """The other end closes the connection, and has sent nothing."""
+    stranger.settimeout(10)
     try:
         return stranger.recv(1) == b""
     except ConnectionResetError:  # without reading what was said
