@@ -121,7 +121,7 @@ def _said(caller: socket.socket) -> bytes:
 def _make(connection: socket.socket, nbytes: int) -> mmap.mmap:
     segment = os.memfd_create("draftmq", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        # all its pages now: where memory lacks this is an error, and a signal would come later
+        # all its pages now: a lack of memory is an error here, and would be a signal later
         os.posix_fallocate(segment, 0, nbytes)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
         fcntl.fcntl(segment, fcntl.F_ADD_SEALS, seals)
