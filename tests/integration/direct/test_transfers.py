@@ -151,9 +151,9 @@ def test_the_choice_is_shown_to_operators(
     cluster: Cluster, mapping: VocabMapping, small: DirectConfig
 ) -> None:
     cluster.worker(direct=small)
-    cluster.worker(make_target(), direct=DirectConfig(mode="off"))
     remote = cluster.trainer(mapping, direct=small)
-    until_direct(remote)
+    until_direct(remote)  # before there is another worker, which might be given every request
+    cluster.worker(make_target(), direct=DirectConfig(mode="off"))
 
     def shown() -> bool:
         status = cluster.broker.snapshot()
