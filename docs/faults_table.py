@@ -23,6 +23,7 @@ class Fault:
 _TRAIN = "tests/integration/test_training.py"
 _PROCESSES = "tests/integration/test_processes.py"
 _DIRECT = "tests/integration/direct/test_faults.py"
+_SEGMENTS = "tests/integration/direct/test_segments.py"
 _BROKER = "tests/broker/test_core.py"
 _CLIENT = "tests/trainer_client/test_core.py"
 _INPUT = "tests/integration/test_bad_input.py"
@@ -330,6 +331,24 @@ FAULTS = (
         "in a transfer",
         "one slower step each",
         f"{_DIRECT}::test_a_channel_is_cut_in_mid_transfer",
+    ),
+    Fault(
+        "SIGKILL of a worker",
+        "in a send through shared memory",
+        "its segment is free at once",
+        f"{_SEGMENTS}::test_a_segment_is_free_when_the_worker_is_killed",
+    ),
+    Fault(
+        "SIGKILL of a trainer",
+        "in a receive through shared memory",
+        "its segment is free at once",
+        f"{_SEGMENTS}::test_a_segment_is_free_when_the_client_is_killed",
+    ),
+    Fault(
+        "shared memory cannot be had, or the other end is another user's",
+        "while a channel connects",
+        "by wire, then by Gloo",
+        f"{_SEGMENTS}::test_what_shared_memory_cannot_do_gloo_does",
     ),
 )
 

@@ -26,8 +26,9 @@ DTYPE_BYTES: dict[str, int] = {
     "float64": 8,
 }
 
-#: Ways of a direct transfer: CUDA IPC within one host, NCCL between GPUs, Gloo between CPUs.
-BACKENDS = ("ipc", "nccl", "gloo")
+#: Ways of a direct transfer: CUDA IPC within one host, NCCL between GPUs, shared memory within one
+#: host, Gloo between CPUs.
+BACKENDS = ("ipc", "nccl", "shm", "gloo")
 
 #: What a worker can be asked for. Only ``generate`` needs token ids.
 OPERATIONS = ("generate", "model_info", "input_embeddings", "lm_head_rows")

@@ -1,6 +1,7 @@
 """Replies of 1 KiB to 256 MiB, from a worker through the broker to a client: rate and latency.
 
-Three processes, over TCP and over ipc, in turns with raw TCP through a relay (three processes too)
+Three processes, over TCP, over ipc, and as peers of one machine do by default (ipc, and direct
+transfers of all that is large enough), in turns with raw TCP through a relay (three processes too)
 and with NeMo's remote target. For the rate two requests are under way, as with a trainer that
 prefetches; for the latency one. A reply ends as tensors in memory of their own.
 """
@@ -19,12 +20,15 @@ from tests.bench.peers.nemo import NAME as NEMO
 from tests.bench.peers.nemo import nemo
 from tests.bench.processes import Broker, broker
 from tests.bench.raw_tcp import raw_tcp
-from tests.bench.ways import DEPTH, Taker
+from tests.bench.ways import DEPTH, Taker, direct_from
+from trainer_client.direct import Receiver
 from trainer_client.service import Client
+from worker.direct.config import DirectConfig
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 SIZES = (1 * KIB, 64 * KIB, 1 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
-TRANSPORTS = ("tcp", "ipc")
+ONE_MACHINE = "one machine"
+TRANSPORTS = ("tcp", "ipc", ONE_MACHINE)
 RELAY = "raw TCP through a relay"
 _OF_RELAY, _OF_NEMO = 0.9, 8.0
 #: From here on the machine is the limit, not the work on a message.
@@ -63,16 +67,19 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
 @contextlib.contextmanager
 def wire(transport: str, sizes: Sequence[int]) -> Iterator[Way]:
     """A broker and a worker on this transport, and a client here."""
-    with broker(transport) as started, taker(started, sizes) as take:
+    endpoints, mode = ("ipc", "auto") if transport == ONE_MACHINE else (transport, "off")
+    with broker(endpoints) as started, taker(started, sizes, mode) as take:
         yield take
 
 
 @contextlib.contextmanager
-def taker(started: Broker, sizes: Sequence[int]) -> Iterator[Way]:
-    """A worker for this broker, and a client of it here."""
-    started.processes.start("worker", ["tests.bench.serve", started.workers, "off", *sizes])
-    with Client([started.clients], name="wire") as client:
-        yield Taker(client, False).take
+def taker(started: Broker, sizes: Sequence[int], mode: str = "off") -> Iterator[Way]:
+    """A worker for this broker, and a client of it here, which go past it as ``mode`` says."""
+    started.processes.start("worker", ["tests.bench.serve", started.workers, mode, *sizes])
+    config = DirectConfig(mode=mode)
+    receiver = Receiver(config, "cpu", [started.clients])
+    with Client([started.clients], name="client", direct=receiver) as client:
+        yield Taker(client, direct_from(config)).take
 
 
 def _relayed(raw: Callable[[int], float], nbytes: int, replies: int, depth: int) -> float:

@@ -103,10 +103,11 @@ def test_hidden_gives_the_same_losses_to_1e_4(
     assert losses(through) == pytest.approx(losses(colocated), abs=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["gloo", "shm"])
 def test_direct_transfers_are_bit_identical_to_the_wire(
-    cluster: Cluster, tmp_path: Path, colocated: Path
+    cluster: Cluster, tmp_path: Path, colocated: Path, backend: str
 ) -> None:
-    direct = DirectConfig(mode="gloo", min_bytes=1)
+    direct = DirectConfig(mode=backend, min_bytes=1)
     for _ in range(2):
         cluster.worker(make_target(), direct=direct)
     remote = cluster.trainer(encoding="probs", direct=direct)

@@ -1,4 +1,4 @@
-"""What a channel needs of a way to move bytes; Gloo, NCCL and CUDA IPC are behind it."""
+"""What a channel needs of a way to move bytes: Gloo, shared memory, NCCL and CUDA IPC are such."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ WORKER, CLIENT = 0, 1
 
 class TransferError(Exception):
     """A channel could not be built, or a transfer failed or stalled."""
+
+
+def out_of_step(expected: tuple[int, ...], came: tuple[int, ...]) -> TransferError:
+    """A part ``(seq, number)`` is not the one whose turn it is."""
+    return TransferError(f"out of step: part {expected} was expected, {came} came")
 
 
 def plain(error: Exception) -> str:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 _MAX_SUMMARY = 500
 #: What ``--direct`` may say.
-MODES = ("auto", "ipc", "nccl", "gloo", "off")
+MODES = ("auto", "ipc", "nccl", "shm", "gloo", "off")
+#: Backends whose two ends must be on one host.
+ON_ONE_HOST = ("ipc", "shm")
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,15 @@ def split_address(text: str) -> tuple[str, int]:
 def _backends(device: str) -> tuple[str, ...]:
     import torch.distributed as dist
 
+    from worker.direct import segment
+
     names = []
     if device.startswith("cuda"):
         names.append("ipc")
         if dist.is_nccl_available():
             names.append("nccl")
+    if segment.possible():
+        names.append("shm")
     if dist.is_gloo_available():
         names.append("gloo")
     return tuple(names)

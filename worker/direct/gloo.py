@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroupGloo
 
 from broker.protocol.memory import POOL
-from worker.direct.backend import CLIENT, WORKER, TransferError, plain
+from worker.direct.backend import CLIENT, WORKER, TransferError, out_of_step, plain
 from worker.direct.pair import OnPair, PairStore
-from worker.direct.parts import parts
+from worker.direct.parts import on_host, parts
 
 #: Tags of transfers go round below this one, which is never sent: a receive on it must time out.
 _NEVER = 1 << 30
@@ -47,7 +47,7 @@ class GlooBackend(OnPair):
 
     def send(self, seq: int, tensors: Sequence[Tensor], limit_s: float) -> None:
         try:
-            self._send(seq, _on_host(tensors), timedelta(seconds=limit_s))
+            self._send(seq, on_host(tensors), timedelta(seconds=limit_s))
         except (RuntimeError, TransferError) as error:
             self.interrupt()  # before the buffers go out of scope
             raise TransferError(plain(error)) from error
@@ -106,22 +106,6 @@ class GlooBackend(OnPair):
             self._group.recv([torch.zeros(1)], self._peer, _NEVER).wait(_SOON)
 
 
-def _on_host(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """CPU tensors; those of a GPU worker by pinned memory and a stream of its own."""
-    if not any(tensor.is_cuda for tensor in tensors):
-        return tensors
-    stream = torch.cuda.Stream(next(tensor.device for tensor in tensors if tensor.is_cuda))
-    with torch.cuda.stream(stream):
-        staged = [
-            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors
-        ]
-        for host, tensor in zip(staged, tensors, strict=True):
-            host.copy_(tensor, non_blocking=True)
-    stream.synchronize()
-    return staged
-
-
 def _check(note: Tensor, seq: int, number: int) -> None:
     if note.tolist() != [seq, number]:
-        got = tuple(note.tolist())
-        raise TransferError(f"out of step: part {(seq, number)} was expected, {got} came")
+        raise out_of_step((seq, number), tuple(note.tolist()))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from broker.protocol.limits import MIB
-from worker.direct.backend import CLIENT, WORKER, TransferError, plain
+from worker.direct.backend import CLIENT, WORKER, TransferError, out_of_step, plain
 from worker.direct.pair import OnPair, PairStore
 from worker.direct.parts import parts
 
@@ -67,9 +67,7 @@ class NcclBackend(OnPair):
             self._move(self._group.recv, [*pieces, note], limit_s)
             if note.tolist() != [seq, number]:
                 self.interrupt()
-                raise TransferError(
-                    f"out of step: part {(seq, number)} was expected, {tuple(note.tolist())} came"
-                )
+                raise out_of_step((seq, number), tuple(note.tolist()))
         return tensors
 
     def interrupt(self) -> None:

@@ -32,7 +32,8 @@ _OPTIONS = (
         type=click.Choice(MODES),
         default="auto",
         show_default=True,
-        help="Large tensors past the broker: the best of what both ends can do, one way, or none.",
+        help="Large tensors past the broker: the best of what both ends can do (on one host "
+        "CUDA IPC or shared memory), one way only, or none.",
     ),
     click.option(
         "--direct-address",

@@ -47,6 +47,21 @@ def octets(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
+def on_host(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """CPU tensors; those of a GPU worker by pinned memory and a stream of its own."""
+    if not any(tensor.is_cuda for tensor in tensors):
+        return tensors
+    stream = torch.cuda.Stream(next(tensor.device for tensor in tensors if tensor.is_cuda))
+    with torch.cuda.stream(stream):
+        staged = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors
+        ]
+        for host, tensor in zip(staged, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+    stream.synchronize()
+    return staged
+
+
 def specs(tensors: Mapping[str, Tensor]) -> tuple[m.TensorSpec, ...]:
     """The manifest of a direct transfer. Raises ``KeyError`` for a dtype that does not travel."""
     return tuple(

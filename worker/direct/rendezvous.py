@@ -161,14 +161,15 @@ def _build(
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setblocking(True)
     store = PairStore(connection, end.patience.connect_s, leaving)
+    holding: PairStore | Backend = store
     try:
         store.set(f"here/{rank}", "1")
         store.wait([f"here/{1 - rank}"])
-        backend = _make(invitation.backend, store, rank, end)
+        holding = backend = _make(invitation.backend, store, rank, end)
         store.set(f"joined/{rank}", "1")
         store.wait([f"joined/{1 - rank}"])
     except Exception as error:
-        store.close()
+        holding.close()
         if isinstance(error, TransferError):
             raise
         raise TransferError(plain(error)) from error
@@ -181,6 +182,10 @@ def _make(name: str, store: PairStore, rank: int, end: End) -> Backend:
         from worker.direct.gloo import GlooBackend
 
         return GlooBackend(store, rank, end.address, end.patience.limit_s)
+    if name == "shm":
+        from worker.direct.shm import ShmBackend
+
+        return ShmBackend(store, rank)
     if name == "nccl":
         from worker.direct.nccl import NcclBackend
 

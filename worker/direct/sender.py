@@ -16,7 +16,7 @@ from broker.logs import log
 from broker.protocol import messages as m
 from broker.protocol.channel import Channel, ChannelState, Open
 from worker.direct.backend import Backend, TransferError
-from worker.direct.config import Choice, DirectConfig, choose, host_id, split_address
+from worker.direct.config import ON_ONE_HOST, Choice, DirectConfig, choose, host_id, split_address
 from worker.direct.parts import octets
 from worker.direct.rendezvous import End, Rendezvous
 from worker.direct.runner import Ending, Move, Runner
@@ -134,8 +134,8 @@ class Sender:
             self._drop(request.client, "a newer life of the client")
             self._drop_idle()
             common = [name for name in self.choice.backends if name in offer.backends]
-            if "ipc" in common and (offer.host != host_id() or not offer.host):
-                common.remove("ipc")
+            if offer.host != host_id() or not offer.host:
+                common = [name for name in common if name not in ON_ONE_HOST]
             peer = self._peers[request.client] = _Peer(request.incarnation, common)
         return peer
 

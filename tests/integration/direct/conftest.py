@@ -24,6 +24,7 @@ from trainer_client.core import ClientConfig
 from trainer_client.demo import Processes
 from trainer_client.remote import RemoteEagle3TargetModel
 from worker.direct.config import DirectConfig
+from worker.direct.segment import NAME
 from worker.mapping import VocabMapping
 from worker.targets.stub import StubTarget
 
@@ -105,13 +106,13 @@ class Trainer:
             self.step()
 
 
-def settings() -> dict[str, Any]:
+def settings(backend: str) -> dict[str, Any]:
     """How the tests' trainers are made."""
     return {
         "device": "cpu",
         "timeout": PATIENCE_S,
         "encoding": "hidden",
-        "direct": DirectConfig(channel=patience()),
+        "direct": DirectConfig(mode=backend, channel=patience()),
         "config": ClientConfig(resend_s=2.0),
     }
 
@@ -119,8 +120,9 @@ def settings() -> dict[str, Any]:
 class Scene:
     """A broker and this process's trainer; workers come as processes."""
 
-    def __init__(self, stack: contextlib.ExitStack, directory: Path) -> None:
+    def __init__(self, stack: contextlib.ExitStack, directory: Path, backend: str) -> None:
         self.stack = stack
+        self.backend = backend
         self.processes = stack.enter_context(Processes(directory))
         config = BrokerConfig(heartbeat_s=0.2, liveness_s=2.0)
         ends = ("tcp://127.0.0.1:0", "tcp://127.0.0.1:0", "127.0.0.1:0")
@@ -140,35 +142,52 @@ class Scene:
             connection.close()
 
     def worker(self, name: str, *options: object) -> subprocess.Popen[bytes]:
-        ends = ["--broker", self.broker.worker_endpoint, "--name", name]
+        ends = ["--broker", self.broker.worker_endpoint, "--name", name, "--direct", self.backend]
         return self.processes.start(name, ["tests.integration.direct.worker", *ends, *options])
+
+    def trainer_process(self, name: str, *options: str) -> subprocess.Popen[bytes]:
+        ends = [self.broker.client_endpoint, self.backend]
+        return self.processes.start(name, ["tests.integration.direct.trainer", *ends, *options])
 
     def trainer(
         self, url: str = "", shape: tuple[int, int] = (BATCH, LENGTH), **options: Any
     ) -> Trainer:
         urls = [url or self.broker.client_endpoint]
-        remote = RemoteEagle3TargetModel.from_urls(urls, **settings() | options)
+        remote = RemoteEagle3TargetModel.from_urls(urls, **settings(self.backend) | options)
         return Trainer(self.stack.enter_context(remote), self.target, shape)
 
 
+@pytest.fixture(params=["gloo", "shm"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Scene]:
+def scene(tmp_path: Path, backend: str) -> Iterator[Scene]:
     with contextlib.ExitStack() as stack:
-        yield Scene(stack, tmp_path)
+        yield Scene(stack, tmp_path, backend)
 
 
 def _connections() -> list[socket.socket]:
-    """A duplicate of every established TCP connection of this process."""
+    """A duplicate of every established TCP connection of this process, and of each to a segment."""
     found = []
     for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
             if os.readlink(entry).startswith("socket:"):
                 found.append(socket.socket(fileno=os.dup(int(entry.name))))
     for connection in list(found):
-        if not _ports(connection):
+        if not _ports(connection) and not _to_segment(connection):
             connection.close()
             found.remove(connection)
     return found
+
+
+def _to_segment(connection: socket.socket) -> bool:
+    try:
+        local = connection.family == socket.AF_UNIX
+        return local and os.fsencode(connection.getpeername()).startswith(NAME)
+    except OSError:
+        return False
 
 
 def _ports(connection: socket.socket) -> set[int]:

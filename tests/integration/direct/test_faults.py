@@ -14,7 +14,6 @@ import threading
 from typing import Any
 
 import pytest
-import torch
 import zmq
 
 from broker.protocol import decode
@@ -24,8 +23,14 @@ from tests.integration.direct.conftest import Scene, Trainer
 from tests.integration.direct.worker import LIMIT_S, patience
 from worker.direct.config import DirectConfig
 from worker.direct.gloo import GlooBackend
+from worker.direct.shm import ShmBackend
 
 pytestmark = pytest.mark.usefixtures("default_group")
+#: What each backend does many times while it receives a reply.
+INNER: dict[str, tuple[type, str]] = {
+    "gloo": (GlooBackend, "_post_receive"),
+    "shm": (ShmBackend, "_say"),
+}
 #: What the promise allows beyond the limit.
 BEYOND_S = 2.0
 
@@ -75,11 +80,10 @@ def test_client_is_killed_in_mid_receive(scene: Scene) -> None:
     worker = scene.worker("worker")
     other = scene.trainer()
     other.until_direct(1)
-    ends = [scene.broker.client_endpoint, "--strike"]
-    victim = scene.processes.start("victim", ["tests.integration.direct.trainer", *ends])
+    victim = scene.trainer_process("victim", "--strike")
     assert victim.wait(60) == -signal.SIGKILL
     other.until_direct()
-    successor = scene.processes.start("successor", ["tests.integration.direct.trainer", ends[0]])
+    successor = scene.trainer_process("successor")
     assert successor.wait(60) == 0, scene.processes.log("successor")
     assert worker.poll() is None
     assert other.counter("direct_failed") == 0
@@ -87,8 +91,7 @@ def test_client_is_killed_in_mid_receive(scene: Scene) -> None:
 
 def test_a_forked_child_leaves_the_channel_alone(scene: Scene) -> None:
     scene.worker("worker")
-    ends = [scene.broker.client_endpoint, "--fork"]
-    trainer = scene.processes.start("trainer", ["tests.integration.direct.trainer", *ends])
+    trainer = scene.trainer_process("trainer", "--fork")
     assert trainer.wait(60) == 0, scene.processes.log("trainer")
 
 
@@ -202,28 +205,29 @@ def test_a_channel_is_cut_50_times_in_one_run(scene: Scene) -> None:
 
 
 def test_a_channel_is_cut_in_mid_transfer(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    posted = 0
-    original = GlooBackend._post_receive
+    moved = 0
+    backend, name = INNER[scene.backend]
+    original = getattr(backend, name)
 
-    def post_receive(backend: GlooBackend, tensor: torch.Tensor) -> Any:
-        nonlocal posted
-        posted += 1
-        if posted % 50 == 0:
+    def move(*arguments: Any) -> Any:
+        nonlocal moved
+        moved += 1
+        if moved % 50 == 0:
             scene.cut()
-        return original(backend, tensor)
+        return original(*arguments)
 
-    monkeypatch.setattr(GlooBackend, "_post_receive", post_receive)
+    monkeypatch.setattr(backend, name, move)
     scene.worker("worker", "--backoff-s", 0.01)
     trainer = scene.trainer()
     trainer.until_failed(5)
-    posted = -(10**9)
+    moved = -(10**9)
     trainer.until_direct()
     recovered_in_time(trainer)
 
 
 def test_rebuilding_leaks_nothing(scene: Scene) -> None:
     worker = scene.worker("worker", "--backoff-s", 0.001, "--min-bytes", 1)
-    direct = DirectConfig(channel=patience(backoff_s=0.001))
+    direct = DirectConfig(mode=scene.backend, channel=patience(backoff_s=0.001))
     trainer = scene.trainer(shape=(1, 16), direct=direct)  # small, for the allocator's own ups
     _rebuild(scene, trainer, 20)  # what is made once
     before = {process: _held(process) for process in ("self", worker.pid)}

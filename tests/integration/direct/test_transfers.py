@@ -16,7 +16,11 @@ from worker.mapping import VocabMapping
 from worker.service import Worker
 from worker.targets.huggingface import HuggingFaceTarget
 
-SMALL = DirectConfig(min_bytes=1)
+
+@pytest.fixture
+def small(backend: str) -> DirectConfig:
+    """Everything goes directly."""
+    return DirectConfig(mode=backend, min_bytes=1)
 
 
 @pytest.fixture
@@ -40,9 +44,11 @@ def assert_same(one: object, other: object) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-def test_what_comes_directly_is_what_comes_by_wire(cluster: Cluster, mapping: VocabMapping) -> None:
-    cluster.worker(direct=SMALL)
-    direct = cluster.trainer(mapping, direct=SMALL)
+def test_what_comes_directly_is_what_comes_by_wire(
+    cluster: Cluster, mapping: VocabMapping, small: DirectConfig
+) -> None:
+    cluster.worker(direct=small)
+    direct = cluster.trainer(mapping, direct=small)
     wire = cluster.trainer(mapping, direct="off")
     until_direct(direct)
     for seed in range(5):
@@ -52,11 +58,11 @@ def test_what_comes_directly_is_what_comes_by_wire(cluster: Cluster, mapping: Vo
 
 
 def test_many_trainers_have_channels_with_many_workers(
-    cluster: Cluster, mapping: VocabMapping
+    cluster: Cluster, mapping: VocabMapping, small: DirectConfig
 ) -> None:
     for _ in range(2):
-        cluster.worker(make_target(), direct=SMALL)
-    remotes = [cluster.trainer(mapping, direct=SMALL) for _ in range(3)]
+        cluster.worker(make_target(), direct=small)
+    remotes = [cluster.trainer(mapping, direct=small) for _ in range(3)]
     wire = cluster.trainer(mapping, direct="off")
     expected = [wire.generate_batch(*tokens(seed)) for seed in range(20)]
 
@@ -76,10 +82,10 @@ def test_many_trainers_have_channels_with_many_workers(
 
 
 def test_cancelled_transfers_leave_the_pair_in_step(
-    cluster: Cluster, mapping: VocabMapping
+    cluster: Cluster, mapping: VocabMapping, small: DirectConfig
 ) -> None:
-    cluster.worker(direct=SMALL)
-    remote = cluster.trainer(mapping, direct=SMALL)
+    cluster.worker(direct=small)
+    remote = cluster.trainer(mapping, direct=small)
     until_direct(remote)
     for seed in range(10):
         handle = remote.generate_batch_async(*tokens(seed))
@@ -88,48 +94,52 @@ def test_cancelled_transfers_leave_the_pair_in_step(
     assert remote.counters()["direct_failed"] == 0
 
 
-def test_what_is_staged_is_let_go(cluster: Cluster, mapping: VocabMapping) -> None:
-    worker = cluster.worker(direct=SMALL)
-    remote = cluster.trainer(mapping, direct=SMALL)
+def test_what_is_staged_is_let_go(
+    cluster: Cluster, mapping: VocabMapping, small: DirectConfig
+) -> None:
+    worker = cluster.worker(direct=small)
+    remote = cluster.trainer(mapping, direct=small)
     until_direct(remote, 5)
     eventually(lambda: worker._sender.staged_bytes == 0)
 
 
 def test_above_the_staging_limit_replies_go_by_wire(
-    cluster: Cluster, mapping: VocabMapping
+    cluster: Cluster, mapping: VocabMapping, small: DirectConfig
 ) -> None:
-    cluster.worker(direct=DirectConfig(min_bytes=1, max_staged_bytes=1))
-    remote = cluster.trainer(mapping, direct=SMALL)
+    cluster.worker(direct=DirectConfig(mode=small.mode, min_bytes=1, max_staged_bytes=1))
+    remote = cluster.trainer(mapping, direct=small)
     for seed in range(10):
         remote.generate_batch(*tokens(seed))
     assert remote.counters()["direct"] == 0
 
 
 def test_a_restarted_trainer_of_the_same_name_gets_a_channel_of_its_own(
-    cluster: Cluster, mapping: VocabMapping
+    cluster: Cluster, mapping: VocabMapping, small: DirectConfig
 ) -> None:
-    cluster.worker(direct=SMALL)
+    cluster.worker(direct=small)
     for _ in range(3):
-        remote = cluster.trainer(mapping, direct=SMALL, name="rank0")
+        remote = cluster.trainer(mapping, direct=small, name="rank0")
         until_direct(remote)
         remote.close()
 
 
 def test_a_restarted_worker_of_the_same_name_gets_a_channel_of_its_own(
-    cluster: Cluster, mapping: VocabMapping
+    cluster: Cluster, mapping: VocabMapping, small: DirectConfig
 ) -> None:
     remote = None
     for _ in range(3):
-        with Worker(cluster.target, cluster.broker.worker_endpoint, name="w0", direct=SMALL):
-            remote = remote or cluster.trainer(mapping, direct=SMALL)
+        with Worker(cluster.target, cluster.broker.worker_endpoint, name="w0", direct=small):
+            remote = remote or cluster.trainer(mapping, direct=small)
             until_direct(remote)
     assert remote is not None
     assert remote.counters()["failures"] == 0
 
 
-def test_closing_in_mid_transfer_ends_at_once(cluster: Cluster, mapping: VocabMapping) -> None:
-    worker = cluster.worker(direct=SMALL)
-    remote = cluster.trainer(mapping, direct=SMALL)
+def test_closing_in_mid_transfer_ends_at_once(
+    cluster: Cluster, mapping: VocabMapping, small: DirectConfig
+) -> None:
+    worker = cluster.worker(direct=small)
+    remote = cluster.trainer(mapping, direct=small)
     until_direct(remote)
     for seed in range(4):
         remote.generate_batch_async(*tokens(seed))
@@ -137,11 +147,13 @@ def test_closing_in_mid_transfer_ends_at_once(cluster: Cluster, mapping: VocabMa
     worker.stop()
 
 
-def test_the_choice_is_shown_to_operators(cluster: Cluster, mapping: VocabMapping) -> None:
-    cluster.worker(direct=SMALL)
+def test_the_choice_is_shown_to_operators(
+    cluster: Cluster, mapping: VocabMapping, small: DirectConfig
+) -> None:
+    cluster.worker(direct=small)
+    remote = cluster.trainer(mapping, direct=small)
+    until_direct(remote)  # before there is another worker, which might be given every request
     cluster.worker(make_target(), direct=DirectConfig(mode="off"))
-    remote = cluster.trainer(mapping, direct=SMALL)
-    until_direct(remote)
 
     def shown() -> bool:
         status = cluster.broker.snapshot()

@@ -1,4 +1,4 @@
-"""A trainer in a process of its own: ``... trainer ENDPOINT [--strike | --fork]``.
+"""A trainer in a process of its own: ``... trainer ENDPOINT BACKEND [--strike | --fork]``.
 
 It takes five batches directly and ends with 0; with ``--strike`` it kills itself in the midst of
 receiving the third, with ``--fork`` a child of it comes and goes, and it takes five more.
@@ -16,10 +16,10 @@ import torch
 from tests.integration.direct.conftest import Trainer, settings
 from tests.integration.direct.worker import make_target
 from trainer_client.remote import RemoteEagle3TargetModel
-from worker.direct import gloo
+from worker.direct import gloo, shm
 
 
-class Struck(gloo.GlooBackend):
+class StruckGloo(gloo.GlooBackend):
     """Kills its process when half of the third transfer is posted."""
 
     _transfers = 0
@@ -35,10 +35,26 @@ class Struck(gloo.GlooBackend):
         return work
 
 
+class StruckShm(shm.ShmBackend):
+    """Kills its process when it has copied half of the third transfer."""
+
+    _transfers = 0
+
+    def receive(self, seq: int, sizes: Any, limit_s: float) -> Any:
+        self._transfers += 1
+        return super().receive(seq, sizes, limit_s)
+
+    def _say(self, seq: int, number: int) -> None:
+        super()._say(seq, number)
+        if self._transfers == 3 and number == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 if __name__ == "__main__":
     if "--strike" in sys.argv:
-        gloo.GlooBackend = Struck  # type: ignore[misc]
-    with RemoteEagle3TargetModel.from_urls([sys.argv[1]], **settings()) as remote:
+        gloo.GlooBackend = StruckGloo  # type: ignore[misc]
+        shm.ShmBackend = StruckShm  # type: ignore[misc]
+    with RemoteEagle3TargetModel.from_urls([sys.argv[1]], **settings(sys.argv[2])) as remote:
         trainer = Trainer(remote, make_target())
         trainer.until_direct(5)
         if "--fork" in sys.argv:

@@ -14,7 +14,7 @@ import click
 import torch
 
 from broker.protocol.channel import ChannelConfig
-from worker.direct import gloo, rendezvous
+from worker.direct import gloo, rendezvous, shm
 from worker.direct.backend import TransferError
 from worker.direct.config import DirectConfig
 from worker.direct.parts import parts
@@ -45,7 +45,7 @@ def strike_at(instant: str, transfer: int, how: str) -> None:
             done = True
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
-    class Struck(gloo.GlooBackend):
+    class StruckGloo(gloo.GlooBackend):
         def _send(self, seq: int, tensors: Any, limit: Any) -> None:
             reached(seq, "before_send")
             if (seq, "mid_send") == (transfer, instant):
@@ -67,18 +67,30 @@ def strike_at(instant: str, transfer: int, how: str) -> None:
             for work in posted:
                 work.wait(limit)
 
+    class StruckShm(shm.ShmBackend):
+        def send(self, seq: int, tensors: Any, limit_s: float) -> None:
+            reached(seq, "before_send")
+            super().send(seq, tensors, limit_s)
+            reached(seq, "after_send")
+
+        def _hear(self, seq: int, number: int) -> None:
+            super()._hear(seq, number)  # the client has this part, and waits for more
+            reached(seq, "mid_send")
+
     def make(*arguments: Any) -> Any:
         reached(transfer, "connecting")
         return original(*arguments)
 
     original = rendezvous._make
     rendezvous._make = make
-    gloo.GlooBackend = Struck  # type: ignore[misc]
+    gloo.GlooBackend = StruckGloo  # type: ignore[misc]
+    shm.ShmBackend = StruckShm  # type: ignore[misc]
 
 
 @click.command()
 @click.option("--broker", required=True)
 @click.option("--name", required=True)
+@click.option("--direct", default="auto")
 @click.option("--strike", type=click.Choice(INSTANTS))
 @click.option("--how", type=click.Choice(("kill", "stop")), default="kill")
 @click.option("--transfer", default=2)
@@ -90,6 +102,7 @@ def strike_at(instant: str, transfer: int, how: str) -> None:
 def main(
     broker: str,
     name: str,
+    direct: str,
     strike: str | None,
     how: str,
     transfer: int,
@@ -102,13 +115,14 @@ def main(
     torch.set_num_threads(1)
     if strike is not None:
         strike_at(strike, transfer, how)
-    direct = DirectConfig(
+    config = DirectConfig(
+        mode=direct,
         advertise=advertise,
         ports=(store_port, store_port),
         min_bytes=min_bytes,
         channel=patience(limit_s, backoff_s),
     )
-    with Worker(make_target(), broker, name=name, direct=direct) as worker:
+    with Worker(make_target(), broker, name=name, direct=config) as worker:
         worker.wait()
 
 

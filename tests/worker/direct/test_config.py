@@ -1,23 +1,27 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from broker.protocol.channel import Channel, Failed, Open
 from worker.direct.config import DirectConfig, choose, split_address
 
 LOCAL, REMOTE = ["tcp://127.0.0.1:5556"], ["tcp://10.1.2.3:5556"]
+CPU = ("shm", "gloo")
 
 
 @pytest.mark.parametrize(
     ("config", "device", "brokers", "backends", "why"),
     [
-        ({}, "cpu", LOCAL, ("gloo",), "brokers on this machine"),
-        ({}, "cpu", ["ipc:///tmp/x", "tcp://[::1]:1", "tcp://localhost:2"], ("gloo",), "machine"),
+        ({}, "cpu", LOCAL, CPU, "brokers on this machine"),
+        ({}, "cpu", ["ipc:///tmp/x", "tcp://[::1]:1", "tcp://localhost:2"], CPU, "machine"),
         ({}, "cpu", REMOTE, (), "--direct-address auto, or an address, allows it"),
         ({}, "cpu", [*LOCAL, *REMOTE], (), "the broker at 10.1.2.3 is on a network"),
-        ({"address": "10.1.2.9"}, "cpu", REMOTE, ("gloo",), "--direct-address 10.1.2.9"),
+        ({"address": "10.1.2.9"}, "cpu", REMOTE, CPU, "--direct-address 10.1.2.9"),
         ({"mode": "off"}, "cpu", LOCAL, (), "--direct off"),
         ({"mode": "gloo"}, "cuda:0", LOCAL, ("gloo",), "--direct gloo"),
+        ({"mode": "shm"}, "cpu", LOCAL, ("shm",), "--direct shm"),
         ({"mode": "nccl"}, "cpu", LOCAL, (), "--direct nccl cannot move tensors on cpu"),
         ({"mode": "ipc"}, "cuda:1", LOCAL, ("ipc",), "--direct ipc"),
     ],
@@ -36,6 +40,17 @@ def test_a_gpu_comes_first_and_gloo_last() -> None:
     assert (backends[0], backends[-1]) == ("ipc", "gloo")
 
 
+@pytest.mark.parametrize("refusal", [AttributeError, PermissionError])  # not Linux, or a sandbox
+def test_shared_memory_is_not_offered_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, refusal: type[Exception]
+) -> None:
+    def memfd_create(*_: object) -> int:
+        raise refusal
+
+    monkeypatch.setattr(os, "memfd_create", memfd_create)
+    assert choose(DirectConfig(), "cpu", LOCAL).backends == ("gloo",)
+
+
 def test_auto_takes_the_interface_that_reaches_the_broker() -> None:
     choice = choose(DirectConfig(address="auto"), "cpu", ["tcp://127.0.0.1:1", "tcp://127.0.0.9:2"])
     assert choice.address == "127.0.0.1"
@@ -44,7 +59,7 @@ def test_auto_takes_the_interface_that_reaches_the_broker() -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"mode": "rdma"}, "direct must be one of auto, ipc, nccl, gloo, off, got 'rdma'"),
+        ({"mode": "rdma"}, "direct must be one of auto, ipc, nccl, shm, gloo, off, got 'rdma'"),
         ({"ports": (9, 3)}, "FIRST-LAST within 0-65535, got 9-3"),
         ({"ports": (1, 70000)}, "got 1-70000"),
         ({"min_bytes": 0}, "min_bytes must be above 0, got 0"),

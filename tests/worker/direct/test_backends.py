@@ -1,8 +1,9 @@
-"""A backend's promises, with Gloo; the GPU's backends are held to the same in tests/gpu."""
+"""A backend's promises, for CPU tensors; the GPU's backends are held to the same in tests/gpu."""
 
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -15,6 +16,11 @@ from worker.direct.backend import TransferError
 from worker.direct.parts import PART_BYTES, octets, specs
 
 
+@pytest.fixture(params=["gloo", "shm"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 def tensors_of_all_kinds() -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
     bits = torch.randint(0, 2, (3, 5, 8), generator=draw)
@@ -23,10 +29,10 @@ def tensors_of_all_kinds() -> dict[str, torch.Tensor]:
     return made | {"empty": torch.empty(0, 4), "scalar": torch.tensor(7), "strided": strided}
 
 
-def test_every_dtype_and_shape_arrives_as_it_was() -> None:
+def test_every_dtype_and_shape_arrives_as_it_was(backend: str) -> None:
     sent = tensors_of_all_kinds()
     manifest = specs(sent)
-    with pair() as (worker, client):
+    with pair(backend) as (worker, client):
         flat = [octets(tensor) for tensor in sent.values()]
         sizes = [spec.nbytes for spec in manifest]
         _, got = both(lambda: worker.send(0, flat, 5.0), lambda: client.receive(0, sizes, 5.0))
@@ -36,9 +42,9 @@ def test_every_dtype_and_shape_arrives_as_it_was() -> None:
         assert torch.equal(received, tensor)
 
 
-def test_many_transfers_in_several_parts() -> None:
+def test_many_transfers_in_several_parts(backend: str) -> None:
     sizes = [PART_BYTES + 7, 0, 3 * PART_BYTES, 5]
-    with pair() as (worker, client):
+    with pair(backend) as (worker, client):
         for seq in range(4):
             sent = [torch.full((size,), seq, dtype=torch.uint8) for size in sizes]
             send = lambda seq=seq, sent=sent: worker.send(seq, sent, 5.0)  # noqa: E731
@@ -46,14 +52,15 @@ def test_many_transfers_in_several_parts() -> None:
             assert all(torch.equal(a, b) for a, b in zip(sent, got, strict=True))
 
 
-def test_ends_that_are_out_of_step_notice() -> None:
+def test_ends_that_are_out_of_step_notice_at_once(backend: str) -> None:
     sent = [torch.ones(100, dtype=torch.uint8)]
-    with pair() as (worker, client):
-        sending = threading.Thread(target=lambda: _suppressed(lambda: worker.send(4, sent, 1.0)))
+    with pair(backend) as (worker, client):
+        sending = threading.Thread(target=lambda: _suppressed(lambda: worker.send(4, sent, 60.0)))
         sending.start()
         with pytest.raises(TransferError, match=r"part \(5, 0\) was expected, \(4, 0\) came"):
-            client.receive(5, [100], 1.0)
-        sending.join()
+            client.receive(5, [100], 60.0)
+        sending.join(10)
+        assert not sending.is_alive()
 
 
 def _suppressed(call: object) -> None:
@@ -62,19 +69,23 @@ def _suppressed(call: object) -> None:
 
 
 @pytest.mark.parametrize("side", ["send", "receive"])
-def test_a_peer_that_does_nothing_is_waited_for_no_longer_than_the_limit(side: str) -> None:
-    with pair() as (worker, client):
+def test_a_peer_that_does_nothing_is_waited_for_no_longer_than_the_limit(
+    backend: str, side: str
+) -> None:
+    with pair(backend) as (worker, client):
         calls = {
             "send": lambda: worker.send(0, [torch.ones(8, dtype=torch.uint8)], 0.2),
             "receive": lambda: client.receive(0, [8], 0.2),
         }
+        began = time.monotonic()
         with pytest.raises(TransferError, match=r"(?i)timed out"):
             calls[side]()
+        assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("interrupter", ["itself", "its peer"])
-def test_a_waiter_is_freed_at_once(interrupter: str) -> None:
-    with pair() as (worker, client):
+def test_a_waiter_is_freed_at_once(backend: str, interrupter: str) -> None:
+    with pair(backend) as (worker, client):
         failed = threading.Event()
 
         def wait() -> None:
@@ -88,8 +99,8 @@ def test_a_waiter_is_freed_at_once(interrupter: str) -> None:
         waiting.join()
 
 
-def test_a_peer_that_left_is_known_without_a_transfer() -> None:
-    with pair() as (worker, client):
+def test_a_peer_that_left_is_known_without_a_transfer(backend: str) -> None:
+    with pair(backend) as (worker, client):
         assert not worker.gone
         client.close()
         for _ in range(1000):
@@ -100,7 +111,7 @@ def test_a_peer_that_left_is_known_without_a_transfer() -> None:
 
 def test_tags_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gloo, "_NEVER", 11)
-    with pair() as (worker, client):
+    with pair("gloo") as (worker, client):
         for seq in range(10):
             sent = [torch.full((9,), seq, dtype=torch.uint8)]
             send = lambda seq=seq, sent=sent: worker.send(seq, sent, 5.0)  # noqa: E731
