@@ -67,7 +67,7 @@ def test_a_peer_that_is_not_here_has_lines_that_say_so() -> None:
 
 
 _ECHO = """
-import json, os, subprocess, sys
+import json, subprocess, sys
 for line in sys.stdin:
     asked = json.loads(line)
     if asked["do"] == "end":

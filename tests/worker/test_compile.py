@@ -55,8 +55,13 @@ def compile_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     def use(backend: Any) -> None:
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
 
-    torch.compiler.reset()
     return use
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """Models of one library share functions, and torch has a limit for each."""
+    torch.compiler.reset()
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")

@@ -31,6 +31,7 @@ def _llama() -> HuggingFaceTarget:
 def _compiled() -> HuggingFaceTarget:
     if not HAS_COMPILER:
         pytest.skip("no C++ compiler")
+    torch.compiler.reset()  # for torch has a limit, and other tests' models count
     target = _llama()
     target.compile_forward()
     return target
