@@ -61,6 +61,10 @@ class _Layers(click.ParamType[tuple[int, ...]]):
     metavar="N",
     help="Run waiting requests in one forward of at most N tokens, padded; may change last bits.",
 )
+@click.option(
+    "--compile/--no-compile",
+    help="Run the target's layers as code of torch.compile; may change last bits.",
+)
 @click.option("--drain-s", default=30.0, show_default=True, help="Seconds to finish on SIGTERM.")
 @click.option("--name", help="This worker's own name (default: host, pid, random).")
 @direct_options.options(worker=True)
@@ -84,6 +88,7 @@ def worker(
     threads: int | None,
     credits: int,
     coalesce_tokens: int,
+    compile: bool,
     drain_s: float,
     name: str | None,
     direct: DirectConfig,
@@ -100,7 +105,7 @@ def worker(
     from broker.notify import notify
     from broker.signals import wait_until
     from worker.service import Worker
-    from worker.targets import load_factory, load_target
+    from worker.targets import compile_target, load_factory, load_target
 
     if (target is None) == (target_factory is None):
         raise click.UsageError("give either --target or --target-factory")
@@ -118,6 +123,8 @@ def worker(
         )
     else:
         served = load_factory(str(target_factory), name=model_name)
+    if compile:
+        compile_target(served)
     service = Worker(
         served,
         broker,

@@ -1,9 +1,10 @@
 """Replies of 1 KiB to 256 MiB, from a worker through the broker to a client: rate and latency.
 
 Three processes, over TCP, over ipc, and as peers of one machine do by default (ipc, and direct
-transfers of all that is large enough), in turns with raw TCP through a relay (three processes too)
-and with NeMo's remote target. For the rate two requests are under way, as with a trainer that
-prefetches; for the latency one. A reply ends as tensors in memory of their own.
+transfers of all that is large enough), in turns with raw TCP through a relay (three processes too),
+with the Mooncake store (one process puts, another gets) and with NeMo's remote target. For the rate
+two requests are under way, as with a trainer that prefetches; for the latency one. A reply ends as
+tensors in memory of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from tests.bench.lines import Line, Progress
+from tests.bench.peers.mooncake import NAME as MOONCAKE
+from tests.bench.peers.mooncake import mooncake
 from tests.bench.peers.nemo import NAME as NEMO
 from tests.bench.peers.nemo import nemo
 from tests.bench.processes import Broker, broker
@@ -46,22 +49,29 @@ _NEMO_SHAPE = {"tokens": 2048, "hidden_size": 1024, "draft_vocab": 32000}
 Way = Callable[[int, int, int], float]
 #: Seconds of every turn, by ``(way, bytes, requests under way)``.
 Turns = dict[tuple[str, int, int], list[float]]
+#: And the medians of them.
+Medians = dict[tuple[str, int, int], float]
 
 
 def measure(progress: Progress, *, quick: bool) -> list[Line]:
-    """Rate and latency of each size and transport, and the large ones beside NeMo."""
+    """Rate and latency of each size and transport beside the relay, and beside other systems."""
     sizes, rounds = (SIZES[:2], 1) if quick else (SIZES, _ROUNDS)
     turns: Turns = defaultdict(list)
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(raw_tcp(2))
         ours = {name: stack.enter_context(wire(name, sizes)) for name in TRANSPORTS}
         relay: dict[str, Way] = {"relay": functools.partial(_relayed, raw)}
+        store = stack.enter_context(mooncake(sizes[-1], progress, quick=quick))
+        others: dict[str, Way] = {} if store is None else {"store": store.take}
         for nbytes in sizes:
             progress(f"replies of {size(nbytes)}")
-            _measure_size(relay | ours, nbytes, rounds, turns)
+            _measure_size(relay | ours | others, nbytes, rounds, turns)
         medians = {key: statistics.median(seconds) for key, seconds in turns.items()}
         lines = [line for nbytes in sizes for line in _lines(medians, nbytes)]
-        return lines + ([] if quick else _beside_nemo(progress, ours, sizes[-1]))
+        if not quick:
+            lines += [line for nbytes in sizes for line in _beside_mooncake(medians, nbytes)]
+            lines += _beside_nemo(progress, ours, sizes[-1])
+        return lines
 
 
 @contextlib.contextmanager
@@ -101,7 +111,7 @@ def _measure_size(ways: dict[str, Way], nbytes: int, rounds: int, turns: Turns) 
                     turns[name, nbytes, depth].append(seconds)
 
 
-def _lines(medians: dict[tuple[str, int, int], float], nbytes: int) -> Iterator[Line]:
+def _lines(medians: Medians, nbytes: int) -> Iterator[Line]:
     limit = nbytes / GIB / medians["relay", nbytes, DEPTH]
     large = nbytes >= _LARGE_BYTES
     for transport in TRANSPORTS:
@@ -112,6 +122,17 @@ def _lines(medians: dict[tuple[str, int, int], float], nbytes: int) -> Iterator[
         yield Line(f"{name}: rate", rate, "GiB/s", wants, holds, RELAY, limit)
         alone, relayed = (1000 * medians[way, nbytes, 1] for way in (transport, "relay"))
         yield Line(f"{name}: latency", alone, "ms", "", True, RELAY, relayed)
+
+
+def _beside_mooncake(medians: Medians, nbytes: int) -> Iterator[Line]:
+    """Our figures by TCP again, beside the store's of the same turns."""
+    name = f"{size(nbytes)} replies, tcp"
+    rate, alone = nbytes / GIB / medians["tcp", nbytes, DEPTH], 1000 * medians["tcp", nbytes, 1]
+    two, one = (medians.get(("store", nbytes, depth)) for depth in (DEPTH, 1))
+    theirs = None if two is None else nbytes / GIB / two
+    yield Line(f"{name}: rate beside Mooncake", rate, "GiB/s", "", True, MOONCAKE, theirs)
+    theirs = None if one is None else 1000 * one
+    yield Line(f"{name}: latency beside Mooncake", alone, "ms", "", True, MOONCAKE, theirs)
 
 
 def _beside_nemo(progress: Progress, ours: dict[str, Way], nbytes: int) -> list[Line]:

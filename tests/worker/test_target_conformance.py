@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.worker.tiny_models import VOCAB, make, tokens
+from tests.worker.tiny_models import HAS_COMPILER, VOCAB, make, tokens
 from trainer_client.colocated import ColocatedTarget
 from worker.targets.contract import TargetOutputs
 from worker.targets.foreign import ForeignTarget
@@ -28,9 +28,19 @@ def _llama() -> HuggingFaceTarget:
     return HuggingFaceTarget(make("llama"), name="tiny")
 
 
+def _compiled() -> HuggingFaceTarget:
+    if not HAS_COMPILER:
+        pytest.skip("no C++ compiler")
+    torch.compiler.reset()  # for torch has a limit, and other tests' models count
+    target = _llama()
+    target.compile_forward()
+    return target
+
+
 SUBJECTS: dict[str, Callable[[], Any]] = {
     "StubTarget": _stub,
     "HuggingFaceTarget": _llama,
+    "HuggingFaceTarget, compiled": _compiled,
     "ForeignTarget": lambda: ForeignTarget(_llama(), "theirs"),
     "ColocatedTarget over StubTarget": lambda: ColocatedTarget(_stub(), "logits"),
     "ColocatedTarget over HuggingFaceTarget": lambda: ColocatedTarget(_llama(), "logits"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 import transformers as hf
 
 VOCAB = 128
+#: torch.compile needs one on a CPU.
+HAS_COMPILER = bool(shutil.which("g++") or shutil.which("clang++"))
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,

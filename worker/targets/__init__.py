@@ -85,6 +85,16 @@ def load_factory(reference: str, *, name: str = "") -> Target:
     return as_target(factory(), name=name or attribute)
 
 
+def compile_target(target: Target) -> None:
+    """Have a target compile its forward, at once. Raises :class:`TargetError` where it cannot."""
+    compile_forward = getattr(target, "compile_forward", None)
+    if compile_forward is None:
+        raise TargetError(
+            f"target {target.name!r} cannot compile its forward; leave --compile away"
+        )
+    compile_forward()
+
+
 def as_target(made: Any, *, name: str = "") -> Target:
     """A worker's target of anything with the co-located contract; one of ours as it is.
 

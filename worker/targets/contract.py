@@ -75,6 +75,9 @@ class Target(ColocatedContract, Protocol):
     # Several requests may run in one forward: a row's outputs, which are not shifted, depend on no
     # other row, and on no padding that follows where its attention mask is 0.
 
+    # A target that can compile its forward also has ``compile_forward() -> None``, which does so
+    # at once, or raises TargetError.
+
     @property
     def encodings(self) -> tuple[str, ...]: ...  # of "probs", "hidden", "topk"
 

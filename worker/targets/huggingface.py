@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worker.errors import TargetError
+from worker.targets.compiled import CompiledLayers, warm_up
 from worker.targets.contract import (
     HasWeight,
     TargetBatch,
@@ -92,11 +93,12 @@ class HuggingFaceTarget:
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.tokenizer = tokenizer or ""
-        layers = decoder_layers(model)
-        self.aux_layer_ids = choose_aux_layer_ids(aux_layer_ids, len(layers))
+        self._layers = decoder_layers(model)
+        self.aux_layer_ids = choose_aux_layer_ids(aux_layer_ids, len(self._layers))
         self._one_forward = threading.Lock()
-        self._handles = [
-            layers[layer].register_forward_hook(partial(_keep_layer, layer))
+        #: what :meth:`close` takes away again
+        self._handles: list[Any] = [
+            self._layers[layer].register_forward_hook(partial(_keep_layer, layer))
             for layer in self.aux_layer_ids
         ]
         head = model.get_output_embeddings()
@@ -150,8 +152,21 @@ class HuggingFaceTarget:
         capture, aux, logits = self._run(input_ids, attention_mask)
         return TargetOutputs(aux, logits, capture.head_input)
 
+    def compile_forward(self) -> None:
+        """Compile the decoder layers, here and now; last bits of all outputs may change.
+
+        Raises :class:`TargetError` where that fails, and leaves the target as it was.
+        """
+        compiled = CompiledLayers(self._layers)
+        try:
+            warm_up(self.name, self._run)
+        except TargetError:
+            compiled.remove()
+            raise
+        self._handles.append(compiled)
+
     def close(self) -> None:
-        """Take the hooks off the model, which stays usable for others."""
+        """Take hooks and compiled code off the model, which stays usable for others."""
         for handle in self._handles:
             handle.remove()
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from tests.bench.lines import Progress
+from tests.bench.peers.driver import Driver
 from tests.bench.peers.venv import python_of
 
 NAME = "NeMo AutoModel 0.7.0"
@@ -21,20 +18,17 @@ _INSTALLS = (
     ["datasets", "requests", "transformers"],
 )
 _DRIVER = Path(__file__).with_name("nemo_driver.py")
-_LEAVE_S = 10.0
 
 
-class Nemo:
-    """A process in NeMo's environment that measures what it is asked to."""
+class Nemo(Driver):
+    """NeMo's servers and clients."""
 
     def __init__(self, python: Path) -> None:
-        self._process = subprocess.Popen(
-            [python, _DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        super().__init__("NeMo", python, _DRIVER)
 
     def supervision(self, tokens: int, hidden_size: int, draft_vocab: int) -> tuple[float, int]:
         """Seconds and bytes of one reply, from the request to tensors in the trainer's hands."""
-        answer = self._ask(
+        answer = self.ask(
             "supervision", tokens=tokens, hidden_size=hidden_size, draft_vocab=draft_vocab
         )
         return answer["seconds"], answer["bytes"]
@@ -43,37 +37,10 @@ class Nemo:
         self, server_s: Sequence[float], ranks: int, seconds: float, warm_s: float
     ) -> float:
         """Of ranks that step together, with a server for each of ``server_s``, its seconds."""
-        answer = self._ask(
+        answer = self.ask(
             "share", server_s=list(server_s), ranks=ranks, seconds=seconds, warm_s=warm_s
         )
         return float(answer["steps_per_s"])
-
-    def __enter__(self) -> Nemo:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.stdin.close()  # type: ignore[union-attr]  # which ends it
-        try:
-            self._process.wait(_LEAVE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _ask(self, what: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"do": what, "with": arguments}) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"NeMo's process ended with {self._process.wait()}; see above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 @contextlib.contextmanager
