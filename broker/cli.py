@@ -82,7 +82,6 @@ def broker(
     by itself when a file changes.
     """
     from broker.access import raise_descriptor_limit
-    from broker.allocator import keep_memory
     from broker.notify import notify
     from broker.service import Broker
     from broker.signals import wait_until
@@ -98,7 +97,6 @@ def broker(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     raise_descriptor_limit()
-    keep_memory()
     service = Broker(
         clients,
         workers,

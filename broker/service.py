@@ -32,6 +32,7 @@ from broker.http import HttpServer
 from broker.logs import Throttle, log
 from broker.pages import pages
 from broker.port import Port
+from broker.protocol.allocator import adapt_allocator
 from broker.protocol.sockets import Waiter, Wakeup
 from broker.zap import ZapHandler
 
@@ -89,6 +90,7 @@ class Broker:
         """Bind, and begin to serve. Peers that waited for the address are served at once."""
         self._access.check_ports(*self._addresses.values())
         guarded = self._http_address is not None and self._access.guards_http(self._http_address)
+        adapt_allocator()
         threads = _CRYPTO_THREADS if self._access.keyed else 1
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(threads)
         self._context.max_sockets = 65536

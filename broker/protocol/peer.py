@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import zmq
 
 from broker.protocol import messages as m
+from broker.protocol.allocator import adapt_allocator
 from broker.protocol.errors import RemoteProtocolError, VersionMismatchError
 from broker.protocol.link import Arrived, Connected, Disconnected, Link, Reopen, SendTo, Tick
 from broker.protocol.sockets import Curve, Dealer, Waiter, Wakeup
@@ -73,6 +74,7 @@ class PeerLoop:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
+        adapt_allocator()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealers = {e: Dealer(self._context, e, self._curves.get(e)) for e in self.core.links}
         self._waiter = self._new_waiter()

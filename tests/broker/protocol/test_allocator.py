@@ -9,9 +9,9 @@ import pytest
 #: Page faults of a process that takes, fills and frees eight frames of 2 MiB, twenty times.
 _PROGRAM = """
 import ctypes, resource, sys
-from broker.allocator import keep_memory
+from broker.protocol.allocator import adapt_allocator
 if sys.argv[1] == "kept":
-    assert keep_memory()
+    adapt_allocator()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
@@ -36,7 +36,7 @@ def faults(how: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators do as they like")
 def test_the_memory_of_frames_is_kept_for_the_next() -> None:
     returned, kept = faults("returned"), faults("kept")
     assert returned > 20 * 1000  # 16 MiB are 4,096 pages, each time
