@@ -51,8 +51,8 @@ class _Layers(click.ParamType[tuple[int, ...]]):
     type=click.IntRange(min=1),
     default=2,
     show_default=True,
-    help="Requests held at once: with 2 the next is here when one ends; with 3 also while a large "
-    "answer is on its way. With --coalesce-tokens, twice as many as should run together.",
+    help="Requests held at once: with 2 the next is here when one ends. With --coalesce-tokens, "
+    "twice as many as should run together.",
 )
 @click.option(
     "--coalesce-tokens",

@@ -1,10 +1,10 @@
 """Replies of 1 KiB to 256 MiB, from a worker through the broker to a client: rate and latency.
 
 Three processes, over TCP, over ipc, and as peers of one machine do by default (ipc, and direct
-transfers of all that is large enough), in turns with raw TCP through a relay (three processes too),
-with the Mooncake store (one process puts, another gets) and with NeMo's remote target. For the rate
-two requests are under way, as with a trainer that prefetches; for the latency one. A reply ends as
-tensors in memory of their own.
+transfers of all that is large enough), in turns with raw TCP through a relay and with libzmq alone
+(three processes each), with the Mooncake store (one process puts, another gets) and with NeMo's
+remote target. For the rate two requests are under way, as with a trainer that prefetches; for the
+latency one. A reply ends as tensors in memory of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
+from tests.bench.bare_zmq import bare_zmq
 from tests.bench.lines import Line, Progress
 from tests.bench.peers.mooncake import NAME as MOONCAKE
 from tests.bench.peers.mooncake import mooncake
@@ -33,6 +34,7 @@ SIZES = (1 * KIB, 64 * KIB, 1 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 ONE_MACHINE = "one machine"
 TRANSPORTS = ("tcp", "ipc", ONE_MACHINE)
 RELAY = "raw TCP through a relay"
+BARE = "libzmq alone"
 _OF_RELAY, _OF_NEMO = 0.9, 8.0
 #: From here on the machine is the limit, not the work on a message.
 _LARGE_BYTES = 64 * MIB
@@ -60,16 +62,19 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(raw_tcp(2))
         ours = {name: stack.enter_context(wire(name, sizes)) for name in TRANSPORTS}
-        relay: dict[str, Way] = {"relay": functools.partial(_relayed, raw)}
+        limits: dict[str, Way] = {"relay": functools.partial(_relayed, raw)}
+        limits["bare"] = stack.enter_context(bare_zmq(sizes[-1]))
         store = stack.enter_context(mooncake(sizes[-1], progress, quick=quick))
         others: dict[str, Way] = {} if store is None else {"store": store.take}
         for nbytes in sizes:
             progress(f"replies of {size(nbytes)}")
-            _measure_size(relay | ours | others, nbytes, rounds, turns)
+            _measure_size(limits | ours | others, nbytes, rounds, turns)
         medians = {key: statistics.median(seconds) for key, seconds in turns.items()}
         lines = [line for nbytes in sizes for line in _lines(medians, nbytes)]
         if not quick:
-            lines += [line for nbytes in sizes for line in _beside_mooncake(medians, nbytes)]
+            for peer, way in ((BARE, "bare"), (MOONCAKE, "store")):
+                for nbytes in sizes:
+                    lines += _beside(peer, way, medians, nbytes)
             lines += _beside_nemo(progress, ours, sizes[-1])
         return lines
 
@@ -124,15 +129,15 @@ def _lines(medians: Medians, nbytes: int) -> Iterator[Line]:
         yield Line(f"{name}: latency", alone, "ms", "", True, RELAY, relayed)
 
 
-def _beside_mooncake(medians: Medians, nbytes: int) -> Iterator[Line]:
-    """Our figures by TCP again, beside the store's of the same turns."""
+def _beside(peer: str, way: str, medians: Medians, nbytes: int) -> Iterator[Line]:
+    """Our figures by TCP again, beside a peer's of the same turns."""
     name = f"{size(nbytes)} replies, tcp"
     rate, alone = nbytes / GIB / medians["tcp", nbytes, DEPTH], 1000 * medians["tcp", nbytes, 1]
-    two, one = (medians.get(("store", nbytes, depth)) for depth in (DEPTH, 1))
+    two, one = (medians.get((way, nbytes, depth)) for depth in (DEPTH, 1))
     theirs = None if two is None else nbytes / GIB / two
-    yield Line(f"{name}: rate beside Mooncake", rate, "GiB/s", "", True, MOONCAKE, theirs)
+    yield Line(f"{name}: rate beside {peer}", rate, "GiB/s", "", True, peer, theirs)
     theirs = None if one is None else 1000 * one
-    yield Line(f"{name}: latency beside Mooncake", alone, "ms", "", True, MOONCAKE, theirs)
+    yield Line(f"{name}: latency beside {peer}", alone, "ms", "", True, peer, theirs)
 
 
 def _beside_nemo(progress: Progress, ours: dict[str, Way], nbytes: int) -> list[Line]:
