@@ -48,7 +48,6 @@ class _Passed:
 
     request: m.Request
     reply: m.Reply
-    nbytes: int
     submitted_at: float
     sent_at: float
     arrived_at: float
@@ -68,7 +67,7 @@ class Trace:
         reply = answer.packet.message
         assert isinstance(reply, m.Reply)
         times = (answer.submitted_at, answer.sent_at, answer.arrived_at, now)
-        self._passed.append(_Passed(answer.request, reply, answer.packet.nbytes, *times))
+        self._passed.append(_Passed(answer.request, reply, *times))
 
     def step(self, number: int, seconds: float, now: float, **args: Any) -> None:
         """A training step ended ``now``."""
@@ -135,7 +134,7 @@ def _spans(trainer: str, one: _Passed, at: _AtBroker | None) -> list[_Span]:
         "step": one.request.step,
         "tokens": one.request.n_tokens,
         "encoding": one.reply.encoding,
-        "reply_bytes": one.nbytes,
+        "reply_bytes": one.reply.tensor_bytes,
     }
     inner: _Inner = (
         ("waiting for a window", one.submitted_at, one.sent_at),

@@ -11,7 +11,7 @@ from tests.bench.peers import mooncake as peer
 from tests.bench.peers.driver import Driver
 from tests.bench.peers.venv import python_of
 from tests.bench.ranks import Step, Trained
-from tests.bench.throughput import MIB, _beside_mooncake
+from tests.bench.throughput import MIB, MOONCAKE, _beside
 from tests.integration.conftest import eventually
 
 
@@ -58,11 +58,11 @@ def test_a_store_that_does_not_come_up_is_told(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_peer_that_is_not_here_has_lines_that_say_so() -> None:
     medians = {("tcp", MIB, 2): 0.5, ("tcp", MIB, 1): 0.001}
-    rate, latency = _beside_mooncake(medians, MIB)
+    rate, latency = _beside(MOONCAKE, "store", medians, MIB)
     assert (rate.value, rate.peer_value, latency.value) == (1 / 512, None, 1.0)
-    _, latency = _beside_mooncake({**medians, ("store", MIB, 1): 0.002}, MIB)
+    _, latency = _beside(MOONCAKE, "store", {**medians, ("store", MIB, 1): 0.002}, MIB)
     assert latency == Line(
-        "1 MiB replies, tcp: latency beside Mooncake", 1.0, "ms", "", True, peer.NAME, 2.0
+        f"1 MiB replies, tcp: latency beside {MOONCAKE}", 1.0, "ms", "", True, MOONCAKE, 2.0
     )
 
 
