@@ -151,6 +151,7 @@ def _beside_nemo(progress: Progress, ours: dict[str, Way], nbytes: int) -> list[
                 seconds, sent = peer.supervision(**_NEMO_SHAPE)
                 theirs.append(sent / GIB / seconds)
             for name, way in ours.items():
+                way(nbytes, DEPTH, DEPTH)  # NeMo's clock does not run for its first reply either
                 rates[name].append(nbytes / GIB / way(nbytes, _NEMO_REPLIES, DEPTH))
     peer_rate = statistics.median(theirs) if theirs else None
     lines = []

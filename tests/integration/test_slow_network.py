@@ -13,6 +13,7 @@ import torch
 
 from broker.core import BrokerConfig
 from broker.service import Broker
+from tests.integration.conftest import eventually
 from trainer_client.service import Client
 from worker.service import Worker
 from worker.targets.stub import StubTarget
@@ -101,3 +102,22 @@ def test_a_worker_on_a_slow_network_is_not_lost() -> None:
 def test_a_client_on_a_slow_network_is_not_lost() -> None:
     with Broker(config=CONFIG) as broker, slow(broker.client_endpoint) as clients:
         take_slowly(broker, clients, broker.worker_endpoint)
+
+
+def test_a_worker_that_drains_on_a_slow_network_leaves_when_its_answer_has() -> None:
+    with (
+        Broker(config=CONFIG) as broker,
+        slow(broker.worker_endpoint) as workers,
+        Client([broker.client_endpoint], name="c") as client,
+    ):
+        worker = Worker(Large(), workers, name="w", drain_s=PATIENCE_S).start()
+        client.submit("model_info", timeout_s=PATIENCE_S).result()
+        pending = client.submit("input_embeddings", timeout_s=PATIENCE_S)
+        eventually(lambda: worker.measures.replies == 2)
+        began = time.monotonic()
+        worker.drain()
+        assert worker.wait(PATIENCE_S)
+        worker.stop()
+        assert pending.result().tensors["weight"].nbytes == REPLY_BYTES
+        assert time.monotonic() - began > 2 * CONFIG.liveness_s, "the network was not slow"
+        assert broker.core.counters["requeues"] == 0
