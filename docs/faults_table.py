@@ -102,6 +102,13 @@ FAULTS = (
         f"{_PARTS}::test_worker_dies_between_two_parts",
     ),
     Fault(
+        "SIGTERM of a worker on a slow network",
+        "while it computes",
+        "nothing: it leaves when its answer has",
+        "tests/integration/test_slow_network.py"
+        "::test_a_worker_that_drains_on_a_slow_network_leaves_when_its_answer_has",
+    ),
+    Fault(
         "a client's connection is cut",
         "between two parts of its reply",
         "the request runs again, for the broker keeps no large reply",

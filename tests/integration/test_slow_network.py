@@ -104,18 +104,35 @@ def test_a_client_on_a_slow_network_is_not_lost() -> None:
         take_slowly(broker, clients, broker.worker_endpoint)
 
 
+class Gated(Large):
+    """Answers when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def get_input_embeddings(self) -> SimpleNamespace:
+        assert self.gate.wait(PATIENCE_S)
+        return super().get_input_embeddings()
+
+
 def test_a_worker_that_drains_on_a_slow_network_leaves_when_its_answer_has() -> None:
+    target = Gated()
     with (
         Broker(config=CONFIG) as broker,
         slow(broker.worker_endpoint) as workers,
         Client([broker.client_endpoint], name="c") as client,
     ):
-        worker = Worker(Large(), workers, name="w", drain_s=PATIENCE_S).start()
+        worker = Worker(target, workers, name="w", drain_s=PATIENCE_S).start()
         client.submit("model_info", timeout_s=PATIENCE_S).result()
+        target.gate.clear()
         pending = client.submit("input_embeddings", timeout_s=PATIENCE_S)
-        eventually(lambda: worker.measures.replies == 2)
-        began = time.monotonic()
+        eventually(lambda: worker.core.computing)
         worker.drain()
+        eventually(lambda: worker.core.released)  # nothing but the answer is left to be said
+        began = time.monotonic()
+        target.gate.set()
         assert worker.wait(PATIENCE_S)
         worker.stop()
         assert pending.result().tensors["weight"].nbytes == REPLY_BYTES
