@@ -19,7 +19,7 @@ from broker.protocol.limits import MIB, Limits
 from broker.protocol.memory import POOL
 from broker.protocol.wire import Buffer, Packet, encode
 
-#: Payload of one part. Less costs the broker more for each byte, more leaves its cache
+#: Payload of one part. Less costs the broker more for each byte, more brings nothing
 #: (docs/decisions/0012-replies-in-parts.md). A reply with no more payload is one message.
 PART_BYTES = 4 * MIB
 
