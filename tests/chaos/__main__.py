@@ -13,8 +13,8 @@ from tests.chaos.run import Result, Run, as_json
 
 #: Trained in about 12 s when nothing happens.
 _ROUND_STEPS = 400
-#: Steps for one cut, so that a round lasts as long as its cuts.
-_STEPS_A_CUT, _CUT_EVERY_S = 4, 0.12
+#: A cut comes every so many steps, at random; and a round has so many for each, so that all come.
+_CUT_EVERY_STEPS, _STEPS_A_CUT = 3, 4
 #: A cut connection is back within the first reconnect interval (0.05 s) and these seconds.
 _MAX_CUT_STALL_S = 2.05
 #: Steps for one restart of the broker, and what one may cost beyond the time that it is away.
@@ -41,7 +41,7 @@ def main(minutes: float, seed: int, cuts: int, restarts: int, output: Path) -> N
     try:
         run.prepare()
         if cuts:
-            run.cuts(cuts, _CUT_EVERY_S)
+            run.cuts(cuts, _CUT_EVERY_STEPS)
         elif restarts:
             run.restarts(restarts)
         else:

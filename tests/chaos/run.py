@@ -89,15 +89,15 @@ class Restarts:
     """
 
     AWAY_S = (0.0, 0.5, 1.5, 3.0)
-    #: between two of them
-    _REST_S = 1.0
+    #: between two of them, in which what the last one cost is over
+    _REST_STEPS = 20
 
     def __init__(self, cluster: Cluster, steps: Steps, n_restarts: int) -> None:
         self.costs_s: list[float] = []
         self._cluster = cluster
         self._steps = steps
         self._n_restarts = n_restarts
-        self._due = 0.0
+        self._due_step = 0
         self._away: Process | None = None
         self._back_at: float | None = None
         self._steps_before = 0
@@ -107,7 +107,7 @@ class Restarts:
         now = time.monotonic()
         broker = self._cluster.broker
         if self._away is None:
-            wanted = len(self.costs_s) < self._n_restarts and now >= self._due
+            wanted = len(self.costs_s) < self._n_restarts and self._steps.count >= self._due_step
             if wanted and broker is not None and self._cluster.stepping:
                 self._end(broker)
         elif self._back_at is None:
@@ -115,7 +115,8 @@ class Restarts:
                 self._back_at, self._steps_before = now, self._steps.count
         elif self._steps.count > self._steps_before:
             self.costs_s.append(now - self._back_at)
-            self._away, self._back_at, self._due = None, None, now + self._REST_S
+            self._away, self._back_at = None, None
+            self._due_step = self._steps.count + self._REST_STEPS
 
     def _end(self, broker: Process) -> None:
         number = len(self.costs_s)
@@ -174,15 +175,15 @@ class Run:
             self.compared(strike)
         self.result.seconds = time.monotonic() - began
 
-    def cuts(self, n_cuts: int, every_s: float) -> None:
+    def cuts(self, n_cuts: int, every_steps: float) -> None:
         """One round in which connections are cut, one at random each time."""
-        due = time.monotonic()
+        due = 0.0
 
         def strike() -> None:
             nonlocal due
-            if time.monotonic() < due or self.result.faults["cut"] >= n_cuts:
+            if self.steps.count < due or self.result.faults["cut"] >= n_cuts:
                 return
-            due = time.monotonic() + self.luck.uniform(0, 2) * every_s
+            due = self.steps.count + self.luck.uniform(0, 2) * every_steps
             how = self.luck.choice(list(How))
             self.result.faults["cut"] += self.cluster.proxy.cut(Which.ONE, how)
 
