@@ -62,7 +62,7 @@ def _without_a_chunk(
 ) -> tuple[list[Op], int]:
     at = 0
     while at < len(ops) and tries > 0:
-        candidate = ops[:at] + [*filter(_starts_a_broker, ops[at : at + chunk])] + ops[at + chunk :]
+        candidate = [*ops[:at], *filter(_starts_a_broker, ops[at : at + chunk]), *ops[at + chunk :]]
         tries -= 1
         if candidate != ops and play(replace(schedule, ops=tuple(candidate))).failure == failure:
             ops = candidate
