@@ -41,26 +41,29 @@ class Clients:
             )
             self._watch(client)
         elif client.connection is not None:
-            self._requests.end_passing(client)
             del self._ledger.client_connections[client.connection]
         client.connection = connection
         client.last_seen = now
         self._ledger.client_connections[connection] = client
-        self._ledger.reply_room.free_sent(client.id, client.requests)
+        self._lose_sent(client)
         self._ledger.welcome(Side.CLIENT, connection)
         self._requests.ask_again(client)
 
     def disconnected(self, client: ClientSession, now: float) -> None:
         """Its connection is gone; it may come back on another."""
         assert client.connection is not None
-        self._requests.end_passing(client)
         del self._ledger.client_connections[client.connection]
         client.connection = None
         client.last_seen = now
-        self._ledger.reply_room.free_sent(client.id, client.requests)
+        self._lose_sent(client)
         self._ledger.log(
             "info", "client_disconnected", client=client.id, requests=len(client.requests)
         )
+
+    def _lose_sent(self, client: ClientSession) -> None:
+        """What was on its connection is gone with it."""
+        self._requests.end_passing(client)
+        self._ledger.reply_room.free_sent(client.id, client.requests)
 
     def heartbeat(self, client: ClientSession, packet: Packet, now: float) -> None:
         """It is still there; tell it whether anybody works for it."""

@@ -18,11 +18,11 @@ from trainer_client.core.events import Action, Fail, Log
 
 @dataclass(eq=False)
 class Arriving:
-    """A reply whose payload comes in parts, and what has come of it."""
+    """A reply, and what has come of its payload: all at once, or in parts."""
 
     packet: Packet
     assembly: Assembly
-    #: parts that are here
+    #: messages of it that are here
     taken: int = 0
 
     @property
