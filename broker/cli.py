@@ -13,8 +13,8 @@ import click
 from broker import logs
 from broker.core import BrokerConfig
 from broker.errors import BrokerError
-from broker.keys import Role, generate, write_pair
-from broker.look import HTTP_ADDRESS
+from broker.keys.files import Role, generate, write_pair
+from broker.watch.look import HTTP_ADDRESS
 
 _DEFAULTS = BrokerConfig()
 _FILE = click.Path(path_type=Path)
@@ -81,7 +81,7 @@ def broker(
     stop and 1 when it could not listen. SIGHUP has it read the allow-list again at once; it does so
     by itself when a file changes.
     """
-    from broker.access import raise_descriptor_limit
+    from broker.keys.access import raise_descriptor_limit
     from broker.notify import notify
     from broker.service import Broker
     from broker.signals import wait_until

@@ -15,7 +15,6 @@ from typing import Any
 
 import zmq
 
-from broker.access import REREAD_S, Access, max_connections
 from broker.core import (
     Action,
     BrokerConfig,
@@ -28,13 +27,14 @@ from broker.core import (
 )
 from broker.core.inspect import snapshot
 from broker.errors import BrokerError
-from broker.http import HttpServer
+from broker.keys.access import REREAD_S, Access, max_connections
+from broker.keys.zap import ZapHandler
 from broker.logs import Throttle, log
-from broker.pages import pages
-from broker.port import Port
-from broker.protocol.allocator import adapt_allocator
-from broker.protocol.sockets import Waiter, Wakeup
-from broker.zap import ZapHandler
+from broker.transport.allocator import adapt_allocator
+from broker.transport.port import Port
+from broker.transport.sockets import Waiter, Wakeup
+from broker.watch.http import HttpServer
+from broker.watch.pages import pages
 
 _logger = logging.getLogger("draftmq.broker")
 #: libzmq's I/O threads where they encrypt, which takes four times as long as the rest; connections

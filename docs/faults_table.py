@@ -24,14 +24,14 @@ _TRAIN = "tests/integration/test_training.py"
 _PROCESSES = "tests/integration/test_processes.py"
 _DIRECT = "tests/integration/direct/test_faults.py"
 _SEGMENTS = "tests/integration/direct/test_segments.py"
-_BROKER = "tests/broker/test_core.py"
+_BROKER = "tests/broker/core/test_machine.py"
 _CLIENT = "tests/trainer_client/test_core.py"
 _INPUT = "tests/integration/test_bad_input.py"
 _PROXY = "tests/broker/chaos/test_zeromq.py"
-_DOORS = "tests/broker/test_security_doors.py"
+_DOORS = "tests/broker/keys/test_doors.py"
 _KEYS = "tests/integration/test_security.py"
 _CHAOS = "tests/chaos/test_chaos.py"
-_PARTS = "tests/broker/test_core_parts.py"
+_PARTS = "tests/broker/core/test_parts.py"
 _CLIENT_PARTS = "tests/trainer_client/test_core_parts.py"
 
 FAULTS = (
@@ -142,7 +142,7 @@ FAULTS = (
         "a worker is far slower than it was",
         "while it computes",
         "the request runs a second time elsewhere, the first answer wins",
-        "tests/broker/test_core_hedges.py::"
+        "tests/broker/core/test_hedges.py::"
         "test_it_runs_elsewhere_after_three_times_its_expected_time",
     ),
     Fault(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from broker.core import BrokerCore
-from broker.exposition import Metric
-from broker.metrics import metrics
+from broker.watch.exposition import Metric
+from broker.watch.metrics import metrics
 from trainer_client.metrics import METRICS as TRAINER
 from worker.metrics import METRICS as WORKER
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from broker.keys import Role, generate, write_pair
+from broker.keys.files import Role, generate, write_pair
 
 
 class Keyring:

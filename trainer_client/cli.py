@@ -22,8 +22,8 @@ _COMMANDS = {
     "eval": "trainer_client.commands:evaluate",
     "export": "trainer_client.commands:export",
     "keygen": "broker.cli:keygen",
-    "status": "broker.look:status",
-    "top": "broker.look:top",
+    "status": "broker.watch.look:status",
+    "top": "broker.watch.look:top",
     "train": "trainer_client.commands:train",
     "worker": "worker.cli:worker",
 }

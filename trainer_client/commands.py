@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from broker import logs
-from broker.operators import options as operator_options
+from broker.keys.operators import options as operator_options
 from trainer_client.errors import DataError, TrainerClientError
 from trainer_client.export import export_checkpoint, read_draft
 from trainer_client.lint import check_draft

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from broker.logs import log
+from broker.peer.tensors import shaped
 from broker.protocol import messages as m
 from broker.protocol.channel import Announced, Channel, Open, Receive, Reject
-from broker.protocol.tensors import shaped
 from worker.direct.backend import Backend
 from worker.direct.config import DirectConfig, choose, host_id
 from worker.direct.rendezvous import End, join

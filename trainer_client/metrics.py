@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from broker.errors import BrokerError
-from broker.exposition import Metric, Sample, Snapshot, one
-from broker.http import HttpServer
-from broker.measures import Histogram
-from broker.operators import door
-from broker.pages import peer_pages
+from broker.histogram import Histogram
+from broker.keys.operators import door
+from broker.watch.exposition import Metric, Sample, Snapshot, one
+from broker.watch.http import HttpServer
+from broker.watch.pages import peer_pages
 from trainer_client.core import COUNTERS
 from trainer_client.errors import TrainerClientError
 

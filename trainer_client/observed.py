@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from broker.errors import BrokerError
 from broker.logs import log
-from broker.look import fetch
+from broker.watch.look import fetch
 from trainer_client.errors import TrainerClientError
 from trainer_client.metrics import Measures, served
 from trainer_client.trace import Trace

@@ -11,10 +11,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from broker.credentials import KeyLike
+from broker.peer.credentials import KeyLike
+from broker.peer.tensors import to_frames
 from broker.protocol import encode
 from broker.protocol import messages as m
-from broker.protocol.tensors import to_frames
 from trainer_client.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.core import ClientConfig
 from trainer_client.direct import Receiver

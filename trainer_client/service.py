@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from broker.credentials import KeyLike, credentials
-from broker.keys import Role
+from broker.histogram import Histogram
+from broker.keys.files import Role
 from broker.logs import log
-from broker.measures import Histogram
+from broker.peer.credentials import KeyLike, credentials
+from broker.peer.loop import PeerLoop
 from broker.protocol import Limits, Packet, encode
 from broker.protocol import messages as m
 from broker.protocol.names import own_name
-from broker.protocol.peer import PeerLoop
 from trainer_client.core import (
     CancelRequest,
     ClientConfig,
@@ -86,7 +86,7 @@ class Client:
     brokers where it can; without it everything comes by wire. A ``trace`` is told of each reply.
 
     ``key`` (a file) and ``broker_key`` (a file, or the key's text; one for all brokers or one for
-    each) are for brokers that want keys; see :func:`broker.credentials.credentials`.
+    each) are for brokers that want keys; see :func:`broker.peer.credentials.credentials`.
 
     It may be used from several threads. After a fork the child must make a client of its own: the
     parent's raises :class:`ClientClosedError` there and does nothing else.
@@ -155,7 +155,7 @@ class Client:
         manifest: tuple[m.TensorSpec, ...] = ()
         payload: list[Any] = []
         if tensors:
-            from broker.protocol.tensors import to_frames
+            from broker.peer.tensors import to_frames
 
             manifest, payload = to_frames(tensors)
         request_id = self.core.new_id()
@@ -309,7 +309,7 @@ def _answer(delivered: Deliver) -> Answer:
         return Answer(reply, delivered.tensors)
     if not reply.manifest:
         return Answer(reply, {})
-    from broker.protocol.tensors import from_octets
+    from broker.peer.tensors import from_octets
 
     return Answer(reply, from_octets(reply.manifest, delivered.octets))
 

@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from broker.peer.parts import in_parts
+from broker.peer.tensors import from_packet, to_frames
 from broker.protocol import Limits, LocalProtocolError, Packet, encode, payload_hash
 from broker.protocol import messages as m
 from broker.protocol.errors import RemoteProtocolError
-from broker.protocol.parts import in_parts
-from broker.protocol.tensors import from_packet, to_frames
 from worker.batching import Tokens, compute_together
 from worker.direct.parts import specs
 from worker.direct.sender import Plan, Sender

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from broker import logs
-from broker.operators import options as operator_options
+from broker.keys.operators import options as operator_options
 from worker.direct import options as direct_options
 
 if TYPE_CHECKING:

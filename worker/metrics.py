@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from broker.exposition import Metric, one
-from broker.measures import Histogram
+from broker.histogram import Histogram
 from broker.protocol import Packet
 from broker.protocol import messages as m
+from broker.watch.exposition import Metric, one
 
 
 class Measures:

@@ -16,16 +16,16 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from broker.credentials import KeyLike, credentials
 from broker.errors import BrokerError
-from broker.http import HttpServer
-from broker.keys import Role
+from broker.keys.files import Role
+from broker.keys.operators import door
 from broker.logs import log
-from broker.operators import door
-from broker.pages import peer_pages
+from broker.peer.credentials import KeyLike, credentials
+from broker.peer.loop import PeerLoop
 from broker.protocol import Limits
 from broker.protocol.names import own_name
-from broker.protocol.peer import PeerLoop
+from broker.watch.http import HttpServer
+from broker.watch.pages import peer_pages
 from worker.answers import Answerer, description
 from worker.core import Drain, Exit, Log, WorkerCore
 from worker.direct.config import DirectConfig
@@ -54,7 +54,7 @@ class Worker:
     whose public keys are in the files ``allow``, or with ``insecure`` for anyone.
 
     ``key`` (a file) and ``broker_key`` (a file, or the key's text; one for all brokers or one for
-    each) are for brokers that want keys; see :func:`broker.credentials.credentials`.
+    each) are for brokers that want keys; see :func:`broker.peer.credentials.credentials`.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from typing import Any
 
 from broker.chaos.faults import ChaosError, Kind, read_fault
 from broker.chaos.proxy import ChaosProxy
-from broker.http import StartResponse, WsgiServer
+from broker.watch.http import StartResponse, WsgiServer
 
 _MAX_BODY_BYTES = 1 << 16
 

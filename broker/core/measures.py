@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
 from broker.core.state import Entry, WorkerSession
-from broker.measures import Histogram
+from broker.histogram import Histogram
 from broker.protocol.messages import RequestId
 
 #: Requests whose times are kept for a trace; about 1 MB.

@@ -14,11 +14,11 @@ from typing import Any
 
 import zmq
 
-from broker.protocol.allocator import adapt_allocator
+from broker.peer.parts import PART_BYTES
+from broker.peer.tensors import FRAME_BYTES
 from broker.protocol.limits import Limits
-from broker.protocol.parts import PART_BYTES
-from broker.protocol.sockets import configure
-from broker.protocol.tensors import FRAME_BYTES
+from broker.transport.allocator import adapt_allocator
+from broker.transport.sockets import configure
 
 _ANY = "tcp://127.0.0.1:0"
 

@@ -11,7 +11,7 @@ import zmq
 from broker.protocol import Packet, RemoteProtocolError, decode, encode, payload_hash
 from broker.protocol import messages as m
 from broker.protocol.limits import Limits
-from broker.protocol.sockets import configure
+from broker.transport.sockets import configure
 
 MODEL = m.ModelDescription(
     model="light",

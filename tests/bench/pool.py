@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.errors import BrokerError
-from broker.look import fetch
+from broker.watch.look import fetch
 from tests.integration.test_processes import free_port
 from trainer_client.demo import Processes
 from trainer_client.remote import RemoteEagle3TargetModel

@@ -128,7 +128,7 @@ def test_the_brokers_image_has_all_that_the_broker_imports(tmp_path: Path) -> No
         "for command in ('broker', 'status'):\n"
         "    cli.main([command, '--help'], standalone_mode=False)\n"
         "from broker.service import Broker\n"
-        "from broker.screen import screen\n"
+        "from broker.watch.screen import screen\n"
         "with Broker(http='127.0.0.1:0') as broker:\n"
         "    screen(broker.snapshot())\n"
     )

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from broker.core import BrokerCore
-from broker.exposition import Metric
-from broker.metrics import metrics
+from broker.watch.exposition import Metric
+from broker.watch.metrics import metrics
 from tests.deploy import command_lines as lines
 from trainer_client.metrics import METRICS as TRAINER
 from worker.metrics import METRICS as WORKER

@@ -23,19 +23,19 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from broker.access import Access
-from broker.allow import AllowList
 from broker.core import BrokerConfig, BrokerCore, Received, Send, Side
 from broker.core.inspect import snapshot, validate
-from broker.http import HttpServer
-from broker.keys import KeyFileError, Role, generate, parse
-from broker.pages import pages
+from broker.keys.access import Access
+from broker.keys.allow import AllowList
+from broker.keys.files import KeyFileError, Role, generate, parse
+from broker.peer.link import Arrived, Connected
+from broker.peer.tensors import from_packet, to_frames
 from broker.protocol import RemoteProtocolError, decode, encode, wire
 from broker.protocol import messages as m
-from broker.protocol.link import Arrived, Connected
-from broker.protocol.tensors import from_packet, to_frames
 from broker.service import Broker
-from tests.broker.rig import mapping_offer, model
+from broker.watch.http import HttpServer
+from broker.watch.pages import pages
+from tests.broker.core.rig import mapping_offer, model
 from trainer_client.cli import cli
 from trainer_client.core import ClientCore, Submit
 from trainer_client.errors import DataError, ExportError

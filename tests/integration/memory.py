@@ -24,7 +24,7 @@ from broker.core import BrokerConfig
 from broker.protocol import decode, encode
 from broker.protocol import messages as m
 from broker.protocol.limits import KIB, MIB
-from tests.broker.rig import model
+from tests.broker.core.rig import model
 from tests.zmtp import connect, frame, null_handshake, read_message
 
 #: What docs/memory.md says: for a broker without peers, and for each connection.

@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from broker.errors import BrokerError
-from broker.look import fetch
+from broker.watch.look import fetch
 from tests.integration.conftest import eventually
 from trainer_client.colocated import ColocatedTarget
 from trainer_client.demo import Processes

@@ -20,13 +20,13 @@ from click.testing import CliRunner
 
 import broker.service
 from broker.core import BrokerConfig
-from broker.credentials import credentials
 from broker.errors import BrokerError
-from broker.keys import Role
+from broker.keys.files import Role
+from broker.peer.credentials import credentials
 from broker.protocol import Packet, decode, encode
 from broker.protocol import messages as m
-from broker.protocol.sockets import Dealer
 from broker.service import Broker
+from broker.transport.sockets import Dealer
 from tests.integration.conftest import Cluster, eventually, tokens
 from tests.keyring import Keyring
 from trainer_client.cli import cli

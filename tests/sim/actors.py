@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from broker.core import Side
+from broker.peer.parts import in_parts
 from broker.protocol import Packet, RemoteProtocolError, encode, payload_hash
 from broker.protocol import messages as m
-from broker.protocol.parts import in_parts
-from tests.broker.rig import model
+from tests.broker.core.rig import model
 from tests.sim.mappings import MAPPINGS
 from tests.sim.peers import PeerProcess
 from trainer_client.core import (

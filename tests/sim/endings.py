@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from broker.peer.link import LinkState
 from broker.protocol import messages as m
-from broker.protocol.link import LinkState
 from tests.sim.actors import Ask, ClientProcess
 from tests.sim.footprint import footprint
 from tests.sim.violation import require

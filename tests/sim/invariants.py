@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from broker.core import ConnectionLost, Received, Send, Side
 from broker.core.inspect import validate
+from broker.peer.link import Arrived, Reopen, SendTo
 from broker.protocol import messages as m
-from broker.protocol.link import Arrived, Reopen, SendTo
 from tests.sim.actors import ClientProcess, WorkerProcess
 from tests.sim.footprint import footprint
 from tests.sim.peers import BrokerProcess, Process
@@ -64,7 +64,7 @@ class Invariants:
         """A session's connection is that of the peer, in the life, that it is named for."""
         core = broker.core
         for session in (*core.clients.values(), *core.workers.values()):
-            connection = broker.connections.get(session.connection)
+            connection = broker.transport.connections.get(session.connection)
             if connection is None:
                 continue
             owner = connection.socket.owner
@@ -98,7 +98,7 @@ class Invariants:
         for action in actions:
             if not isinstance(action, Send):
                 continue
-            connection = broker.connections.get(action.connection)
+            connection = broker.transport.connections.get(action.connection)
             if connection is None:
                 continue
             message = self.world.packet(action.frames).message

@@ -9,9 +9,9 @@ from typing import Any
 from broker.core import BrokerCore
 from broker.core.clients import Clients
 from broker.core.requests import Requests
+from broker.peer.link import Link
 from broker.protocol import encode
 from broker.protocol import messages as m
-from broker.protocol.link import Link
 from tests.sim.planting import (
     MUTATIONS,
     heard,

@@ -13,16 +13,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from broker.core import BadBytes, ConnectionLost, Received
+from broker.peer.link import Arrived, Connected, Disconnected
 from broker.protocol import Packet
 from broker.protocol import messages as m
-from broker.protocol.link import Arrived, Connected, Disconnected
 from tests.sim.chance import Stream
 
 if TYPE_CHECKING:
     from tests.sim.peers import BrokerProcess, PeerProcess
     from tests.sim.world import World
 
-#: As in ``broker.protocol.sockets``: a DEALER waits so long before it tries again.
+#: As in ``broker.transport.sockets``: a DEALER waits so long before it tries again.
 _RECONNECT_FIRST_S, _RECONNECT_LAST_S = 0.05, 1.0
 _DELAY_S = 0.001
 #: One message in so many is held up on its way, by up to so long.
@@ -160,7 +160,7 @@ class Network:
     def connect(self, socket: Socket, broker: BrokerProcess) -> Connection:
         self._names += 1
         connection = Connection(b"%d" % self._names, socket, broker)
-        broker.connections[connection.name] = connection
+        broker.transport.connections[connection.name] = connection
         return connection
 
     def sever(
@@ -187,7 +187,7 @@ class Network:
 
     def _tell_broker(self, connection: Connection) -> None:
         broker = connection.broker
-        if broker.connections.pop(connection.name, None) is not None:
+        if broker.transport.connections.pop(connection.name, None) is not None:
             broker.receive(ConnectionLost(connection.socket.owner.side, connection.name))
 
     # -- messages -------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from broker.core import (
     Side,
 )
 from broker.core import Tick as BrokerTick
-from broker.protocol.link import Arrived, Connected, Disconnected, Reopen, SendTo, Tick
-from broker.protocol.peer import lost_message
+from broker.peer.link import Arrived, Connected, Disconnected, Reopen, SendTo, Tick
+from broker.peer.loop import lost_message
 from tests.sim.network import Connection, Socket
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from broker.core import Received, Send
+from broker.peer.link import Arrived, SendTo
 from broker.protocol import decode
-from broker.protocol.link import Arrived, SendTo
 
 Plant = Callable[[], AbstractContextManager[None]]
 MUTATIONS: dict[str, Plant] = {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from broker.core import BadBytes, ConnectionLost, Received, Send
+from broker.peer.link import Arrived, SendTo
 from broker.protocol import Packet, decode
 from broker.protocol import messages as m
-from broker.protocol.link import Arrived, SendTo
 from tests.sim.peers import BrokerProcess, Process
 
 #: Every peer says and hears these all the time.

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from broker.peer.link import Arrived, Connected, Disconnected, Reopen, SendTo, Tick
 from broker.protocol import Packet, encode, payload_hash
 from broker.protocol import messages as m
-from broker.protocol.link import Arrived, Connected, Disconnected, Reopen, SendTo, Tick
-from tests.broker.rig import mapping_offer
+from tests.broker.core.rig import mapping_offer
 from trainer_client.core import (
     CancelRequest,
     ClientConfig,

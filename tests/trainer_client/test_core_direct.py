@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from broker.peer.link import Disconnected
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
-from broker.protocol.link import Disconnected
 from tests.trainer_client.test_core import A, B, Rig
 from trainer_client.core import (
     CancelRequest,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from broker.peer.link import Connected, Disconnected, Tick
+from broker.peer.parts import in_parts
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
-from broker.protocol.link import Connected, Disconnected, Tick
-from broker.protocol.parts import in_parts
 from tests.trainer_client.test_core import A, B, Rig
 from trainer_client.core import CancelRequest, Deliver, Fail
 

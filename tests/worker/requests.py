@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from broker.peer.tensors import to_frames
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
-from broker.protocol.tensors import to_frames
 from worker.mapping import VocabMapping
 
 

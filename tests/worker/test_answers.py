@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from broker.peer.tensors import to_frames
 from broker.protocol import Limits, Packet, encode
 from broker.protocol import messages as m
-from broker.protocol.tensors import to_frames
 from tests.worker.requests import generate, offer
 from worker.answers import Answerer
 from worker.mapping import VocabMapping

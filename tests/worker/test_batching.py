@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from broker.peer.tensors import from_packet
 from broker.protocol import Limits, Packet
 from broker.protocol import messages as m
-from broker.protocol.tensors import from_packet
 from tests.worker.requests import generate, offer
 from tests.worker.tiny_models import VOCAB, make, shared
 from worker.answers import Answerer, Work

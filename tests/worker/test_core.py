@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from broker.peer.link import Arrived, Connected, Disconnected, SendTo, Tick
+from broker.peer.parts import in_parts
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
-from broker.protocol.link import Arrived, Connected, Disconnected, SendTo, Tick
-from broker.protocol.parts import in_parts
-from tests.broker.rig import mapping_offer, model
+from tests.broker.core.rig import mapping_offer, model
 from worker.core import (
     Compute,
     Computed,

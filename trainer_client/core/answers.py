@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.peer.link import Link
+from broker.peer.parts import Assembly
 from broker.protocol import Packet, RemoteProtocolError, payload_hash
 from broker.protocol import messages as m
-from broker.protocol.link import Link
-from broker.protocol.parts import Assembly
 from trainer_client.core.events import Deliver, JoinChannel, Received, ReceiveDirectly
 from trainer_client.core.ledger import Arriving, Ledger, Ticket
 

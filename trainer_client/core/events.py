@@ -9,9 +9,9 @@ from typing import Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.peer.link import Arrived, Connected, Disconnected, Reopen, SendTo, Tick
 from broker.protocol import Packet
 from broker.protocol import messages as m
-from broker.protocol.link import Arrived, Connected, Disconnected, Reopen, SendTo, Tick
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from broker.peer.link import Link, LinkState, SendTo
+from broker.peer.parts import Assembly
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
-from broker.protocol.link import Link, LinkState, SendTo
-from broker.protocol.parts import Assembly
 from trainer_client.core.config import ClientConfig
 from trainer_client.core.events import Action, Fail, Log
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from broker.peer.link import Arrived, Connected, Disconnected, Link, SendTo
 from broker.protocol import Packet
 from broker.protocol import messages as m
-from broker.protocol.link import Arrived, Connected, Disconnected, Link, SendTo
 from trainer_client.core.answers import Answers
 from trainer_client.core.config import ClientConfig
 from trainer_client.core.events import Action, CancelRequest, Event, KeepMapping, Received, Submit

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from broker.peer.link import LinkState, SendTo
 from broker.protocol import messages as m
-from broker.protocol.link import LinkState, SendTo
 from trainer_client.core.ledger import Ledger, Ticket
 from trainer_client.core.trouble import trouble
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker.protocol.link import Link, LinkState
+from broker.peer.link import Link, LinkState
 
 
 def trouble(link: Link, now: float) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Union
 
+from broker.peer.link import Arrived, Connected, Disconnected, Reopen, SendTo, Tick
 from broker.protocol import Packet
 from broker.protocol import messages as m
-from broker.protocol.link import Arrived, Connected, Disconnected, Reopen, SendTo, Tick
 
 
 @dataclass(frozen=True)

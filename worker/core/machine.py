@@ -9,9 +9,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from broker.peer.link import Arrived, Connected, Disconnected, Link, LinkState, SendTo
 from broker.protocol import Packet, RemoteProtocolError, encode
 from broker.protocol import messages as m
-from broker.protocol.link import Arrived, Connected, Disconnected, Link, LinkState, SendTo
 from worker.core.events import (
     Action,
     Compute,

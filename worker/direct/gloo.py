@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroupGloo
 
-from broker.protocol.memory import POOL
+from broker.peer.memory import POOL
 from worker.direct.backend import CLIENT, WORKER, TransferError, out_of_step, plain
 from worker.direct.pair import OnPair, PairStore
 from worker.direct.parts import on_host, parts

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from broker.peer.tensors import NAMES
 from broker.protocol import messages as m
 from broker.protocol.limits import MIB
-from broker.protocol.tensors import NAMES
 
 #: A part is what is waited for at once, with the channel's limit: 16 MiB in 5 s is a slow network.
 PART_BYTES = 16 * MIB

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from broker.peer.memory import POOL
 from broker.protocol.limits import MIB
-from broker.protocol.memory import POOL
 from worker.direct.backend import WORKER, TransferError, out_of_step
 from worker.direct.pair import OnPair, PairStore
 from worker.direct.parts import Piece, on_host, parts

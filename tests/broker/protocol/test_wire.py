@@ -9,6 +9,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker.peer.tensors import from_packet, to_frames
 from broker.protocol import (
     Limits,
     LocalProtocolError,
@@ -20,7 +21,6 @@ from broker.protocol import (
     wire,
 )
 from broker.protocol import messages as m
-from broker.protocol.tensors import from_packet, to_frames
 from tests.broker.protocol import strategies
 
 ID = m.RequestId("rank0", 7, 3)

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
+from broker.peer.tensors import shaped
 from broker.protocol.messages import DTYPE_BYTES, TensorSpec
-from broker.protocol.tensors import shaped
 from tests.worker.direct.pairs import both, pair
 from worker.direct import gloo
 from worker.direct.backend import TransferError

@@ -1,0 +1,1 @@
+"""Who may connect: key files, allow-lists, and what the ports ask of strangers."""

@@ -1,0 +1,216 @@
+"""One side's ROUTER socket, and what its transport says of connections."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Container
+from typing import cast
+
+import zmq
+
+from broker.core import BadBytes, BrokerConfig, ConnectionLost, Event, Moving, Received, Send, Side
+from broker.errors import BrokerError
+from broker.protocol import RemoteProtocolError, VersionMismatchError, decode
+from broker.transport.connections import Allowance, Connection, Connections, cut
+from broker.transport.local import Place
+from broker.transport.sockets import HANDSHAKE_FAILED, Curve, Monitor, configure, receive
+
+#: Messages taken from one socket before the other gets a turn.
+_BATCH = 64
+#: How often strangers are looked at, while there are any connections.
+_SWEEP_S = 0.2
+#: What a frame takes on the wire beside its bytes, at the most: ZMTP's 9 bytes, CURVE's 33.
+_FRAME_OVERHEAD_BYTES = 42
+#: What a stopping broker waits for its goodbyes to leave.
+_LINGER_S = 0.5
+
+
+class Port:
+    """One ROUTER socket, with what its transport says of lost connections.
+
+    Connections are named by the ROUTER, not by the peers, so nobody can take another's name. A
+    closed TCP connection is known at once: the monitor names its file descriptor, and so does
+    each message that came from it. ``known`` are the connections that said hello; ``note`` logs.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        side: Side,
+        address: str,
+        config: BrokerConfig,
+        known: Container[bytes],
+        curve: Curve | None,
+        note: Callable[..., None],
+    ) -> None:
+        self.side = side
+        self.limits = config.limits
+        self._keyed = curve is not None
+        self._note = note
+        self.connections = Connections(known, _allowance(side, config))
+        #: after two missed heartbeats it is asked whether bytes flow
+        self._silent_s = 2 * config.heartbeat_s
+        self.next_sweep: float | None = None
+        self._events: list[Event] = []
+        self.socket = context.socket(zmq.ROUTER)
+        configure(self.socket, config.limits, curve)
+        self.socket.router_mandatory = True
+        self.socket.backlog = 4096
+        self.monitor = Monitor(
+            self.socket, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
+        )
+        self._place = Place(address)
+        self.received_bytes = 0
+        self.sent_bytes = 0
+        try:
+            with self._place.taken():
+                self.socket.bind(address)
+        except BrokerError:
+            self.close()
+            raise
+        except zmq.ZMQError as error:
+            self.close()
+            raise BrokerError(
+                f"cannot listen for {side.value}s on {address!r}: {error}; "
+                f"is another broker there? choose another with --{side.value}s"
+            ) from error
+        self.endpoint = self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self._own_port = _port_of_endpoint(self.endpoint)
+
+    def events(self, now: float, ready: Container[object]) -> list[Event]:
+        """What came on sockets that are ``ready``, a batch at most."""
+        if self.monitor.socket in ready:
+            self._read_monitor(now)
+        for _ in range(_BATCH if self.socket in ready else 0):
+            message = receive(self.socket, self.limits.max_frames + 2)
+            if message is None:
+                break
+            name, *frames = message
+            nbytes = sum(map(len, frames))
+            self.received_bytes += nbytes
+            self._receive(name.bytes, frames, nbytes, now)
+        events, self._events = self._events, []
+        return events
+
+    def wants_sweep(self, now: float) -> bool:
+        """Whether strangers should be looked at."""
+        due = self.next_sweep is not None and now >= self.next_sweep
+        return due or self.connections.too_many_strangers
+
+    def sweep(self, now: float, at_most: int) -> int:
+        """Cut off strangers that are too many or take too long; how many."""
+        surplus = self.connections.surplus(at_most)
+        for connection in surplus:
+            self._cut(connection, "too many connections without a hello")
+        if self.next_sweep is not None and now >= self.next_sweep:
+            for connection, why in self.connections.overdue(now) + self.connections.overdrawn():
+                self._cut(connection, why)
+            for connection in self.connections.moving(now, self._silent_s):
+                self._events.append(Moving(self.side, connection.name))
+            self.next_sweep = now + _SWEEP_S if len(self.connections) else None
+        return len(surplus)
+
+    def cut_revoked(self, allowed: Callable[[str], bool]) -> None:
+        """Cut off connections whose key may not connect any more."""
+        for connection in self.connections:
+            if connection.user and not allowed(connection.user):
+                self._cut(connection, f"the key {connection.user} was revoked")
+
+    def _read_monitor(self, now: float) -> None:
+        for event, value in self.monitor.read():
+            if event == zmq.EVENT_ACCEPTED:
+                self.connections.accepted(value, now)
+                self.next_sweep = self.next_sweep or now + _SWEEP_S
+            elif event == zmq.EVENT_DISCONNECTED:
+                self._lost(self.connections.closed(value))
+            else:
+                self._note("handshake_failed", side=self.side.value, why=_handshake(event, value))
+
+    def _receive(self, name: bytes, frames: list[zmq.Frame], nbytes: int, now: float) -> None:
+        connection = self._connection(name, frames, now)
+        if connection is None:
+            return
+        connection.taken_bytes += nbytes + len(frames) * _FRAME_OVERHEAD_BYTES
+        if frames[-1].more:
+            self._cut(connection, f"a message of more than {len(frames)} frames")
+            return
+        if self.connections.too_strange(connection):
+            self._cut(connection, "many messages and no hello")
+            return
+        try:
+            packet = decode(frames, self.limits)
+            self._events.append(Received(self.side, name, packet, connection.user))
+        except RemoteProtocolError as error:
+            other = isinstance(error, VersionMismatchError)
+            self._events.append(BadBytes(self.side, name, str(error), other))
+
+    def _connection(self, name: bytes, frames: list[zmq.Frame], now: float) -> Connection | None:
+        """What a message came on; None where that is gone, for nobody waits for an answer then."""
+        if not frames:
+            return None
+        try:
+            descriptor = cast(int, frames[0].get(zmq.SRCFD))
+            user = cast(str, frames[0].get("User-Id")) if self._keyed else ""
+        except zmq.ZMQError:  # noise that passed for a ZMTP 1 peer has neither
+            return None
+        connection = self.connections.spoke(descriptor, name, user, now)
+        if connection is None:  # news of it waits in the monitor: accepted, closed, in use again
+            self._read_monitor(now)
+            connection = self.connections.spoke(descriptor, name, user, now)
+        return connection
+
+    def _cut(self, connection: Connection, why: str) -> None:
+        address = cut(connection.descriptor, self._own_port)
+        if address:
+            self._note("cut_off", side=self.side.value, address=address, why=why)
+        self._lost(self.connections.closed(connection.descriptor))
+
+    def _lost(self, connection: Connection | None) -> None:
+        if connection is not None and connection.name:
+            self._events.append(ConnectionLost(self.side, connection.name))
+
+    def send(self, action: Send) -> bool:
+        """Queue a message; False when the connection is gone."""
+        try:
+            self.socket.send_multipart((action.connection, *action.frames), copy=False)
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return False
+            raise
+        nbytes = sum(map(len, action.frames))
+        self.sent_bytes += nbytes
+        self.connections.sent(action.connection, nbytes)
+        return True
+
+    def close(self) -> None:
+        self._place.leave()
+        self.monitor.close()
+        self.socket.close(linger=int(1000 * _LINGER_S))
+
+
+def _allowance(side: Side, config: BrokerConfig) -> Allowance:
+    limits, of_clients = config.limits, side is Side.CLIENT
+    return Allowance(
+        config.hello_s,
+        config.max_strangers,
+        strange_bytes=limits.max_header_bytes + 65536,  # a hello, and some
+        message_bytes=limits.max_request_bytes if of_clients else limits.max_reply_bytes,
+        queued_bytes=config.max_client_bytes if of_clients else config.max_total_bytes,
+    )
+
+
+def _handshake(event: int, value: int) -> str:
+    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        return "the key is not allowed here"
+    if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+        return os.strerror(value) if value else "broken off"
+    if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+        return "one side has keys and the other has none (--key)"
+    if value == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
+        return "the peer expects another key of this broker (--broker-key)"
+    return f"not ZeroMQ's handshake (protocol error {value:#x})"
+
+
+def _port_of_endpoint(endpoint: str) -> object:
+    kind, _, rest = endpoint.partition("://")
+    return int(rest.rpartition(":")[2]) if kind == "tcp" else rest

@@ -1,0 +1,1 @@
+"""What operators see: HTTP pages, metrics, ``draftmq status`` and ``draftmq top``."""
