@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from broker.protocol.channel import TRANSITIONS, ChannelState
+from worker.direct.channel import TRANSITIONS, ChannelState
 
 PATH = Path(__file__).with_name("direct.md")
 _BEGIN, _END = "<!-- diagram: begin -->\n", "<!-- diagram: end -->\n"

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoTokenizer
 
 from trainer_client.eagle3.supervision import of_topk
-from worker.mapping import VocabMapping
-from worker.supervision import compute_supervision
+from worker.supervision.mapping import VocabMapping
+from worker.supervision.supervision import compute_supervision
+from worker.supervision.topk import top_probs
 from worker.targets import EMBEDDED, load_target
 from worker.targets.contract import TargetOutputs
-from worker.topk import top_probs
 
 PATH = Path(__file__).with_name("encodings.md")
 H, D, V, T = 4096, 32_000, 128_256, 2048

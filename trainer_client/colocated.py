@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from trainer_client.batch import Eagle3TargetBatch, HasWeight, LmHeadRows
-from worker.mapping import VocabMapping
-from worker.supervision import compute_supervision, lm_head_rows, validate_request
+from worker.supervision.mapping import VocabMapping
+from worker.supervision.supervision import compute_supervision, lm_head_rows, validate_request
 from worker.targets import as_target
 from worker.targets.contract import describe
 

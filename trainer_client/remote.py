@@ -17,13 +17,13 @@ from broker.protocol import encode
 from broker.protocol import messages as m
 from trainer_client.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.core import ClientConfig
-from trainer_client.direct import Receiver
 from trainer_client.errors import BadRequestError
 from trainer_client.facts import model_facts
 from trainer_client.service import Answer, Client, PendingReply
 from trainer_client.trace import Trace
 from worker.direct.config import DirectConfig
-from worker.mapping import VocabMapping
+from worker.direct.receiver import Receiver
+from worker.supervision.mapping import VocabMapping
 
 _logger = logging.getLogger("draftmq.client")
 T = TypeVar("T")
@@ -208,7 +208,7 @@ class RemoteEagle3TargetModel:
 
         Raises :class:`BadRequestError` at once for what no worker would accept.
         """
-        from worker.supervision import validate_request
+        from worker.supervision.supervision import validate_request
 
         limit = self._info["max_position_embeddings"]
         try:

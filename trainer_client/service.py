@@ -42,7 +42,7 @@ from trainer_client.trace import Trace
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer_client.direct import Receiver
+    from worker.direct.receiver import Receiver
 
 _logger = logging.getLogger("draftmq.client")
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()

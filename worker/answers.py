@@ -17,13 +17,13 @@ from broker.peer.tensors import from_packet, to_frames
 from broker.protocol import Limits, LocalProtocolError, Packet, encode, payload_hash
 from broker.protocol import messages as m
 from broker.protocol.errors import RemoteProtocolError
-from worker.batching import Tokens, compute_together
 from worker.direct.parts import specs
 from worker.direct.sender import Plan, Sender
 from worker.errors import BadRequest
-from worker.mapping import VocabMapping
 from worker.staging import Mark, Staging, staging_for
-from worker.supervision import (
+from worker.supervision.batching import Tokens, compute_together
+from worker.supervision.mapping import VocabMapping
+from worker.supervision.supervision import (
     compute_supervision,
     input_embeddings,
     lm_head_rows,

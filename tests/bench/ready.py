@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import worker.answers
+from worker.supervision.topk import TOP_K
 from worker.targets.stub import StubConfig, StubTarget
-from worker.topk import TOP_K
 
 TOKENS = 2048
 HIDDEN_SIZE = 4096

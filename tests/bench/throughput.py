@@ -25,9 +25,9 @@ from tests.bench.peers.nemo import nemo
 from tests.bench.processes import Broker, broker
 from tests.bench.raw_tcp import raw_tcp
 from tests.bench.ways import DEPTH, Taker, direct_from
-from trainer_client.direct import Receiver
 from trainer_client.service import Client
 from worker.direct.config import DirectConfig
+from worker.direct.receiver import Receiver
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 SIZES = (1 * KIB, 64 * KIB, 1 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)

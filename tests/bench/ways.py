@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tests.integration.test_processes import free_port
 from trainer_client.demo import Processes
-from trainer_client.direct import Receiver
 from trainer_client.service import Answer, Client, PendingReply
 from worker.direct.config import DirectConfig
+from worker.direct.receiver import Receiver
 
 PATIENCE_S = 120.0
 

@@ -6,7 +6,7 @@ import pytest
 
 from docs import encodings_table
 from trainer_client.colocated import ENCODINGS
-from worker.topk import TOP_K
+from worker.supervision.topk import TOP_K
 
 TEXT = encodings_table.PATH.read_text(encoding="utf-8")
 

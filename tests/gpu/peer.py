@@ -15,8 +15,8 @@ from dataclasses import asdict
 
 import torch
 
-from broker.protocol.channel import ChannelConfig
 from tests.worker.direct.pairs import invitation
+from worker.direct.channel import ChannelConfig
 from worker.direct.rendezvous import End, Rendezvous
 
 LIMIT_S = 5.0

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from broker.protocol.channel import ChannelConfig
 from broker.protocol.messages import Invitation
 from tests.gpu.peer import LIMIT_S, TRANSFERS, tensors
 from worker.direct.backend import Backend, TransferError
+from worker.direct.channel import ChannelConfig
 from worker.direct.rendezvous import End, join
 
 SIZES = [3 << 20, 0, 17, 300 << 20]

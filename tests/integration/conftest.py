@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from broker.core import BrokerConfig
 from broker.service import Broker
 from trainer_client.remote import RemoteEagle3TargetModel
-from worker.mapping import VocabMapping
 from worker.service import Worker
+from worker.supervision.mapping import VocabMapping
 from worker.targets.huggingface import HuggingFaceTarget
 
 VOCAB, LENGTH = 256, 64

@@ -33,7 +33,7 @@ from trainer_client.remote import RemoteEagle3TargetModel
 from trainer_client.service import Client
 from worker.answers import Answerer, Work
 from worker.errors import WorkerError
-from worker.mapping import VocabMapping
+from worker.supervision.mapping import VocabMapping
 
 
 def test_token_ids_beyond_the_vocabulary(cluster: Cluster, mapping: VocabMapping) -> None:

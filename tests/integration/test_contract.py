@@ -13,8 +13,8 @@ from tests.integration.conftest import LENGTH, VOCAB, Cluster, make_target, toke
 from trainer_client import Prefetcher, RemoteEagle3TargetModel
 from trainer_client.batch import Eagle3TargetBatch
 from trainer_client.errors import BadRequestError, ClientClosedError
-from worker.mapping import VocabMapping
-from worker.supervision import compute_supervision
+from worker.supervision.mapping import VocabMapping
+from worker.supervision.supervision import compute_supervision
 from worker.targets.huggingface import HuggingFaceTarget
 
 

@@ -35,8 +35,8 @@ from trainer_client.errors import DeadlineError, TrainerClientError
 from trainer_client.metrics import served
 from trainer_client.remote import RemoteEagle3TargetModel
 from worker.errors import WorkerError
-from worker.mapping import VocabMapping
 from worker.service import Worker
+from worker.supervision.mapping import VocabMapping
 from worker.targets.stub import StubTarget
 
 PATIENCE = ClientConfig(notice_s=0.2)

@@ -9,8 +9,8 @@ import torch
 from trainer_client.batch import BatchHandle, Eagle3TargetBatch, TargetBackend
 from trainer_client.colocated import ColocatedTarget
 from worker.errors import BadRequest, TargetError
-from worker.mapping import VocabMapping
-from worker.supervision import compute_supervision
+from worker.supervision.mapping import VocabMapping
+from worker.supervision.supervision import compute_supervision
 from worker.targets.foreign import ForeignTarget
 from worker.targets.stub import StubTarget
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.integration.conftest import VOCAB, make_target
-from tests.worker.tiny_models import MAKERS, shared
+from tests.worker.targets.tiny_models import MAKERS, shared
 from trainer_client.decoding import eos_tokens, evaluate, greedy_decode, speculative_decode
 from trainer_client.eagle3.config import DraftConfig
 from trainer_client.eagle3.draft import DecodeCache, Eagle3Draft

@@ -18,7 +18,7 @@ from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.eagle3.loss import head_loss
 from trainer_client.eagle3.supervision import of_logits, of_probs
 from trainer_client.eagle3.unroll import Eagle3Unroll
-from worker.topk import top_probs
+from worker.supervision.topk import top_probs
 
 B, T, H, D, V, DEPTHS = 2, 11, 8, 24, 40, 4
 SELECTED = torch.arange(0, 3 * D // 2).masked_select(torch.arange(3 * D // 2) % 3 != 2)

@@ -11,9 +11,9 @@ import torch
 from broker.peer.tensors import to_frames
 from broker.protocol import Limits, Packet, encode
 from broker.protocol import messages as m
-from tests.worker.requests import generate, offer
+from tests.worker.supervision.requests import generate, offer
 from worker.answers import Answerer
-from worker.mapping import VocabMapping
+from worker.supervision.mapping import VocabMapping
 from worker.targets.contract import describe
 from worker.targets.stub import StubTarget
 

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from broker.protocol import Limits, encode
 from broker.protocol import messages as m
-from tests.worker.test_core import Rig
+from tests.worker.core.test_machine import Rig
 from worker.answers import Answerer
 from worker.core import Compute
 from worker.errors import WorkerError

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from broker.protocol import Limits, Packet
-from tests.worker.requests import generate, offer
-from tests.worker.test_core import Rig
+from tests.worker.core.test_machine import Rig
+from tests.worker.supervision.requests import generate, offer
 from worker.answers import Answerer, Work
 from worker.core import Compute, ComputeTogether, Forget, Learn
 from worker.errors import WorkerError
-from worker.mapping import VocabMapping
 from worker.metrics import Measures
 from worker.pipeline import Pipeline
 from worker.service import Worker
+from worker.supervision.mapping import VocabMapping
 from worker.targets.contract import describe
 from worker.targets.foreign import ForeignTarget
 from worker.targets.stub import StubTarget

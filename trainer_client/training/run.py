@@ -25,7 +25,7 @@ from trainer_client.training import checkpoint, metrics
 from trainer_client.training.data import Dataset, MicroBatch, Schedule, collate, read_dataset
 from trainer_client.training.trainer import StepMetrics, Trainer, learning_rate, make_optimizer
 from trainer_client.training.vocab import frequent_tokens, token_counts
-from worker.mapping import VocabMapping
+from worker.supervision.mapping import VocabMapping
 
 
 @dataclass(frozen=True)

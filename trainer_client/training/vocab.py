@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from trainer_client.training.data import Sample
-from worker.mapping import VocabMapping
+from worker.supervision.mapping import VocabMapping
 
 
 def token_counts(samples: Iterable[Sample], vocab_size: int) -> torch.Tensor:

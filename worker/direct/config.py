@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from broker.protocol.channel import Channel, ChannelConfig, ChannelState
 from broker.protocol.limits import GIB, MIB
+from worker.direct.channel import Channel, ChannelConfig, ChannelState
 
 if TYPE_CHECKING:
     import torch

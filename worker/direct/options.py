@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from broker.protocol.channel import ChannelConfig
+from worker.direct.channel import ChannelConfig
 from worker.direct.config import MODES, DirectConfig
 
 

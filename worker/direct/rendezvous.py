@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from broker.protocol.channel import ChannelConfig
 from broker.protocol.messages import BACKENDS, Invitation
 from worker.direct.backend import CLIENT, WORKER, Backend, TransferError, plain
+from worker.direct.channel import ChannelConfig
 from worker.direct.pair import PairStore
 
 #: 128 bits, in hexadecimal.

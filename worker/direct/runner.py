@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from broker.logs import log
-from broker.protocol.channel import (
+from worker.direct.backend import Backend, TransferError
+from worker.direct.channel import (
     Channel,
     ChannelState,
     Close,
@@ -28,7 +29,6 @@ from broker.protocol.channel import (
     Reject,
     Tick,
 )
-from worker.direct.backend import Backend, TransferError
 
 _runners: weakref.WeakSet[Runner] = weakref.WeakSet()
 #: A channel at rest looks so often whether the other end is still there.

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from broker.logs import log
 from broker.protocol import messages as m
-from broker.protocol.channel import Channel, ChannelState, Open
 from worker.direct.backend import Backend, TransferError
+from worker.direct.channel import Channel, ChannelState, Open
 from worker.direct.config import ON_ONE_HOST, Choice, DirectConfig, choose, host_id, split_address
 from worker.direct.parts import octets
 from worker.direct.rendezvous import End, Rendezvous

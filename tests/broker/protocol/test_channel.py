@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from broker.protocol.channel import (
+from worker.direct.channel import (
     TRANSITIONS,
     Announced,
     Channel,

@@ -25,7 +25,7 @@ from trainer_client.demo import Processes
 from trainer_client.remote import RemoteEagle3TargetModel
 from worker.direct.config import DirectConfig
 from worker.direct.segment import NAME
-from worker.mapping import VocabMapping
+from worker.supervision.mapping import VocabMapping
 from worker.targets.stub import StubTarget
 
 PATIENCE_S = 60.0

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from broker.protocol.channel import ChannelConfig
 from tests.integration.conftest import Cluster, eventually
 from tests.integration.direct.conftest import Scene
 from tests.integration.direct.test_transfers import until_direct
 from worker.direct import segment
+from worker.direct.channel import ChannelConfig
 from worker.direct.config import DirectConfig
 from worker.direct.shm import PART_BYTES, SLOTS
-from worker.mapping import VocabMapping
+from worker.supervision.mapping import VocabMapping
 
 
 @pytest.fixture

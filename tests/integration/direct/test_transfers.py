@@ -12,8 +12,8 @@ import torch
 from tests.integration.conftest import Cluster, eventually, make_target, tokens
 from trainer_client.remote import RemoteEagle3TargetModel
 from worker.direct.config import DirectConfig
-from worker.mapping import VocabMapping
 from worker.service import Worker
+from worker.supervision.mapping import VocabMapping
 from worker.targets.huggingface import HuggingFaceTarget
 
 

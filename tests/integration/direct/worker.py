@@ -13,9 +13,9 @@ from typing import Any
 import click
 import torch
 
-from broker.protocol.channel import ChannelConfig
 from worker.direct import gloo, rendezvous, shm
 from worker.direct.backend import TransferError
+from worker.direct.channel import ChannelConfig
 from worker.direct.config import DirectConfig
 from worker.direct.parts import parts
 from worker.service import Worker

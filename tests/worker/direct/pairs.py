@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from broker.protocol.channel import ChannelConfig
 from broker.protocol.messages import Invitation
 from worker.direct.backend import Backend
+from worker.direct.channel import ChannelConfig
 from worker.direct.rendezvous import End, Rendezvous, join
 
 PATIENCE = ChannelConfig(limit_s=1.0, connect_s=5.0)

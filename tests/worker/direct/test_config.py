@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from broker.protocol.channel import Channel, Failed, Open
+from worker.direct.channel import Channel, Failed, Open
 from worker.direct.config import DirectConfig, choose, split_address
 
 LOCAL, REMOTE = ["tcp://127.0.0.1:5556"], ["tcp://10.1.2.3:5556"]

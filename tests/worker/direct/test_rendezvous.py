@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from broker.protocol.channel import ChannelConfig
 from tests.integration.conftest import eventually
 from tests.worker.direct.pairs import both, invitation, pair
 from worker.direct.backend import TransferError
+from worker.direct.channel import ChannelConfig
 from worker.direct.pair import PairStore
 from worker.direct.rendezvous import End, Rendezvous, join
 

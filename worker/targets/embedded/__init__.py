@@ -1,7 +1,7 @@
 """The embedded target: a small Llama-architecture language model, its tokenizer and its corpus.
 
 The folder of this package is a model folder that `transformers` and the inference engines load.
-`worker.targets.make_embedded` makes everything in it; README.md says where the text comes from.
+`tests.embedded_making.make` makes everything in it; README.md says where the text comes from.
 Importing this module loads no model: it only finds the folder and reads the text.
 """
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worker.errors import TargetError
-from worker.mapping import VocabMapping
-from worker.supervision import suits, supervision
+from worker.supervision.mapping import VocabMapping
+from worker.supervision.supervision import suits, supervision
 from worker.targets.contract import Target, TargetOutputs
 
 #: ``input_ids``, ``attention_mask``, ``loss_mask``: each [B, T].

@@ -4,7 +4,7 @@ EAGLE-3 (arXiv:2503.01840, section 4) and SpecForge train on answers that the ta
 since a draft is judged on the target's text and not on the corpus'. This writes
 ``continuations.jsonl.xz``: beginnings from the training documents, continued greedily.
 
-    python -m worker.targets.embedded_continuations [--count 2000] [--output DIR]
+    python -m tests.embedded_making.continuations [--count 2000] [--output DIR]
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.mapping import VocabMapping
+from worker.supervision.mapping import VocabMapping
 
 _INTEGERS = (torch.int64, torch.int32)
 

@@ -8,9 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from worker.mapping import VocabMapping
-from worker.projection import draft_probs
-from worker.supervision import compute_supervision
+from worker.supervision.mapping import VocabMapping
+from worker.supervision.projection import draft_probs
+from worker.supervision.supervision import compute_supervision
 from worker.targets.contract import shift_left
 from worker.targets.stub import StubTarget
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.worker.tiny_models import HAS_COMPILER, VOCAB, make, tokens
+from tests.worker.targets.tiny_models import HAS_COMPILER, VOCAB, make, tokens
 from trainer_client.colocated import ColocatedTarget
 from worker.targets.contract import TargetOutputs
 from worker.targets.foreign import ForeignTarget

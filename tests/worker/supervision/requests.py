@@ -7,7 +7,7 @@ import torch
 from broker.peer.tensors import to_frames
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
-from worker.mapping import VocabMapping
+from worker.supervision.mapping import VocabMapping
 
 
 def offer(mapping: VocabMapping) -> Packet:

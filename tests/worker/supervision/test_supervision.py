@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tests.worker.tiny_models import VOCAB, shared, tokens
+from tests.worker.targets.tiny_models import VOCAB, shared, tokens
 from worker.errors import BadRequest
-from worker.mapping import VocabMapping
-from worker.supervision import (
+from worker.supervision.mapping import VocabMapping
+from worker.supervision.supervision import (
     compute_supervision,
     input_embeddings,
     lm_head_rows,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.worker.tiny_models import HAS_COMPILER, make, tokens
+from tests.worker.targets.tiny_models import HAS_COMPILER, make, tokens
 from trainer_client.cli import cli
 from worker.cli import worker
 from worker.errors import TargetError

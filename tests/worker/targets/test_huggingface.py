@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from tests.worker.tiny_models import MAKERS, VOCAB, make, shared, tokens
+from tests.worker.targets.tiny_models import MAKERS, VOCAB, make, shared, tokens
 from worker.errors import TargetError
 from worker.targets.contract import describe
 from worker.targets.huggingface import HuggingFaceTarget, _current

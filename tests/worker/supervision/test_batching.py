@@ -8,13 +8,13 @@ import torch
 from broker.peer.tensors import from_packet
 from broker.protocol import Limits, Packet
 from broker.protocol import messages as m
-from tests.worker.requests import generate, offer
-from tests.worker.tiny_models import VOCAB, make, shared
+from tests.worker.supervision.requests import generate, offer
+from tests.worker.targets.tiny_models import VOCAB, make, shared
 from worker.answers import Answerer, Work
-from worker.batching import compute_together, padded
 from worker.errors import TargetError
-from worker.mapping import VocabMapping
-from worker.supervision import compute_supervision
+from worker.supervision.batching import compute_together, padded
+from worker.supervision.mapping import VocabMapping
+from worker.supervision.supervision import compute_supervision
 from worker.targets.contract import describe
 from worker.targets.foreign import ForeignTarget
 from worker.targets.huggingface import HuggingFaceTarget

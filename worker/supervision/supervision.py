@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from worker.errors import BadRequest
-from worker.mapping import VocabMapping
-from worker.projection import draft_probs
+from worker.supervision.mapping import VocabMapping
+from worker.supervision.projection import draft_probs
+from worker.supervision.topk import top_probs
 from worker.targets.contract import Target, TargetOutputs, full_tensor, shift_left
-from worker.topk import top_probs
 
 _INTEGERS = (torch.int64, torch.int32)
 _MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8)
@@ -30,13 +30,12 @@ def compute_supervision(
     ``probs``: aux_hidden_states [B, T, 3H], target_probs [B, T, D] float32, position_mask
     [B, T, 1] bool, input_ids [B, T] int64, loss_mask [B, T]. ``hidden``: the same with
     last_hidden_state [B, T, H] in place of target_probs; ``topk``: with the tensors of
-    :func:`worker.topk.top_probs` in place of target_probs. All but the aux states are moved left
-    by one with zeros at the end. ``probs`` has the bits of NeMo AutoModel's co-located EAGLE-3
-    target: the argmax over the full vocabulary in the logits' dtype, the softmax in float32 over
-    the selected logits only, so that no full-vocabulary float32 copy is ever made, and of the
-    draft's no second one (:func:`worker.projection.draft_probs`).
-
-    Raises :class:`BadRequest` for an encoding or a mapping that does not suit the target.
+    :func:`worker.supervision.topk.top_probs` in place of target_probs. All but the aux states are
+    moved left by one with zeros at the end. ``probs`` has the bits of NeMo AutoModel's co-located
+    EAGLE-3 target: the argmax over the full vocabulary in the logits' dtype, the softmax in float32
+    over the selected logits only, so that no full-vocabulary float32 copy is ever made, and of the
+    draft's no second one (:func:`worker.supervision.projection.draft_probs`). Raises
+    :class:`BadRequest` for an encoding or a mapping that does not suit the target.
     """
     suits(target, mapping, encoding)
     outputs = target.forward(input_ids, attention_mask, loss_mask)

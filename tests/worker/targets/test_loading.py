@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.worker.tiny_models import VOCAB, make, shared, tokens
+from tests.worker.targets.tiny_models import VOCAB, make, shared, tokens
 from worker.errors import TargetError
-from worker.mapping import VocabMapping
-from worker.supervision import compute_supervision
+from worker.supervision.mapping import VocabMapping
+from worker.supervision.supervision import compute_supervision
 from worker.targets import EMBEDDED, as_target, load_factory, load_target, resolve
 from worker.targets.contract import describe, shift_left
 from worker.targets.fingerprint import weights_fingerprint

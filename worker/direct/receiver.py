@@ -14,8 +14,8 @@ from torch import Tensor
 from broker.logs import log
 from broker.peer.tensors import shaped
 from broker.protocol import messages as m
-from broker.protocol.channel import Announced, Channel, Open, Receive, Reject
 from worker.direct.backend import Backend
+from worker.direct.channel import Announced, Channel, Open, Receive, Reject
 from worker.direct.config import DirectConfig, choose, host_id
 from worker.direct.rendezvous import End, join
 from worker.direct.runner import Ending, Move, Runner

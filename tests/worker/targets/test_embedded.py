@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from worker.targets import embedded, make_embedded
-from worker.targets.embedded_corpus import build_corpus, is_prose
-from worker.targets.muon import Muon, orthogonalize
+from tests.embedded_making import make as make_embedded
+from tests.embedded_making.corpus import build_corpus, is_prose
+from tests.embedded_making.muon import Muon, orthogonalize
+from worker.targets import embedded
 
 MAX_BYTES = 8_000_000
 MAX_HELDOUT_LOSS = 3.4  # nats a token on beginnings of documents, where 3.25 was measured

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from trainer_client.eagle3.supervision import of_topk
-from worker import topk
-from worker.mapping import VocabMapping
-from worker.supervision import compute_supervision
+from worker.supervision import topk
+from worker.supervision.mapping import VocabMapping
+from worker.supervision.supervision import compute_supervision
+from worker.supervision.topk import top_probs
 from worker.targets.stub import StubTarget
-from worker.topk import top_probs
 
 B, T, V, D = 2, 5, 60, 20
 SELECTED = torch.arange(1, 1 + 2 * D, 2)

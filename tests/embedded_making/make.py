@@ -1,4 +1,4 @@
-"""Makes the embedded target: `python -m worker.targets.make_embedded --output DIR`.
+"""Makes the embedded target: `python -m tests.embedded_making.make --output DIR`.
 
 Without `--docs` it trains on the shipped corpus, so it needs nothing but this package. With
 `--docs` it first makes that corpus anew from the HTML of Debian's package `python3.11-doc` (its
@@ -24,9 +24,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.embedded_making.corpus import build_corpus
+from tests.embedded_making.muon import Muon
 from worker.targets import embedded
-from worker.targets.embedded_corpus import build_corpus
-from worker.targets.muon import Muon
 
 SEED = 20_11
 VOCAB_SIZE = 2048

@@ -1,0 +1,1 @@
+"""The programs that made the embedded target whose weights the package ships."""
