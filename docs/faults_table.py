@@ -25,14 +25,14 @@ _PROCESSES = "tests/integration/test_processes.py"
 _DIRECT = "tests/integration/direct/test_faults.py"
 _SEGMENTS = "tests/integration/direct/test_segments.py"
 _BROKER = "tests/broker/core/test_machine.py"
-_CLIENT = "tests/trainer_client/test_core.py"
+_CLIENT = "tests/trainer_client/core/test_machine.py"
 _INPUT = "tests/integration/test_bad_input.py"
 _PROXY = "tests/broker/chaos/test_zeromq.py"
 _DOORS = "tests/broker/keys/test_doors.py"
 _KEYS = "tests/integration/test_security.py"
 _CHAOS = "tests/chaos/test_chaos.py"
 _PARTS = "tests/broker/core/test_parts.py"
-_CLIENT_PARTS = "tests/trainer_client/test_core_parts.py"
+_CLIENT_PARTS = "tests/trainer_client/core/test_parts.py"
 
 FAULTS = (
     Fault(
@@ -205,7 +205,7 @@ FAULTS = (
         "the disk is full",
         "while a checkpoint is written",
         "one sentence; the older checkpoints stay",
-        "tests/trainer_client/test_checkpoint.py::test_a_full_disk_leaves_the_older_checkpoints",
+        "tests/trainer_client/drafts/test_checkpoint.py::test_a_full_disk_leaves_the_older_checkpoints",
     ),
     Fault(
         "two processes use one name",

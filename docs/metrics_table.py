@@ -9,7 +9,7 @@ from pathlib import Path
 from broker.core import BrokerCore
 from broker.watch.exposition import Metric
 from broker.watch.metrics import metrics
-from trainer_client.metrics import METRICS as TRAINER
+from trainer_client.watch.metrics import METRICS as TRAINER
 from worker.metrics import METRICS as WORKER
 
 PATH = Path(__file__).with_name("observability.md")

@@ -11,9 +11,9 @@ from typing import Any
 
 _HOMES = {
     "Client": "trainer_client.service",
-    "Eagle3TargetBatch": "trainer_client.batch",
-    "Prefetcher": "trainer_client.prefetch",
-    "RemoteEagle3TargetModel": "trainer_client.remote",
+    "Eagle3TargetBatch": "trainer_client.targets.batch",
+    "Prefetcher": "trainer_client.training.prefetch",
+    "RemoteEagle3TargetModel": "trainer_client.targets.remote",
     "TrainerClientError": "trainer_client.errors",
 }
 

@@ -18,13 +18,13 @@ import click
 _COMMANDS = {
     "broker": "broker.cli:broker",
     "chaos": "broker.chaos.cli:chaos",
-    "demo": "trainer_client.demo:demo",
-    "eval": "trainer_client.commands:evaluate",
-    "export": "trainer_client.commands:export",
+    "demo": "trainer_client.commands.demo:demo",
+    "eval": "trainer_client.commands.evaluate:evaluate",
+    "export": "trainer_client.commands.export:export",
     "keygen": "broker.cli:keygen",
     "status": "broker.watch.look:status",
     "top": "broker.watch.look:top",
-    "train": "trainer_client.commands:train",
+    "train": "trainer_client.commands.train:train",
     "worker": "worker.cli:worker",
 }
 

@@ -18,7 +18,7 @@ from tests.bench.peers.nemo import NAME as NEMO
 from tests.bench.peers.nemo import nemo
 from tests.bench.pool import Pool, pool
 from tests.bench.ready import DRAFT_VOCAB, HIDDEN_SIZE, TOKENS
-from trainer_client.remote import RemoteEagle3TargetModel
+from trainer_client.targets.remote import RemoteEagle3TargetModel
 
 ENCODINGS = ("hidden", "topk", "probs")
 _REPLIES = 5

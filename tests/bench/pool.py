@@ -13,8 +13,8 @@ from typing import Any
 from broker.errors import BrokerError
 from broker.watch.look import fetch
 from tests.integration.test_processes import free_port
-from trainer_client.demo import Processes
-from trainer_client.remote import RemoteEagle3TargetModel
+from trainer_client.commands.demo import Processes
+from trainer_client.targets.remote import RemoteEagle3TargetModel
 
 PATIENCE_S = 60.0
 

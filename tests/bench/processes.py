@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.integration.test_processes import free_port
-from trainer_client.demo import Processes
+from trainer_client.commands.demo import Processes
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 KIB = 1 << 10

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tests.bench.paced import TOKENS
-from trainer_client.prefetch import Prefetcher
-from trainer_client.remote import RemoteEagle3TargetModel
+from trainer_client.targets.remote import RemoteEagle3TargetModel
+from trainer_client.training.prefetch import Prefetcher
 
 #: No step takes so long, nor does a rank to come up.
 _PATIENCE_S = 60.0

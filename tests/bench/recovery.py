@@ -20,7 +20,7 @@ from tests.bench.lines import Line, Progress
 from tests.bench.paced import SLOW_S
 from tests.bench.pool import PATIENCE_S, Pool, pool
 from tests.bench.ranks import batches, client, sample
-from trainer_client.remote import RemoteEagle3TargetModel
+from trainer_client.targets.remote import RemoteEagle3TargetModel
 
 #: Shorter than the default, so that several rounds take no minute. A second run of a slow request,
 #: which would come before, is off.

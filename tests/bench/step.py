@@ -80,7 +80,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
 
 def batch(wanted: argparse.Namespace, torch: Any) -> dict[str, Any]:
     """What a trainer gives the unroll in this encoding."""
-    from trainer_client.batch import LmHeadRows
+    from trainer_client.targets.batch import LmHeadRows
 
     length, size, vocab = wanted.tokens, wanted.hidden, wanted.draft_vocab
     ids = torch.randint(0, wanted.vocab, (1, length))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tests.integration.test_processes import free_port
-from trainer_client.demo import Processes
+from trainer_client.commands.demo import Processes
 from trainer_client.service import Answer, Client, PendingReply
 from worker.direct.config import DirectConfig
 from worker.direct.receiver import Receiver

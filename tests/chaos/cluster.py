@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.chaos.proxy import ChaosProxy
-from trainer_client.demo import Processes
+from trainer_client.commands.demo import Processes
 from worker.targets.embedded import heldout
 
 N_WORKERS = 2

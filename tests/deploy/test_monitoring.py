@@ -16,7 +16,7 @@ from broker.core import BrokerCore
 from broker.watch.exposition import Metric
 from broker.watch.metrics import metrics
 from tests.deploy import command_lines as lines
-from trainer_client.metrics import METRICS as TRAINER
+from trainer_client.watch.metrics import METRICS as TRAINER
 from worker.metrics import METRICS as WORKER
 
 DASHBOARD = lines.DEPLOY / "grafana" / "draftmq.json"

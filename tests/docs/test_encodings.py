@@ -5,7 +5,7 @@ import re
 import pytest
 
 from docs import encodings_table
-from trainer_client.colocated import ENCODINGS
+from trainer_client.targets.colocated import ENCODINGS
 from worker.supervision.topk import TOP_K
 
 TEXT = encodings_table.PATH.read_text(encoding="utf-8")

@@ -38,8 +38,8 @@ from broker.watch.pages import pages
 from tests.broker.core.rig import mapping_offer, model
 from trainer_client.cli import cli
 from trainer_client.core import ClientCore, Submit
+from trainer_client.drafts.lint import check_draft
 from trainer_client.errors import DataError, ExportError
-from trainer_client.lint import check_draft
 from trainer_client.training.data import read_dataset
 from worker.answers import Answerer
 from worker.core import WorkerCore

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from trainer_client.batch import Eagle3TargetBatch
+from trainer_client.targets.batch import Eagle3TargetBatch
 from trainer_client.training.staging import staged
 
 T, H, D = 2048, 256, 8192

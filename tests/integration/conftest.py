@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from broker.core import BrokerConfig
 from broker.service import Broker
-from trainer_client.remote import RemoteEagle3TargetModel
+from trainer_client.targets.remote import RemoteEagle3TargetModel
 from worker.service import Worker
 from worker.supervision.mapping import VocabMapping
 from worker.targets.huggingface import HuggingFaceTarget

@@ -29,8 +29,8 @@ from trainer_client.errors import (
     RefusedError,
     TargetFailedError,
 )
-from trainer_client.remote import RemoteEagle3TargetModel
 from trainer_client.service import Client
+from trainer_client.targets.remote import RemoteEagle3TargetModel
 from worker.answers import Answerer, Work
 from worker.errors import WorkerError
 from worker.supervision.mapping import VocabMapping

@@ -11,8 +11,8 @@ import torch
 from broker.protocol import messages as m
 from tests.integration.conftest import LENGTH, VOCAB, Cluster, make_target, tokens
 from trainer_client import Prefetcher, RemoteEagle3TargetModel
-from trainer_client.batch import Eagle3TargetBatch
 from trainer_client.errors import BadRequestError, ClientClosedError
+from trainer_client.targets.batch import Eagle3TargetBatch
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.supervision import compute_supervision
 from worker.targets.huggingface import HuggingFaceTarget

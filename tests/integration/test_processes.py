@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 from broker.errors import BrokerError
 from broker.watch.look import fetch
 from tests.integration.conftest import eventually
-from trainer_client.colocated import ColocatedTarget
-from trainer_client.demo import Processes
+from trainer_client.commands.demo import Processes
+from trainer_client.targets.colocated import ColocatedTarget
 from trainer_client.training import metrics
 from trainer_client.training.run import TrainSettings, train
 from worker.service import Worker

@@ -32,8 +32,8 @@ from tests.keyring import Keyring
 from trainer_client.cli import cli
 from trainer_client.core import ClientConfig
 from trainer_client.errors import DeadlineError, TrainerClientError
-from trainer_client.metrics import served
-from trainer_client.remote import RemoteEagle3TargetModel
+from trainer_client.targets.remote import RemoteEagle3TargetModel
+from trainer_client.watch.metrics import served
 from worker.errors import WorkerError
 from worker.service import Worker
 from worker.supervision.mapping import VocabMapping

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tests.integration.conftest import VOCAB, Cluster, eventually, make_target
-from trainer_client.batch import TargetBackend
-from trainer_client.colocated import ColocatedTarget
-from trainer_client.export import read_draft
+from trainer_client.drafts.export import read_draft
+from trainer_client.targets.batch import TargetBackend
+from trainer_client.targets.colocated import ColocatedTarget
 from trainer_client.training import metrics
 from trainer_client.training.run import TrainSettings, train
 from trainer_client.training.trainer import StepMetrics
@@ -190,7 +190,7 @@ def test_a_broker_restarted_in_mid_run_changes_nothing(
 def test_requests_go_on_with_another_broker_when_one_stops(
     cluster: Cluster, tmp_path: Path, colocated: Path
 ) -> None:
-    from trainer_client.remote import RemoteEagle3TargetModel
+    from trainer_client.targets.remote import RemoteEagle3TargetModel
 
     other = cluster.start_broker()
     cluster.worker(make_target())

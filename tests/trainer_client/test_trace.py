@@ -14,9 +14,9 @@ from broker.protocol import messages as m
 from broker.service import Broker
 from trainer_client.core import Deliver
 from trainer_client.errors import TrainerClientError
-from trainer_client.observed import Observed
 from trainer_client.service import Client
 from trainer_client.trace import Trace
+from trainer_client.watch.observed import Observed
 from worker.service import Worker
 from worker.targets.stub import StubTarget
 

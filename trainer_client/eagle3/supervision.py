@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer_client.batch import LmHeadRows
+from trainer_client.targets.batch import LmHeadRows
 
 if TYPE_CHECKING:
     from trainer_client.eagle3.draft import Eagle3Draft

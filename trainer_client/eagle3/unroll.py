@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer_client.batch import LmHeadRows
 from trainer_client.eagle3.draft import Eagle3Draft, TTTCache
 from trainer_client.eagle3.loss import HeadLoss, head_loss
 from trainer_client.eagle3.supervision import of_sent
+from trainer_client.targets.batch import LmHeadRows
 
 
 @dataclass

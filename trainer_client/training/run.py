@@ -14,15 +14,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer_client.batch import TargetBackend
+from trainer_client.drafts import checkpoint
+from trainer_client.drafts.export import write_draft
 from trainer_client.eagle3.config import DraftConfig
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.eagle3.unroll import Eagle3Unroll
 from trainer_client.errors import DataError, TrainerClientError
-from trainer_client.export import write_draft
-from trainer_client.prefetch import Depth, Prefetcher
-from trainer_client.training import checkpoint, metrics
+from trainer_client.targets.batch import TargetBackend
+from trainer_client.training import metrics
 from trainer_client.training.data import Dataset, MicroBatch, Schedule, collate, read_dataset
+from trainer_client.training.prefetch import Depth, Prefetcher
 from trainer_client.training.trainer import StepMetrics, Trainer, learning_rate, make_optimizer
 from trainer_client.training.vocab import frequent_tokens, token_counts
 from worker.supervision.mapping import VocabMapping

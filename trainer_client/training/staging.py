@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from trainer_client.batch import Eagle3TargetBatch
+from trainer_client.targets.batch import Eagle3TargetBatch
 
 
 def staged(

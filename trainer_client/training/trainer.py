@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer_client.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.eagle3.unroll import Eagle3Unroll, UnrollOutput, simulated_accept_length
+from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.training.memory import peak_bytes
 from trainer_client.training.staging import staged
 

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from broker.core import BrokerConfig
 from broker.service import Broker
 from tests.integration.direct.worker import BATCH, LENGTH, make_target, patience
-from trainer_client.batch import Eagle3TargetBatch
+from trainer_client.commands.demo import Processes
 from trainer_client.core import ClientConfig
-from trainer_client.demo import Processes
-from trainer_client.remote import RemoteEagle3TargetModel
+from trainer_client.targets.batch import Eagle3TargetBatch
+from trainer_client.targets.remote import RemoteEagle3TargetModel
 from worker.direct.config import DirectConfig
 from worker.direct.segment import NAME
 from worker.supervision.mapping import VocabMapping

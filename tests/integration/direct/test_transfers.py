@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.integration.conftest import Cluster, eventually, make_target, tokens
-from trainer_client.remote import RemoteEagle3TargetModel
+from trainer_client.targets.remote import RemoteEagle3TargetModel
 from worker.direct.config import DirectConfig
 from worker.service import Worker
 from worker.supervision.mapping import VocabMapping

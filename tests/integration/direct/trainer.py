@@ -15,7 +15,7 @@ import torch
 
 from tests.integration.direct.conftest import Trainer, settings
 from tests.integration.direct.worker import make_target
-from trainer_client.remote import RemoteEagle3TargetModel
+from trainer_client.targets.remote import RemoteEagle3TargetModel
 from worker.direct import gloo, shm
 
 

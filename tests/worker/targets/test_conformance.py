@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.worker.targets.tiny_models import HAS_COMPILER, VOCAB, make, tokens
-from trainer_client.colocated import ColocatedTarget
+from trainer_client.targets.colocated import ColocatedTarget
 from worker.targets.contract import TargetOutputs
 from worker.targets.foreign import ForeignTarget
 from worker.targets.huggingface import HuggingFaceTarget

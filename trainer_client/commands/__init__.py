@@ -1,0 +1,1 @@
+"""The commands of the trainer: train, evaluate, export, demo."""

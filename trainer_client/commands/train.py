@@ -1,0 +1,261 @@
+"""``draftmq train``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from broker import logs
+from broker.keys.operators import options as operator_options
+from trainer_client.errors import TrainerClientError
+from trainer_client.training.run import Plan, Ranks, TrainSettings
+from trainer_client.training.run import train as run_training
+from trainer_client.training.trainer import StepMetrics
+from worker.direct import options as direct_options
+from worker.direct.config import DirectConfig
+
+_HELP = {
+    "data": "JSONL with 'text' or 'messages', or plain text; .gz and .xz too.",
+    "output": "Directory of the run: metrics, curves, checkpoints, the draft.",
+    "epochs": "Passes over the data.",
+    "max_steps": "End after so many steps (0: after the epochs).",
+    "batch_size": "Samples of one rank in one micro-batch.",
+    "accumulation": "Micro-batches for one optimizer step.",
+    "max_length": "Tokens of a sample; what is longer is cut, and counted.",
+    "draft_vocab_size": "Tokens that the draft can emit: the most frequent in the data.",
+    "draft_intermediate_size": "Width of the draft's MLP (0: like the target's).",
+    "ttt_depths": "Depths of the training-time test.",
+    "learning_rate": "Peak, after warm-up; then a cosine to a tenth of it.",
+    "warmup_share": "Share of the steps that warm up.",
+    "weight_decay": "AdamW's; norms are spared.",
+    "max_grad_norm": "Gradients are clipped to this norm.",
+    "prefetch": "Requests kept ahead of the trainer; auto finds how many it takes.",
+    "prefetch_mib": "Memory for what prefetch=auto keeps ahead.",
+    "seed": "Of the draft's first weights and of the order of the data.",
+    "checkpoint_every": "Steps between checkpoints (0: only at the end).",
+    "keep_checkpoints": "Checkpoints that are kept.",
+    "resume": "Go on from the newest checkpoint in --output, if there is one.",
+}
+_AT_LEAST_1 = click.IntRange(min=1)
+
+
+class _Depth(click.ParamType):
+    """``auto`` or a number."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value if value == "auto" else _AT_LEAST_1.convert(value, param, ctx)
+
+
+_TYPES = {
+    "Path": click.Path(path_type=Path),
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "Depth": _Depth(),
+}
+
+
+def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One option for each field of :class:`TrainSettings`."""
+    for field in reversed(fields(TrainSettings)):
+        name = "--" + field.name.replace("_", "-")
+        options: dict[str, Any] = {"help": _HELP[field.name]}
+        if field.type == "bool":
+            options["is_flag"] = True
+        else:
+            options["type"] = _TYPES[str(field.type)]
+        if field.default is MISSING:
+            options["required"] = True
+        else:
+            options["default"] = field.default
+        command = click.option(name, **options)(command)
+    return command
+
+
+@click.command()
+@click.option("--broker", multiple=True, required=True, help="tcp://HOST:5555; may be repeated.")
+@click.option("--key", type=click.Path(), help="This trainer's secret key (draftmq keygen).")
+@click.option(
+    "--broker-key",
+    multiple=True,
+    help="The broker's public key, or its file; one for all brokers, or one for each.",
+)
+@_settings_options
+@click.option("--model", default="", help="Which model, where the broker has several.")
+@click.option(
+    "--encoding",
+    type=click.Choice(("auto", "probs", "hidden", "topk")),
+    default="auto",
+    help="What workers send; auto takes 'hidden' where it is offered; 'topk' is lossy.",
+)
+@click.option("--tokenizer", help="Name or path (default: the target's own).")
+@click.option("--device", default="", help="cpu, cuda, ... (default: a GPU if there is one).")
+@click.option("--job", default="", help="Groups ranks in the broker (default: the output path).")
+@click.option("--timeout-s", default=120.0, help="Patience with one request, before retries.")
+@click.option("--retries", default=3, help="A request's deadline is timeout x (retries + 1).")
+@click.option("--http", help="Serve /metrics on HOST:PORT, each rank on PORT plus its rank.")
+@operator_options
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write where the last requests spent their time, as a Chrome trace.",
+)
+@click.option(
+    "--trace-broker",
+    multiple=True,
+    help="HTTP address of a broker whose times belong in the trace; may be repeated.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON at the end.")
+@direct_options.options(worker=False)
+@logs.options
+def train(
+    broker: tuple[str, ...],
+    key: str | None,
+    broker_key: tuple[str, ...],
+    model: str,
+    encoding: str,
+    tokenizer: str | None,
+    device: str,
+    job: str,
+    timeout_s: float,
+    retries: int,
+    http: str | None,
+    allow: tuple[Path, ...],
+    insecure: bool,
+    trace: Path | None,
+    trace_broker: tuple[str, ...],
+    as_json: bool,
+    direct: DirectConfig,
+    **settings_: Any,
+) -> None:
+    """Train a draft; also under torchrun, one rank a process."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from trainer_client.targets.remote import RemoteEagle3TargetModel
+    from trainer_client.watch.observed import Observed
+    from worker.targets import resolve
+
+    try:
+        settings = TrainSettings(**settings_)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    ranks = Ranks.from_environment()
+    if not device:
+        local = os.environ.get("LOCAL_RANK", "0")
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    job = job or str(settings.output.resolve())
+    observed = Observed(ranks.rank, http, trace, trace_broker, allow=allow, insecure=insecure)
+    target = RemoteEagle3TargetModel(
+        list(broker),
+        device=device,
+        timeout=timeout_s,
+        max_retries=retries,
+        model=model,
+        encoding=encoding,
+        job=job,
+        rank=ranks.rank,
+        direct=direct,
+        host_batches=True,
+        trace=observed.trace,
+        key=key,
+        broker_key=broker_key,
+    )
+    try:
+        with target, observed.of(target), _Progress(ranks, quiet=as_json) as progress:
+
+            def on_step(step: StepMetrics) -> None:
+                observed.step(step)
+                progress.step(step)
+
+            name = tokenizer or target.model_info()["tokenizer"]
+            if not name:
+                raise TrainerClientError("the target names no tokenizer; say --tokenizer")
+            summary = run_training(
+                settings,
+                target,
+                AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False),
+                ranks=ranks,
+                device=torch.device(device),
+                on_plan=progress.plan,
+                on_step=on_step,
+            )
+            summary |= {"requests": target.counters()} if ranks.first else {}
+    finally:
+        ranks.leave()
+    if ranks.first:
+        _finish_summary(settings.output, summary, as_json)
+
+
+def _finish_summary(output: Path, summary: dict[str, Any], as_json: bool) -> None:
+    from trainer_client.training.run import write_summary
+
+    write_summary(output, summary)
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        click.echo(
+            f"draft:  {summary['draft_path']}\ncurves: {summary['curves_path']}\n"
+            f"waited for supervision: {summary['waiting_share']:.1%} of the time; "
+            f"peak memory: {(summary['peak_memory_bytes'] or 0) / 2**20:,.0f} MiB"
+        )
+
+
+class _Progress:
+    """A progress bar on rank 0; nothing elsewhere."""
+
+    def __init__(self, ranks: Ranks, *, quiet: bool) -> None:
+        self._quiet = quiet or not ranks.first
+
+    def __enter__(self) -> _Progress:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+            disable=self._quiet,
+        )
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def plan(self, plan: Plan) -> None:
+        self._task = self._bar.add_task("", total=plan.total_steps, shown="")
+        dataset = plan.dataset
+        self._say(
+            f"{len(dataset.samples)} samples, {dataset.n_tokens} tokens "
+            f"({dataset.truncated} samples cut, {dataset.without_loss} without loss left out, "
+            f"{plan.schedule.dropped} dropped an epoch); draft vocab "
+            f"{plan.mapping.draft_vocab_size} covers {plan.coverage:.1%}"
+        )
+
+    def step(self, step: StepMetrics) -> None:
+        shown = (
+            f"loss {step.loss:.3f}  accept {step.accept_length:.2f}  "
+            f"{step.tokens_per_s:.0f} tokens/s  waiting {step.waiting_share:.0%} "
+            f"(prefetch {step.prefetch})"
+        )
+        self._bar.update(self._task, completed=step.step, shown=shown)
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            self._bar.console.print(text)

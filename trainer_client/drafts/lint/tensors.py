@@ -1,0 +1,152 @@
+"""What is wrong with a draft's tensors, alone or against ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer_client.drafts.lint.findings import Finding, error, warning
+
+_LAYER = (
+    "hidden_norm.weight",
+    "input_layernorm.weight",
+    "mlp.down_proj.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "post_attention_layernorm.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.o_proj.weight",
+    "self_attn.q_proj.weight",
+    "self_attn.v_proj.weight",
+)
+_REQUIRED = {"fc.weight", "norm.weight", "lm_head.weight", *(f"midlayer.{n}" for n in _LAYER)}
+_OPTIONAL = {"d2t", "t2d", "embed_tokens.weight"}
+#: The largest singular value of fresh random numbers, over what theory says of their size and
+#: spread, is 0.95 to 1.0; of a matrix after a minute of training it is 1.9 or more.
+_RANDOM = 1.15
+
+
+def name_findings(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """Names as they stand in the file."""
+    if any(name.startswith("model.") for name in tensors):
+        yield error("tensors begin with 'model.', which engines skip; drop the prefix")
+    if any(name.startswith("layers.0.") for name in tensors):
+        yield warning("the layer is called 'layers.0'; older SGLang knows 'midlayer' only")
+
+
+def key_findings(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """Exactly the tensors that engines know, by their canonical names."""
+    for name in sorted(_REQUIRED - set(tensors)):
+        silent = ""
+        if "hidden_norm" in name:
+            silent = "; vLLM takes ones in its place, silently"
+        elif name == "lm_head.weight":
+            silent = "; vLLM takes the target's head in its place"
+        yield error(f"tensor {name} is missing{silent}")
+    for name in sorted(set(tensors) - _REQUIRED - _OPTIONAL):
+        yield error(f"tensor {name} is unknown: SGLang skips it silently, vLLM fails")
+
+
+def shape_findings(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """Shapes against a config that says all sizes."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    shapes = dict.fromkeys((name for name in _REQUIRED if "norm" in name), (hidden,)) | {
+        "fc.weight": (hidden, 3 * config.get("target_hidden_size", hidden)),
+        "lm_head.weight": (config["draft_vocab_size"], hidden),
+        "embed_tokens.weight": (config["vocab_size"], hidden),
+        "d2t": (config["draft_vocab_size"],),
+        "t2d": (config["vocab_size"],),
+        "midlayer.self_attn.q_proj.weight": (queries, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": (keys, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": (keys, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": (hidden, queries),
+        "midlayer.mlp.gate_proj.weight": (inner, hidden),
+        "midlayer.mlp.up_proj.weight": (inner, hidden),
+        "midlayer.mlp.down_proj.weight": (hidden, inner),
+    }
+    for name, shape in sorted(shapes.items()):
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            got = tuple(tensors[name].shape)
+            yield error(f"tensor {name} has shape {got}, the config says {shape}")
+
+
+def vocabulary_findings(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Iterator[Finding]:
+    """``d2t`` [D] and ``t2d`` [V] against each other and the config."""
+    size, vocab = config["draft_vocab_size"], config["vocab_size"]
+    d2t, t2d = tensors.get("d2t"), tensors.get("t2d")
+    if d2t is None:
+        if size != vocab:
+            yield error(
+                f"d2t is missing and the draft vocab has {size} of {vocab} tokens: "
+                "acceptance will be about 0, with no message"
+            )
+        return
+    if d2t.dtype != torch.int64:
+        yield error(f"d2t is {d2t.dtype}, engines want int64")
+    if tuple(d2t.shape) != (size,) or (t2d is not None and tuple(t2d.shape) != (vocab,)):
+        return  # said with the shapes
+    if size == vocab:
+        yield warning("d2t is there and the draft vocab is the target's; leave it out")
+    if t2d is None:
+        yield warning("t2d is missing; speculators wants it")
+    d2t = d2t.long()
+    known = None if t2d is None else t2d.bool().nonzero().flatten()
+    target_ids = d2t + torch.arange(size)
+    if known is not None and torch.equal(target_ids, known):
+        return
+    rises = bool((d2t[1:] > d2t[:-1]).all()) and int(d2t[0]) >= 0 and int(d2t[-1]) < vocab
+    if rises if known is None else torch.equal(d2t, known):
+        yield error(
+            "d2t looks like target ids, engines want offsets: target id minus draft id (else "
+            "acceptance is about 0, with no message)"
+        )
+    elif int(target_ids.min()) < 0 or int(target_ids.max()) >= vocab:
+        yield error(f"d2t leads outside the target's vocabulary of {vocab}")
+    elif target_ids.unique().numel() != size:
+        yield error("d2t maps two draft ids to one target id")
+    elif t2d is not None:
+        said = torch.zeros(vocab, dtype=torch.bool)
+        said[target_ids] = True
+        if differ := int((said != t2d.bool()).sum()):
+            yield error(f"d2t and t2d disagree about {differ} target tokens")
+
+
+def weight_findings(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """Values and dtypes."""
+    floats = {name: t for name, t in sorted(tensors.items()) if t.is_floating_point()}
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in floats.values()})
+    said = config.get("dtype") or config.get("torch_dtype")
+    if len(dtypes) > 1:
+        yield warning(f"weights have several dtypes: {', '.join(dtypes)}")
+    elif dtypes and said != dtypes[0]:
+        yield warning(f"weights are {dtypes[0]}, the config says {said} (torch_dtype)")
+    for name, tensor in floats.items():
+        if not bool(tensor.isfinite().all()):
+            yield error(f"tensor {name} has values that are not finite")
+        elif not bool(tensor.any()):
+            yield error(f"tensor {name} is all zeros")
+        elif "norm" in name and bool((tensor == 1).all()):
+            yield warning(f"tensor {name} is all ones: untrained, or lost on the way")
+        elif tensor.ndim == 2 and "embed" not in name and _spread(tensor) < _RANDOM:
+            yield warning(
+                f"tensor {name} looks like fresh random numbers: untrained, or lost on the way "
+                "(sglang#27908)"
+            )
+
+
+def _spread(matrix: Tensor) -> float:
+    """Largest singular value, over that of random numbers of this size and spread (Bai-Yin)."""
+    matrix = matrix.float()
+    rows, columns = matrix.shape
+    vector = torch.ones(columns).index_fill_(0, torch.arange(0, columns, 2), -0.5)
+    for _ in range(20):  # power iteration
+        vector = torch.nn.functional.normalize(matrix.T @ (matrix @ vector), dim=0)
+    chance = matrix.square().mean().sqrt() * (rows**0.5 + columns**0.5)
+    return float((matrix @ vector).norm() / chance)

@@ -1,0 +1,1 @@
+"""How many tokens a draft gets accepted, measured by speculative decoding."""

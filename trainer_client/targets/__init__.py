@@ -1,0 +1,1 @@
+"""The target as a trainer sees it: remote through a broker, or in its own process."""

@@ -1,0 +1,280 @@
+"""The remote target: NeMo AutoModel's ``RemoteEagle3TargetModel`` contract, over a broker."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from broker.peer.credentials import KeyLike
+from broker.peer.tensors import to_frames
+from broker.protocol import encode
+from broker.protocol import messages as m
+from trainer_client.core import ClientConfig
+from trainer_client.errors import BadRequestError
+from trainer_client.service import Answer, Client, PendingReply
+from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows
+from trainer_client.targets.facts import model_facts
+from trainer_client.trace import Trace
+from worker.direct.config import DirectConfig
+from worker.direct.receiver import Receiver
+from worker.supervision.mapping import VocabMapping
+
+_logger = logging.getLogger("draftmq.client")
+T = TypeVar("T")
+
+
+class RemoteHandle(Generic[T]):
+    """Something on its way: ``result(timeout)`` in seconds, ``cancel()``, callbacks."""
+
+    def __init__(self, pending: PendingReply, convert: Callable[[Answer], T]) -> None:
+        self._pending = pending
+        self._convert = convert
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for it. Raises what :class:`PendingReply` raises."""
+        return self._convert(self._pending.result(timeout))
+
+    def cancel(self) -> bool:
+        """Give it up; False when it has already come."""
+        return self._pending.cancel()
+
+    def done(self) -> bool:
+        return self._pending.done()
+
+    def add_done_callback(self, call: Callable[[RemoteHandle[T]], None]) -> None:
+        """Have ``call`` called with this handle once it has ended, in the I/O thread."""
+        self._pending.add_done_callback(lambda _: call(self))
+
+
+class RemoteEagle3TargetModel:
+    """An EAGLE-3 target that runs somewhere else.
+
+    ``urls`` are broker endpoints (``tcp://host:5555``); with several, requests are spread over them
+    and fail over. ``timeout`` seconds times ``max_retries + 1`` is the deadline of a request: until
+    then it survives lost connections, workers and brokers. ``model`` may be empty where the broker
+    has one model. ``direct`` says how large tensors may come past the broker (``auto``, a backend,
+    ``off``, or all of :class:`DirectConfig`). With ``host_batches`` what came by wire stays on the
+    CPU, for a trainer that copies it while it computes. ``key`` and ``broker_key`` are for brokers
+    that want keys, as for :class:`trainer_client.service.Client`.
+
+    ``encoding`` is what the workers send: ``probs``, the contract's ``target_probs``; ``hidden``,
+    the last hidden state, a fifth of the bytes; ``topk``, the most likely tokens, fewer bytes and
+    not exact; ``auto``, which is ``hidden`` where that is offered, else ``probs``.
+
+    Errors are :class:`trainer_client.errors.RequestError`; see there.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        device: torch.device | str = "cpu",
+        timeout: float = 120,
+        max_retries: int = 3,
+        model: str = "",
+        encoding: str = "probs",
+        name: str | None = None,
+        job: str = "",
+        rank: int = 0,
+        config: ClientConfig | None = None,
+        direct: DirectConfig | str = "auto",
+        host_batches: bool = False,
+        trace: Trace | None = None,
+        key: KeyLike | None = None,
+        broker_key: KeyLike | Sequence[KeyLike] | None = None,
+    ) -> None:
+        if timeout <= 0 or max_retries < 0:
+            raise ValueError(
+                f"timeout must be above 0 and max_retries at least 0, got {timeout}, {max_retries}"
+            )
+        urls = list(urls)
+        if isinstance(direct, str):
+            direct = DirectConfig(mode=direct)
+        self._client = Client(
+            urls,
+            name=name,
+            job=job,
+            rank=rank,
+            config=config,
+            direct=Receiver(direct, device, urls),
+            trace=trace,
+            key=key,
+            broker_key=broker_key,
+        )
+        self._device = torch.device(device)
+        self._host_batches = host_batches
+        self._deadline_s = float(timeout) * (max_retries + 1)
+        self._model = model
+        self._wanted_encoding = encoding
+        self._mapping: VocabMapping | None = None
+        self._step = 0
+
+    @classmethod
+    def from_urls(
+        cls, urls: Sequence[str], *, device: torch.device | str, **options: Any
+    ) -> RemoteEagle3TargetModel:
+        """The contract's constructor; options as for the class."""
+        return cls(urls, device=device, **options)
+
+    @property
+    def supports_async(self) -> bool:
+        return True
+
+    def model_info(self) -> dict[str, Any]:
+        """What the workers say of their model: ``model``, ``fingerprint``, ``num_hidden_layers``,
+        ``hidden_size``, ``vocab_size``, ``aux_layer_ids``, ``dtype``, ``max_position_embeddings``,
+        ``encodings``, ``tokenizer``, ``config``. Waits for the first worker.
+        """
+        return dict(self._info)
+
+    @functools.cached_property
+    def _info(self) -> dict[str, Any]:
+        info = model_facts(self._ask("model_info").reply)
+        wanted = self._wanted_encoding
+        if wanted != "auto" and wanted not in info["encodings"]:
+            raise BadRequestError(
+                "bad_request",
+                f"the model {info['model']!r} is served with the encodings "
+                f"{', '.join(info['encodings'])}; {wanted!r} is not one of them",
+            )
+        return info
+
+    @property
+    def encoding(self) -> str:
+        """What the workers send: ``probs``, ``hidden`` or ``topk``."""
+        if self._wanted_encoding != "auto":
+            return self._wanted_encoding
+        return "hidden" if "hidden" in self._info["encodings"] else "probs"
+
+    def get_input_embeddings(self) -> SimpleNamespace:
+        """An object with ``.weight`` [V, H], fetched once."""
+        return self._embeddings
+
+    @functools.cached_property
+    def _embeddings(self) -> SimpleNamespace:
+        weight = self._ask("input_embeddings").tensors["weight"]
+        return SimpleNamespace(weight=weight.to(self._device))
+
+    def set_vocab_mapping(self, selected_token_ids: Tensor, selected_token_mask: Tensor) -> None:
+        """Choose the draft vocab: ids int64 [D] ascending, mask bool [V].
+
+        Raises ``ValueError`` for duplicates, ids out of range, or a mask that does not agree.
+        """
+        mapping = VocabMapping.from_mask_and_ids(selected_token_ids, selected_token_mask)
+        if mapping.vocab_size != self._info["vocab_size"]:
+            raise ValueError(
+                f"the mapping is for a vocabulary of {mapping.vocab_size}, the target "
+                f"{self._info['model']!r} has {self._info['vocab_size']}"
+            )
+        manifest, payload = to_frames({"selected_token_ids": mapping.selected_token_ids})
+        offer = m.MappingOffer(mapping.id, mapping.vocab_size, manifest)
+        self._client.keep_mapping(encode(offer, payload))
+        self._mapping = mapping
+        self.__dict__.pop("_lm_head", None)
+
+    def lm_head_rows(self) -> LmHeadRows:
+        """The target's ``lm_head`` rows for the draft vocab, fetched once for a mapping."""
+        return self._lm_head
+
+    @functools.cached_property
+    def _lm_head(self) -> LmHeadRows:
+        tensors = self._ask("lm_head_rows", mapping_id=self._mapping_id()).tensors
+        bias = tensors.get("bias")
+        return LmHeadRows(
+            tensors["weight"].to(self._device), None if bias is None else bias.to(self._device)
+        )
+
+    def generate_batch(
+        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
+    ) -> Eagle3TargetBatch:
+        """Supervision for one batch, all three [B, T]. Waits for it."""
+        return self.generate_batch_async(input_ids, attention_mask, loss_mask).result()
+
+    def generate_batch_async(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        loss_mask: Tensor,
+        *,
+        step: int | None = None,
+    ) -> RemoteHandle[Eagle3TargetBatch]:
+        """Ask for supervision; ``step`` orders it among the ranks of the job (default: counted).
+
+        Raises :class:`BadRequestError` at once for what no worker would accept.
+        """
+        from worker.supervision.supervision import validate_request
+
+        limit = self._info["max_position_embeddings"]
+        try:
+            validate_request(input_ids, attention_mask, loss_mask, self._info["vocab_size"], limit)
+        except Exception as error:
+            raise BadRequestError("bad_request", str(error)) from error
+        self._step = self._step + 1 if step is None else step
+        tensors = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "loss_mask": loss_mask,
+        }
+        pending = self._client.submit(
+            "generate",
+            tensors,
+            timeout_s=self._deadline_s,
+            model=self._model,
+            step=self._step,
+            n_tokens=input_ids.numel(),
+            mapping_id=self._mapping_id(),
+            encoding=self.encoding,
+        )
+        return RemoteHandle(pending, lambda answer: self._batch(answer, attention_mask))
+
+    @property
+    def window(self) -> int:
+        """How many requests the brokers take without an answer, all together; 0: not known yet."""
+        return self._client.window
+
+    def counters(self) -> dict[str, int]:
+        """Requests, replies, resends and the like of this client."""
+        return self._client.counters()
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a trainer's ``/status`` shows of this client."""
+        return self._client.snapshot()
+
+    def close(self) -> None:
+        """End this client only; the broker, its workers and other clients go on."""
+        self._client.close()
+
+    def __enter__(self) -> RemoteEagle3TargetModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, operation: str, mapping_id: str = "") -> Answer:
+        return self._client.submit(
+            operation, timeout_s=self._deadline_s, model=self._model, mapping_id=mapping_id
+        ).result()
+
+    def _mapping_id(self) -> str:
+        if self._mapping is None:
+            raise BadRequestError(
+                "unknown_mapping",
+                "no vocab mapping is set; call set_vocab_mapping(selected_token_ids, "
+                "selected_token_mask) before asking for supervision",
+            )
+        return self._mapping.id
+
+    def _batch(self, answer: Answer, attention_mask: Tensor) -> Eagle3TargetBatch:
+        for tensor in answer.tensors.values():
+            if (
+                tensor.is_cuda
+            ):  # it came directly, on a stream of its channel's, and is used on ours
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        batch = Eagle3TargetBatch(attention_mask=attention_mask, **answer.tensors)
+        return batch if self._host_batches else batch.map(lambda t: t.to(self._device))

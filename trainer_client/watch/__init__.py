@@ -1,0 +1,1 @@
+"""What a trainer shows of itself: metrics, and lines in its log."""
