@@ -20,7 +20,13 @@ _DEFAULTS = BrokerConfig()
 _FILE = click.Path(path_type=Path)
 
 
-@click.command()
+_BROKER_EXAMPLE = """\b
+Example:
+  draftmq broker --clients tcp://0.0.0.0:5555 --workers tcp://0.0.0.0:5556 \\
+      --key broker.secret --allow allow/"""
+
+
+@click.command(epilog=_BROKER_EXAMPLE)
 @click.option(
     "--clients",
     default="tcp://127.0.0.1:5555",
@@ -123,7 +129,12 @@ def broker(
         raise BrokerError("the broker ended on an error of its own; see the log above")
 
 
-@click.command()
+_KEYGEN_EXAMPLE = """\b
+Example:
+  draftmq keygen --role worker --name gpu-17 --output keys"""
+
+
+@click.command(epilog=_KEYGEN_EXAMPLE)
 @click.option(
     "--role",
     type=click.Choice([role.value for role in Role]),

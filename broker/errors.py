@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from broker.protocol.errors import DraftmqError
 
-class BrokerError(Exception):
+
+class BrokerError(DraftmqError):
     """Root of the broker's errors; the text says what to do."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from broker.protocol.errors import DraftmqError
 
-class TrainerClientError(Exception):
+
+class TrainerClientError(DraftmqError):
     """Root of the trainer client's errors."""
 
 

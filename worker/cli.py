@@ -29,7 +29,12 @@ class _Layers(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is not three layer numbers like 1,5,8", param, ctx)
 
 
-@click.command()
+_WORKER_EXAMPLE = """\b
+Example:
+  draftmq worker --broker tcp://HOST:5556 --target Qwen/Qwen3-8B --device cuda"""
+
+
+@click.command(epilog=_WORKER_EXAMPLE)
 @click.option("--broker", multiple=True, required=True, help="Serve this broker; may be repeated.")
 @click.option("--key", type=click.Path(), help="This worker's secret key (draftmq keygen).")
 @click.option(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from broker.protocol.errors import DraftmqError
 
-class WorkerError(Exception):
+
+class WorkerError(DraftmqError):
     """Root of the worker's errors."""
 
 

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 _ABOVE_0 = click.FloatRange(min=0, min_open=True)
 
 
-@click.command()
+_CHAOS_EXAMPLE = """\b
+Example:
+  draftmq chaos --listen tcp://127.0.0.1:6555 --upstream tcp://127.0.0.1:5555 --cut-every 5"""
+
+
+@click.command(epilog=_CHAOS_EXAMPLE)
 @click.option(
     "--listen", multiple=True, required=True, help="Peers connect here: tcp://HOST:PORT; repeat."
 )

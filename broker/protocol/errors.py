@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 
-class ProtocolError(Exception):
+class DraftmqError(Exception):
+    """Root of every package's errors: the text is one sentence that says what to do."""
+
+
+class ProtocolError(DraftmqError):
     """Root of everything that can be wrong with a message."""
 
 

@@ -53,7 +53,12 @@ def fetch(http: str, path: str, key: Path | None = None) -> Values:
     return shown
 
 
-@click.command()
+_STATUS_EXAMPLE = """\b
+Example:
+  draftmq status --http 127.0.0.1:9555 --json"""
+
+
+@click.command(epilog=_STATUS_EXAMPLE)
 @click.option("--http", default=HTTP_ADDRESS, help="The broker's HTTP address.")
 @_KEY
 @click.option("--json", "as_json", is_flag=True, help="Print what the broker says as JSON.")
@@ -70,7 +75,12 @@ def status(http: str, key: Path | None, as_json: bool) -> None:
     Console().print(screen(shown, address=http))
 
 
-@click.command()
+_TOP_EXAMPLE = """\b
+Example:
+  draftmq top --http HOST1:9555 --http HOST2:9555"""
+
+
+@click.command(epilog=_TOP_EXAMPLE)
 @click.option(
     "--http",
     multiple=True,

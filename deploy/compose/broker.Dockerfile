@@ -1,16 +1,13 @@
-# The broker alone. It never imports torch, so the image has none: about 60 MB over Python's.
+# The broker alone: the base install. It never imports torch, so the image has none: about 60 MB over Python's.
 # docker build --file deploy/compose/broker.Dockerfile --tag draftmq-broker .
 FROM python:3.12-slim AS build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY broker broker
-COPY worker/__init__.py worker/errors.py worker/
-COPY trainer_client/__init__.py trainer_client/cli.py trainer_client/errors.py trainer_client/
-COPY deploy/compose/broker-requirements.txt ./
+COPY worker/__init__.py worker/
+COPY trainer_client/__init__.py trainer_client/
 RUN python -m venv /opt/draftmq \
-    && /opt/draftmq/bin/pip install --no-cache-dir --constraint constraints.txt \
-        --requirement broker-requirements.txt \
-    && /opt/draftmq/bin/pip install --no-cache-dir --no-deps .
+    && /opt/draftmq/bin/pip install --no-cache-dir --constraint constraints.txt .
 
 FROM python:3.12-slim
 COPY --from=build /opt/draftmq /opt/draftmq

@@ -8,7 +8,7 @@ COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY broker broker
 COPY worker worker
 COPY trainer_client trainer_client
-RUN /opt/draftmq/bin/pip install --no-cache-dir --constraint constraints.txt .
+RUN /opt/draftmq/bin/pip install --no-cache-dir --constraint constraints.txt '.[all]'
 
 FROM python:3.12-slim
 COPY --from=build /opt/draftmq /opt/draftmq

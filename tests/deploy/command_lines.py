@@ -12,7 +12,7 @@ from unittest import mock
 import click
 import yaml
 
-from trainer_client.cli import cli
+from broker.commands import cli
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from broker.commands import cli
 from docs import channel_diagram
-from trainer_client.cli import cli
 from worker.cli import worker
 
 TEXT = channel_diagram.PATH.read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from broker.commands import cli
 from docs import metrics_table
-from trainer_client.cli import cli
 
 TEXT = metrics_table.PATH.read_text(encoding="utf-8")
 

@@ -23,6 +23,7 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
+from broker.commands import cli
 from broker.core import BrokerConfig, BrokerCore, Received, Send, Side
 from broker.core.inspect import snapshot, validate
 from broker.keys.access import Access
@@ -36,7 +37,6 @@ from broker.service import Broker
 from broker.watch.http import HttpServer
 from broker.watch.pages import pages
 from tests.broker.core.rig import mapping_offer, model
-from trainer_client.cli import cli
 from trainer_client.core import ClientCore, Submit
 from trainer_client.drafts.lint import check_draft
 from trainer_client.errors import DataError, ExportError

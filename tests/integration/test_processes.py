@@ -97,7 +97,7 @@ class Commands:
 
 
 def draftmq(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trainer_client.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "broker.commands", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
@@ -250,7 +250,7 @@ client.close()
 
 
 def test_ctrl_c_leaves_no_process_of_the_demo_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "trainer_client.cli", "demo", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "broker.commands", "demo", "--output", str(tmp_path)]
     demo = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     eventually(lambda: (tmp_path / "metrics.jsonl").exists(), PATIENCE_S)
     children = descendants(demo.pid)

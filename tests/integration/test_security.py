@@ -19,6 +19,7 @@ import zmq
 from click.testing import CliRunner
 
 import broker.service
+from broker.commands import cli
 from broker.core import BrokerConfig
 from broker.errors import BrokerError
 from broker.keys.files import Role
@@ -29,7 +30,6 @@ from broker.service import Broker
 from broker.transport.sockets import Dealer
 from tests.integration.conftest import Cluster, eventually, tokens
 from tests.keyring import Keyring
-from trainer_client.cli import cli
 from trainer_client.core import ClientConfig
 from trainer_client.errors import DeadlineError, TrainerClientError
 from trainer_client.targets.remote import RemoteEagle3TargetModel

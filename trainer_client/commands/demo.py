@@ -92,7 +92,12 @@ class Processes:
             os.killpg(child.pid, number)
 
 
-@click.command()
+_DEMO_EXAMPLE = """\b
+Example:
+  draftmq demo --output runs/demo"""
+
+
+@click.command(epilog=_DEMO_EXAMPLE)
 @click.option(
     "--output",
     type=click.Path(path_type=Path),

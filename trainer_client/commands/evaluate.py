@@ -14,7 +14,12 @@ from trainer_client.errors import TrainerClientError
 _AT_LEAST_1 = click.IntRange(min=1)
 
 
-@click.command("eval")
+_EVALUATE_EXAMPLE = """\b
+Example:
+  draftmq eval --draft runs/one/draft --target embedded"""
+
+
+@click.command("eval", epilog=_EVALUATE_EXAMPLE)
 @click.option("--draft", type=click.Path(path_type=Path), required=True, help="An exported draft.")
 @click.option("--target", required=True, help="Hugging Face id or path, or 'embedded'.")
 @click.option(

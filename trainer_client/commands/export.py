@@ -12,8 +12,13 @@ from trainer_client.drafts.export import export_checkpoint
 from trainer_client.drafts.lint import check_draft
 from trainer_client.errors import DataError
 
+_EXPORT_EXAMPLE = """\b
+Example:
+  draftmq export --checkpoint runs/one --output draft
+  draftmq export --check draft"""
 
-@click.command()
+
+@click.command(epilog=_EXPORT_EXAMPLE)
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="A run, or one checkpoint.")
 @click.option("--output", type=click.Path(path_type=Path), help="Where the draft is written.")
 @click.option(

@@ -80,7 +80,14 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command()
+_TRAIN_EXAMPLE = """\b
+Example:
+  draftmq train --broker tcp://HOST:5555 --data chat.jsonl --output runs/one
+  torchrun --nproc-per-node 8 -m trainer_client --broker tcp://HOST:5555 \\
+      --data chat.jsonl --output runs/one"""
+
+
+@click.command(epilog=_TRAIN_EXAMPLE)
 @click.option("--broker", multiple=True, required=True, help="tcp://HOST:5555; may be repeated.")
 @click.option("--key", type=click.Path(), help="This trainer's secret key (draftmq keygen).")
 @click.option(

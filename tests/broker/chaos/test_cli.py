@@ -21,7 +21,7 @@ PATIENCE_S = 30.0
 
 
 def arguments(*more: object) -> list[str]:
-    return [sys.executable, "-m", "trainer_client.cli", *map(str, more)]
+    return [sys.executable, "-m", "broker.commands", *map(str, more)]
 
 
 def chaos(*more: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -125,7 +125,7 @@ def test_settings_come_from_the_environment_too(echo: Echo) -> None:
 
 def test_it_never_loads_torch(echo: Echo) -> None:
     code = (
-        "import sys; from trainer_client.cli import cli; "
+        "import sys; from broker.commands import cli; "
         f"cli.main(['chaos', *{ends(echo)!r}, '--duration', '0.1'], standalone_mode=False); "
         "sys.exit('torch' in sys.modules)"
     )

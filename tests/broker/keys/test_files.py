@@ -11,6 +11,7 @@ import pytest
 import zmq
 from click.testing import CliRunner
 
+from broker.commands import cli
 from broker.keys.access import Access
 from broker.keys.allow import AllowList
 from broker.keys.files import (
@@ -26,7 +27,6 @@ from broker.keys.files import (
 )
 from broker.peer.credentials import credentials
 from tests.keyring import Keyring
-from trainer_client.cli import cli
 from trainer_client.service import Client
 
 

@@ -57,7 +57,7 @@ def test_only_the_same_user_can_connect(ends: tuple[str, str], tmp_path: Path) -
 
 
 def test_a_broker_takes_the_place_of_a_killed_one(ends: tuple[str, str], tmp_path: Path) -> None:
-    serve = ["-m", "trainer_client.cli", "broker", "--http", "off"]
+    serve = ["-m", "broker.commands", "broker", "--http", "off"]
     arguments = [*serve, "--clients", ends[0], "--workers", ends[1]]
     killed = subprocess.Popen([sys.executable, *arguments], stderr=subprocess.DEVNULL)
     try:

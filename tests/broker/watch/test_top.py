@@ -200,7 +200,7 @@ def test_a_proxy_for_the_internet_is_not_asked_for_a_broker(
 @pytest.mark.parametrize("key", [b"q", b"xq", b"\x03"], ids=["q", "any-then-q", "ctrl-c"])
 def test_top_is_live_and_ends_on_a_key(address: str, key: bytes) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "trainer_client.cli", "top", "--interval", "0.1"]
+    command = [sys.executable, "-m", "broker.commands", "top", "--interval", "0.1"]
     process = subprocess.Popen(
         [*command, "--http", address],
         **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),  # type: ignore[call-overload]

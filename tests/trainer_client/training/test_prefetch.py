@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer_client.cli import cli
+from broker.commands import cli
 from trainer_client.targets.batch import Eagle3TargetBatch
 from trainer_client.training.depth import AutoDepth, Taken
 from trainer_client.training.prefetch import Prefetcher

@@ -13,8 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from broker.commands import cli
 from tests.worker.targets.tiny_models import HAS_COMPILER, make, tokens
-from trainer_client.cli import cli
 from worker.cli import worker
 from worker.errors import TargetError
 from worker.targets import compile_target
