@@ -13,11 +13,14 @@ import click
 from broker import logs
 from broker.core import BrokerConfig
 from broker.errors import BrokerError
+from broker.keys import operators
 from broker.keys.files import Role, generate, write_pair
 from broker.watch.look import HTTP_ADDRESS
 
 _DEFAULTS = BrokerConfig()
 _FILE = click.Path(path_type=Path)
+#: No key of a peer, but a token for HTTP.
+_OPERATOR = "operator"
 
 
 _BROKER_EXAMPLE = """\b
@@ -40,6 +43,7 @@ Example:
     default=HTTP_ADDRESS,
     help="Serve a live page, /metrics, /status, /healthz, /readyz here; 'off' for none.",
 )
+@operators.option
 @click.option("--key", type=_FILE, help="The broker's secret key: peers need keys of their own.")
 @click.option(
     "--allow",
@@ -72,6 +76,7 @@ def broker(
     clients: str,
     workers: str,
     http: str,
+    http_token: str | Path | None,
     key: Path | None,
     allow: tuple[Path, ...],
     insecure: bool,
@@ -111,6 +116,7 @@ def broker(
         insecure=insecure,
         key=key,
         allow=allow,
+        http_token=http_token,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop_soon())
@@ -137,7 +143,7 @@ Example:
 @click.command(epilog=_KEYGEN_EXAMPLE)
 @click.option(
     "--role",
-    type=click.Choice([role.value for role in Role]),
+    type=click.Choice([*(role.value for role in Role), _OPERATOR]),
     required=True,
     help="What its holder may do.",
 )
@@ -147,10 +153,16 @@ Example:
 def keygen(role: str, name: str | None, output: Path, as_json: bool) -> None:
     """Make a key: NAME.secret stays with its holder, NAME.public goes to the others.
 
-    Give a broker its own --key and --allow the public keys of trainers, workers and operators; give
-    each of those its own --key and the --broker-key.
+    Give a broker its own --key and --allow the public keys of trainers and workers; give each of
+    those its own --key and the --broker-key. For an operator it makes NAME.token, which is given to
+    whoever has --http-token: those who serve HTTP, and those who look.
     """
-    key = generate(Role(role), name or f"{role}-{socket.gethostname()}")
+    name = name or f"{role}-{socket.gethostname()}"
+    if role == _OPERATOR:
+        token = operators.write_token(output, name)
+        click.echo(json.dumps({"token_path": str(token)}) if as_json else f"token: {token}")
+        return
+    key = generate(Role(role), name)
     secret, public = write_pair(output, key)
     if as_json:
         shown = {"secret_path": str(secret), "public_path": str(public), "public": str(key.public)}

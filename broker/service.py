@@ -28,6 +28,7 @@ from broker.core import (
 from broker.core.inspect import snapshot
 from broker.errors import BrokerError
 from broker.keys.access import REREAD_S, Access, max_connections
+from broker.keys.operators import door
 from broker.keys.zap import ZapHandler
 from broker.logs import Throttle, log
 from broker.transport.allocator import adapt_allocator
@@ -48,6 +49,7 @@ class Broker:
     Endpoints are ``tcp://HOST:PORT`` (port 0 takes a free one) or ``ipc://PATH``; ``http`` is
     ``HOST:PORT`` or None. ``key`` is the file of the broker's secret key and ``allow`` are files or
     directories of the public keys that may connect; they are read again when they change.
+    ``http_token`` is the file of the token that HTTP wants of operators, or ``none``.
 
     Raises :class:`BrokerError` for keys that cannot be used, and from :meth:`start` where an
     address cannot be bound, or is open to others without keys or ``insecure``.
@@ -63,7 +65,10 @@ class Broker:
         insecure: bool = False,
         key: str | os.PathLike[str] | None = None,
         allow: Sequence[str | os.PathLike[str]] = (),
+        http_token: str | os.PathLike[str] | None = None,
     ) -> None:
+        self._insecure = insecure
+        self._http_token = http_token
         self._access = Access(key, allow, insecure=insecure)
         self._addresses = {Side.CLIENT: clients, Side.WORKER: workers}
         self._http_address = http
@@ -89,7 +94,9 @@ class Broker:
     def start(self) -> Broker:
         """Bind, and begin to serve. Peers that waited for the address are served at once."""
         self._access.check_ports(*self._addresses.values())
-        guarded = self._http_address is not None and self._access.guards_http(self._http_address)
+        admits = None
+        if self._http_address is not None:
+            admits = door(self._http_address, self._http_token, insecure=self._insecure)
         adapt_allocator()
         threads = _CRYPTO_THREADS if self._access.keyed else 1
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(threads)
@@ -108,7 +115,6 @@ class Broker:
                     self._context, side, address, self.core.config, known, curve, self._note
                 )
             if self._http_address is not None:
-                admits = self._access.admits_operator if guarded else None
                 shown = pages(self.snapshot, self.trace)
                 self._http = HttpServer(self._http_address, shown, admits)
                 self._http.start()

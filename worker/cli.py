@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from broker import logs
-from broker.keys.operators import options as operator_options
+from broker.keys import operators
 from worker.direct import options as direct_options
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ Example:
 @click.option(
     "--http", help="Serve /metrics, /status and /healthz on HOST:PORT (default: nowhere)."
 )
-@operator_options
+@operators.option
 @logs.options
 def worker(
     broker: tuple[str, ...],
@@ -98,8 +98,7 @@ def worker(
     name: str | None,
     direct: DirectConfig,
     http: str | None,
-    allow: tuple[Path, ...],
-    insecure: bool,
+    http_token: str | Path | None,
 ) -> None:
     """Serve a frozen target until SIGTERM, which drains: finish what is held, take nothing new.
 
@@ -140,8 +139,7 @@ def worker(
         coalesce_tokens=coalesce_tokens,
         direct=direct,
         http=http,
-        allow=allow,
-        insecure=insecure,
+        http_token=http_token,
         key=key,
         broker_key=broker_key,
     )

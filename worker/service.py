@@ -50,8 +50,8 @@ class Worker:
     :meth:`drain` (what SIGTERM does to the command) finishes what is held and
     leaves; :meth:`stop` leaves at once, and the broker gives its requests to others. ``direct``
     says how tensors may go to clients past the broker. ``http`` is ``HOST:PORT`` of ``/metrics``,
-    ``/status`` and ``/healthz``, or None; where other machines reach it, it is for the operators
-    whose public keys are in the files ``allow``, or with ``insecure`` for anyone.
+    ``/status`` and ``/healthz``, or None; where other machines reach it, it is for those who have
+    the token in the file ``http_token``, or with ``none`` for anyone.
 
     ``key`` (a file) and ``broker_key`` (a file, or the key's text; one for all brokers or one for
     each) are for brokers that want keys; see :func:`broker.peer.credentials.credentials`.
@@ -69,8 +69,7 @@ class Worker:
         coalesce_tokens: int = 0,
         direct: DirectConfig | None = None,
         http: str | None = None,
-        allow: Sequence[KeyLike] = (),
-        insecure: bool = False,
+        http_token: KeyLike | None = None,
         key: KeyLike | None = None,
         broker_key: KeyLike | Sequence[KeyLike] | None = None,
     ) -> None:
@@ -101,8 +100,7 @@ class Worker:
         )
         self.measures = Measures()
         self._http_address = http
-        self._allow = allow
-        self._insecure = insecure
+        self._http_token = http_token
         self._http: HttpServer | None = None
         #: asked to drain
         self.leaving = False
@@ -123,7 +121,7 @@ class Worker:
         """
         if self._http_address is not None:
             try:
-                admits = door(self._http_address, self._allow, insecure=self._insecure)
+                admits = door(self._http_address, self._http_token)
                 shown = peer_pages(METRICS, self.snapshot)
                 self._http = HttpServer(self._http_address, shown, admits)
             except BrokerError as error:

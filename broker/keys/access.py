@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from broker.core import Side
 from broker.errors import BrokerError
-from broker.keys import operators
 from broker.keys.addresses import is_local
 from broker.keys.allow import AllowList
 from broker.keys.files import KeyFileError, PublicKey, Role, SecretKey, read_secret, require_curve
@@ -63,10 +62,6 @@ class Access:
         """Whether a key that once connected still may."""
         return self._allowed is None or self._allowed.has(ROLES[side], fingerprint)
 
-    def admits_operator(self, token: str) -> bool:
-        """Whether this is the secret key of an operator on the allow-list."""
-        return self._allowed is not None and operators.admits(self._allowed, token)
-
     def explain(self, refusal: Refusal) -> str:
         """Why a key was refused, for the log."""
         role = ROLES[Side(refusal.domain)]
@@ -88,13 +83,6 @@ class Access:
                     "give --key and --allow (draftmq keygen makes keys), listen on 127.0.0.1, or "
                     "say --insecure where the network itself keeps strangers out"
                 )
-
-    def guards_http(self, address: str) -> bool:
-        """Whether HTTP at ``HOST:PORT`` wants an operator's key: where other machines reach it.
-
-        Raises :class:`BrokerError` where it should and no operator is on the allow-list.
-        """
-        return operators.guards(address, self._allowed or (), insecure=self._insecure)
 
 
 def max_connections() -> int:

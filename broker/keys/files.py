@@ -39,7 +39,6 @@ class Role(enum.Enum):
 
     TRAINER = "trainer"
     WORKER = "worker"
-    OPERATOR = "operator"
     BROKER = "broker"
 
 
@@ -141,8 +140,7 @@ def read_secret(path: str | os.PathLike[str], *roles: Role) -> SecretKey:
 
     Raises :class:`KeyFileError` for a file that others can read, or a key of another role.
     """
-    _refuse_open_file(Path(path))
-    key = parse(read_text(Path(path)), str(path))
+    key = parse(read_secret_text(Path(path)), str(path))
     if isinstance(key, PublicKey):
         raise KeyFileError(f"{path} is a public key; give the .secret file of the pair")
     if key.role not in roles:
@@ -161,9 +159,9 @@ def write_pair(directory: Path, key: SecretKey) -> tuple[Path, Path]:
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     secret, public = directory / f"{key.name}.secret", directory / f"{key.name}.public"
-    _create(secret, key.text, 0o600)
+    create(secret, key.text, 0o600)
     try:
-        _create(public, str(key.public), 0o644)
+        create(public, str(key.public), 0o644)
     except KeyFileError:
         secret.unlink()
         raise
@@ -185,7 +183,14 @@ def read_text(path: Path) -> str:
         raise KeyFileError(f"{path} is not a key file: it is not ASCII text") from None
 
 
-def _create(path: Path, line: str, mode: int) -> None:
+def read_secret_text(path: Path) -> str:
+    """As :func:`read_text`, and refuses a file that others can read."""
+    _refuse_open_file(path)
+    return read_text(path)
+
+
+def create(path: Path, line: str, mode: int) -> None:
+    """Write a line to a new file of this mode. Raises :class:`KeyFileError` where one exists."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     except FileExistsError:

@@ -20,6 +20,9 @@ StartResponse = Callable[[str, list[tuple[str, str]]], Any]
 Application = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
 #: What load balancers and service managers ask; it tells nothing of who is there.
 _PROBES = ("/healthz", "/readyz")
+Admits = Callable[[str], bool]
+#: A browser asks its user for a password where it is offered ``Basic``.
+_SCHEMES = ("Basic", "Bearer")
 Page = tuple[str, str, bytes]  # status line, content type, body
 Pages = Mapping[str, Callable[[Mapping[str, Any]], Page]]  # path -> WSGI environ -> page
 
@@ -85,13 +88,11 @@ class WsgiServer:
 class HttpServer(WsgiServer):
     """Serves ``pages`` on ``HOST:PORT``.
 
-    With ``admits`` all but the two probes want ``Authorization: Bearer KEY``, and it decides.
+    With ``admits`` all but the two probes want the header ``Authorization``, and it decides.
     Raises :class:`BrokerError` when the address is taken or is none.
     """
 
-    def __init__(
-        self, address: str, pages: Pages, admits: Callable[[str], bool] | None = None
-    ) -> None:
+    def __init__(self, address: str, pages: Pages, admits: Admits | None = None) -> None:
         self._pages = pages
         self._admits = admits
         try:
@@ -105,10 +106,8 @@ class HttpServer(WsgiServer):
         page = self._pages.get(environ["PATH_INFO"])
         extra: list[tuple[str, str]] = []
         if environ["PATH_INFO"] not in _PROBES and not self._admitted(environ):
-            extra = [("WWW-Authenticate", "Bearer")]
-            wanted = (
-                "an operator's key is needed: Authorization: Bearer draftmq-secret:operator:..."
-            )
+            extra = [("WWW-Authenticate", f"{scheme} realm=draftmq") for scheme in _SCHEMES]
+            wanted = "an operator's token is needed: Authorization: Bearer TOKEN, or as a password"
             status, kind, body = text(wanted, "401 Unauthorized")
         elif page is None:
             status, kind, body = text("nothing here", "404 Not Found")
@@ -122,10 +121,7 @@ class HttpServer(WsgiServer):
         return [body]
 
     def _admitted(self, environ: dict[str, Any]) -> bool:
-        if self._admits is None:
-            return True
-        scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-        return scheme.lower() == "bearer" and self._admits(token.strip())
+        return self._admits is None or self._admits(environ.get("HTTP_AUTHORIZATION", ""))
 
 
 def text(body: str, status: str = "200 OK") -> Page:

@@ -17,32 +17,32 @@ from typing import Any
 import click
 
 from broker.errors import BrokerError
-from broker.keys.files import Role, read_secret
+from broker.keys.operators import read_token
 from broker.watch.rates import rates
 
 HTTP_ADDRESS = "127.0.0.1:9555"
 Values = dict[str, Any]
-_KEY = click.option(
-    "--key",
+_TOKEN = click.option(
+    "--http-token",
     type=click.Path(path_type=Path),
-    help="An operator's secret key, where the broker wants one.",
+    help="The file of the operators' token, where the broker wants one.",
 )
 
 
-def fetch(http: str, path: str, key: Path | None = None) -> Values:
-    """The JSON that a broker's HTTP port serves, to the holder of an operator's secret ``key``.
+def fetch(http: str, path: str, token: Path | None = None) -> Values:
+    """The JSON that a broker's HTTP port serves, to the holder of the file ``token``.
 
-    Raises :class:`BrokerError` where none answers, or not to this key.
+    Raises :class:`BrokerError` where none answers, or not to this token.
     """
     directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         request = urllib.request.Request(f"http://{http}{path}")
-        if key is not None:
-            request.add_header("Authorization", f"Bearer {read_secret(key, Role.OPERATOR).text}")
+        if token is not None:
+            request.add_header("Authorization", f"Bearer {read_token(token)}")
         with directly.open(request, timeout=5) as response:
             shown: Values = json.load(response)
     except urllib.error.HTTPError as error:
-        hint = "; give an operator's key that it allows (--key)" if error.code == 401 else ""
+        hint = "; give the operators' token (--http-token FILE)" if error.code == 401 else ""
         raise BrokerError(f"the broker at http://{http} answered {error}{hint}") from error
     except (OSError, ValueError, urllib.error.URLError) as error:
         raise BrokerError(
@@ -60,11 +60,11 @@ Example:
 
 @click.command(epilog=_STATUS_EXAMPLE)
 @click.option("--http", default=HTTP_ADDRESS, help="The broker's HTTP address.")
-@_KEY
+@_TOKEN
 @click.option("--json", "as_json", is_flag=True, help="Print what the broker says as JSON.")
-def status(http: str, key: Path | None, as_json: bool) -> None:
+def status(http: str, http_token: Path | None, as_json: bool) -> None:
     """Show what the broker sees: models, workers, trainers, requests."""
-    shown = fetch(http, "/status", key)
+    shown = fetch(http, "/status", http_token)
     if as_json:
         click.echo(json.dumps(shown, indent=1))
         return
@@ -90,14 +90,14 @@ Example:
 @click.option(
     "--interval", type=click.FloatRange(min=0.1), default=1.0, help="Seconds between two looks."
 )
-@_KEY
+@_TOKEN
 @click.option("--once", is_flag=True, help="Look for one interval, print it, and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line and interval.")
 def top(
-    http: tuple[str, ...], interval: float, key: Path | None, once: bool, as_json: bool
+    http: tuple[str, ...], interval: float, http_token: Path | None, once: bool, as_json: bool
 ) -> None:
     """Watch brokers live: workers, ranks, queue and rates. 'q' or Ctrl-C ends it."""
-    brokers = [_Watched(address, key) for address in http]
+    brokers = [_Watched(address, http_token) for address in http]
     with contextlib.suppress(KeyboardInterrupt), _keys() as quit_within:
         if as_json or once or not sys.stdout.isatty():
             _print(brokers, interval, quit_within, once, as_json)
@@ -108,9 +108,9 @@ def top(
 class _Watched:
     """One broker, with the look before the last."""
 
-    def __init__(self, http: str, key: Path | None) -> None:
+    def __init__(self, http: str, token: Path | None) -> None:
         self.http = http
-        self._key = key
+        self._token = token
         self.status: Values | None = None
         self.rates: Values | None = None
         self.error = ""
@@ -118,7 +118,7 @@ class _Watched:
     def look(self) -> None:
         before = self.status
         try:
-            self.status, self.error = fetch(self.http, "/status", self._key), ""
+            self.status, self.error = fetch(self.http, "/status", self._token), ""
             self.rates = rates(before, self.status)
         except BrokerError as error:
             self.status, self.rates, self.error = None, None, str(error)

@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from broker.commands import cli
 from broker.core import BrokerConfig, BrokerCore, Received, Send, Side
 from broker.core.inspect import snapshot, validate
-from broker.keys.access import Access
 from broker.keys.allow import AllowList
 from broker.keys.files import KeyFileError, Role, generate, parse
+from broker.keys.operators import door, write_token
 from broker.peer.link import Arrived, Connected
 from broker.peer.tensors import from_packet, to_frames
 from broker.protocol import RemoteProtocolError, decode, encode, wire
@@ -244,12 +244,9 @@ def ask_http(data: bytes) -> None:
 @functools.cache
 def _application() -> Callable[..., Any]:
     directory = Path(tempfile.mkdtemp())
-    (directory / "key.public").write_text(str(generate(Role.OPERATOR, "o").public))
     server = HttpServer.__new__(HttpServer)
-    access = Access()
-    access._allowed = AllowList([directory])
     broker = Broker()
-    server._admits = access.admits_operator
+    server._admits = door("0.0.0.0:0", write_token(directory, "o"))
     server._pages = pages(broker.snapshot, broker.trace)
     return server._application
 
@@ -384,7 +381,7 @@ TARGETS: dict[str, Target] = {
             b"GET /status HTTP/1.1\r\nAuthorization: Bearer draftmq-secret:a:b:c\r\n\r\n",
             b"POST /readyz HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         ),
-        ("Authorization", "Bearer", "draftmq-secret:operator:o:", "/healthz"),
+        ("Authorization", "Bearer", "Basic", "/healthz"),
     ),
     "keys": Target(read_keys, (_KEY.encode(), f"# all\n{_KEY}\n\n".encode()), ("worker",)),
     "settings": Target(

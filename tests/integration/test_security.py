@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import logging
@@ -23,6 +24,7 @@ from broker.commands import cli
 from broker.core import BrokerConfig
 from broker.errors import BrokerError
 from broker.keys.files import Role
+from broker.keys.operators import write_token
 from broker.peer.credentials import credentials
 from broker.protocol import Packet, decode, encode
 from broker.protocol import messages as m
@@ -372,28 +374,35 @@ def fetch(address: str, token: str = "") -> int:
         return error.code
 
 
+def basic(user: str, password: str) -> str:
+    """What a browser sends when its user has logged in."""
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
 def test_status_beyond_loopback_is_for_operators(tmp_path: Path) -> None:
     keys = Keyring(tmp_path)
-    operator, trainer = keys.make("o", Role.OPERATOR), keys.make("t", Role.TRAINER)
-    with Broker(http="0.0.0.0:0", key=keys.broker, allow=[keys.allow]) as service:
+    operator, trainer = write_token(tmp_path, "o"), keys.make("t", Role.TRAINER)
+    with Broker(
+        http="0.0.0.0:0", key=keys.broker, allow=[keys.allow], http_token=operator
+    ) as service:
         assert service.http_address is not None
         address = f"127.0.0.1:{service.http_address.rpartition(':')[2]}"
         secret = operator.read_text().strip()
         assert fetch(address, f"Bearer {secret}") == 200
-        public = (tmp_path / "o.public").read_text().strip()
+        assert fetch(address, basic("whoever", secret)) == 200
         stolen = trainer.read_text().strip()
-        forged = stolen.replace(":trainer:", ":operator:")
-        for token in ("", "Bearer", f"Bearer {public}", f"Bearer {stolen}", f"Bearer {forged}"):
-            assert fetch(address, token) == 401
+        wrong = [f"Bearer {stolen}", f"Bearer {secret[:-1]}", basic("o", stolen), basic(secret, "")]
+        for shown in ("", "Bearer", "Basic", "Basic !", "Digest x", f"Basic {secret}", *wrong):
+            assert fetch(address, shown) == 401
         with urllib.request.urlopen(f"http://{address}/healthz", timeout=10) as response:
             assert response.read() == b"ok\n"
         asked = ["status", "--http", address]
-        run = CliRunner().invoke(cli, [*asked, "--key", str(operator), "--json"])
+        run = CliRunner().invoke(cli, [*asked, "--http-token", str(operator), "--json"])
         assert run.exit_code == 0
         assert json.loads(run.stdout)["workers"] == []
         without = CliRunner().invoke(cli, asked)
         assert isinstance(without.exception, BrokerError)
-        assert "give an operator's key that it allows (--key)" in str(without.exception)
+        assert "give the operators' token (--http-token FILE)" in str(without.exception)
 
 
 @contextlib.contextmanager
@@ -410,22 +419,24 @@ def trainer_http(address: str, **options: Any) -> Iterator[str | None]:
 
 @pytest.mark.parametrize("serve", [worker_http, trainer_http])
 def test_workers_and_trainers_too_show_strangers_nothing(tmp_path: Path, serve: Any) -> None:
-    keys = Keyring(tmp_path)
-    operator, worker = keys.make("o", Role.OPERATOR), keys.make("w", Role.WORKER)
-    token = f"Bearer {operator.read_text().strip()}"
-    with serve("0.0.0.0:0", allow=[keys.allow]) as shown:
+    file, other = write_token(tmp_path, "o"), write_token(tmp_path, "other")
+    token = f"Bearer {file.read_text().strip()}"
+    with serve("0.0.0.0:0", http_token=file) as shown:
         address = f"127.0.0.1:{shown.rpartition(':')[2]}"
         assert fetch(address) == 401
-        assert fetch(address, f"Bearer {worker.read_text().strip()}") == 401
+        assert fetch(address, f"Bearer {other.read_text().strip()}") == 401
         assert fetch(address, token) == 200
-        keys.revoke("o")
+        other.replace(file)
         assert fetch(address, token) == 401
-    with (
-        pytest.raises((WorkerError, TrainerClientError), match="put an operator's key on the"),
-        serve("0.0.0.0:0", allow=[keys.allow]),
-    ):
-        pass
-    for options in ({"address": "0.0.0.0:0", "insecure": True}, {"address": "127.0.0.1:0"}):
+        file.unlink()
+        assert fetch(address, token) == 401
+    for unusable in ({}, {"http_token": tmp_path / "none-there"}):
+        with (
+            pytest.raises((WorkerError, TrainerClientError), match=r"http-token|cannot read"),
+            serve("0.0.0.0:0", **unusable),
+        ):
+            pass
+    for options in ({"address": "0.0.0.0:0", "http_token": "none"}, {"address": "127.0.0.1:0"}):
         with serve(**options) as shown:
             assert fetch(f"127.0.0.1:{shown.rpartition(':')[2]}") == 200
 
@@ -439,7 +450,7 @@ def test_no_command_shows_itself_to_everyone_unasked(tmp_path: Path, command: st
     asked = [command, "--broker=ipc:///tmp/draftmq-nobody", *needed[command], "--http=0.0.0.0:0"]
     run = CliRunner().invoke(cli, asked)
     assert isinstance(run.exception, WorkerError | TrainerClientError)
-    assert "put an operator's key on the --allow list" in str(run.exception)
+    assert "give --http-token FILE" in str(run.exception)
 
 
 def test_status_on_loopback_needs_no_key(keyed: KeyedCluster) -> None:
@@ -452,7 +463,7 @@ def test_ports_beyond_loopback_want_keys_or_a_word(tmp_path: Path) -> None:
     for options in ({"clients": "tcp://0.0.0.0:0"}, {"http": "0.0.0.0:0"}):
         with pytest.raises(BrokerError, match="draftmq keygen"):
             Broker(**options).start()
-    with pytest.raises(BrokerError, match="put an operator's key on the --allow list"):
+    with pytest.raises(BrokerError, match="give --http-token FILE"):
         Broker(http="0.0.0.0:0", key=keys.broker, allow=[keys.allow]).start()
     with Broker("tcp://0.0.0.0:0", "tcp://0.0.0.0:0", key=keys.broker, allow=[keys.allow]):
         pass

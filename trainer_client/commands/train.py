@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from broker import logs
-from broker.keys.operators import options as operator_options
+from broker.keys import operators
 from trainer_client.errors import TrainerClientError
 from trainer_client.training.run import Plan, Ranks, TrainSettings
 from trainer_client.training.run import train as run_training
@@ -109,7 +109,7 @@ Example:
 @click.option("--timeout-s", default=120.0, help="Patience with one request, before retries.")
 @click.option("--retries", default=3, help="A request's deadline is timeout x (retries + 1).")
 @click.option("--http", help="Serve /metrics on HOST:PORT, each rank on PORT plus its rank.")
-@operator_options
+@operators.option
 @click.option(
     "--trace",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -135,8 +135,7 @@ def train(
     timeout_s: float,
     retries: int,
     http: str | None,
-    allow: tuple[Path, ...],
-    insecure: bool,
+    http_token: str | Path | None,
     trace: Path | None,
     trace_broker: tuple[str, ...],
     as_json: bool,
@@ -160,7 +159,7 @@ def train(
         local = os.environ.get("LOCAL_RANK", "0")
         device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     job = job or str(settings.output.resolve())
-    observed = Observed(ranks.rank, http, trace, trace_broker, allow=allow, insecure=insecure)
+    observed = Observed(ranks.rank, http, trace, trace_broker, http_token=http_token)
     target = RemoteEagle3TargetModel(
         list(broker),
         device=device,

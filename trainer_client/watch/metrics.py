@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from broker.errors import BrokerError
@@ -58,14 +58,13 @@ def served(
     rank: int,
     snapshot: Callable[[], dict[str, Any]],
     *,
-    allow: Sequence[str | os.PathLike[str]] = (),
-    insecure: bool = False,
+    http_token: str | os.PathLike[str] | None = None,
 ) -> Iterator[str | None]:
     """Serve ``/metrics``, ``/status`` and ``/healthz`` on ``HOST:PORT``; gives where.
 
     Each rank has a port of its own: the first rank's, plus its rank. Raises
     :class:`TrainerClientError` when that one is not to be had, or other machines reach it and
-    neither an operator's key is in ``allow`` nor ``insecure`` is said.
+    ``http_token`` is neither the file of the operators' token nor ``none``.
     """
     if not address:
         yield None
@@ -75,7 +74,7 @@ def served(
         raise TrainerClientError(f"{address!r} is no address; give --http HOST:PORT")
     number = int(port) + rank if int(port) else 0
     try:
-        admits = door(f"{host}:{number}", allow, insecure=insecure)
+        admits = door(f"{host}:{number}", http_token)
         server = HttpServer(f"{host}:{number}", peer_pages(METRICS, snapshot), admits)
     except BrokerError as error:
         raise TrainerClientError(str(error)) from error

@@ -26,9 +26,9 @@ _logger = logging.getLogger("draftmq.client")
 class Observed:
     """One rank as others see it: on ``http`` while it trains, in the file ``trace`` afterwards.
 
-    ``brokers`` are the HTTP addresses of those whose times belong in the trace. ``allow`` and
-    ``insecure`` say who may look, as in :func:`trainer_client.watch.metrics.served`. Raises
-    :class:`TrainerClientError` at once where the file cannot be written.
+    ``brokers`` are the HTTP addresses of those whose times belong in the trace. ``http_token``
+    says who may look, as in :func:`trainer_client.watch.metrics.served`, and is shown to the
+    brokers. Raises :class:`TrainerClientError` at once where the file cannot be written.
     """
 
     def __init__(
@@ -38,15 +38,13 @@ class Observed:
         trace: Path | None,
         brokers: Sequence[str],
         *,
-        allow: Sequence[Path] = (),
-        insecure: bool = False,
+        http_token: str | Path | None = None,
     ) -> None:
         self.rank = rank
         self.trace = Trace(f"trainer rank {rank}") if trace is not None else None
         self.measures = Measures()
         self._http = http
-        self._allow = allow
-        self._insecure = insecure
+        self._http_token = http_token
         self._brokers = brokers
         #: the first rank's file is as asked for, the others' say their rank
         self._path = trace.with_stem(f"{trace.stem}-rank{rank}") if trace and rank else trace
@@ -71,8 +69,7 @@ class Observed:
             self._http,
             self.rank,
             lambda: target.snapshot() | {"training": self.measures.plain()},
-            allow=self._allow,
-            insecure=self._insecure,
+            http_token=self._http_token,
         ) as address:
             if address is not None:
                 log(_logger, "info", "listening", {"http": address, "rank": self.rank})
@@ -85,9 +82,10 @@ class Observed:
         if self.trace is None or self._path is None:
             return
         seen = []
+        token = self._http_token if isinstance(self._http_token, Path) else None
         for address in self._brokers:
             try:
-                seen.append(fetch(address, "/trace"))
+                seen.append(fetch(address, "/trace", token))
             except BrokerError as error:
                 log(_logger, "warning", "trace_without_broker", {"error": str(error)})
         self.trace.write(self._path, seen)
