@@ -8,7 +8,10 @@ SEED ?=
 SECONDS ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check sim chaos bench fuzz test-engines clean
+# What one runs while working: the state machines, the language, the arithmetic, the documents.
+QUICK := tests/broker tests/docs tests/test_architecture.py tests/trainer_client/core \
+	tests/trainer_client/eagle3 tests/worker/core tests/worker/supervision
+.PHONY: help venv demo test quick test-long check sim chaos bench fuzz test-engines clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed 's/:.*## /\t/' | column -ts '	'
@@ -26,6 +29,14 @@ demo: venv ## Broker, workers and trainers on this machine, and a trained draft 
 
 test: check ## Lint, types and all tests that need no GPU
 	$(BIN)/python -m pytest
+
+quick: venv ## The tests that one runs while working: under a minute
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -m "not heavy and not slow and not browser" \
+		--ignore=tests/broker/chaos $(QUICK)
+
+test-long: venv ## The tests that take minutes, which make test leaves out
+	$(BIN)/python -m pytest -m slow
 
 check: venv ## Lint, format and types
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from tests.bench.report import draw, write_json
 _FIELDS = {"value", "unit", "wants", "holds", "peer", "peer_value"}
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_runs_and_says_figures(part: str, tmp_path: Path) -> None:
     arguments = ["--quick", "--only", part, "--output", str(tmp_path)]

@@ -9,7 +9,7 @@ import pytest
 from tests.chaos.run import Run
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_draft_trained_through_faults_is_the_draft_of_an_undisturbed_run(tmp_path: Path) -> None:
     run = Run(tmp_path / "chaos", seed=5, steps=100)
     try:

@@ -38,7 +38,7 @@ def test_without_the_limits_it_would_not() -> None:
     assert figures.peak_bytes > 1.5 * figures.formula_bytes
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_1000_clients_and_replies_of_256_mib_stay_within_the_formula() -> None:
     figures = measure(FULL)
     assert figures.peak_bytes <= figures.formula_bytes

@@ -32,7 +32,7 @@ def exposed(address: str, name: str) -> float | None:
     return next((float(line.split()[1]) for line in lines if line.startswith(f"{name} ")), None)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_every_process_can_be_watched_and_the_run_leaves_a_trace(
     commands: Commands,  # noqa: F811
     tmp_path: Path,

@@ -123,7 +123,7 @@ def undisturbed(commands: Commands, directory: Path) -> list[float]:
     return losses(settings.output)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_killing_each_kind_of_peer_in_mid_run_changes_no_loss(
     commands: Commands, tmp_path: Path
 ) -> None:
@@ -150,7 +150,7 @@ def test_killing_each_kind_of_peer_in_mid_run_changes_no_loss(
     assert losses(commands.output) == undisturbed(commands, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_two_ranks_do_not_notice_workers_that_attach_and_detach(
     commands: Commands, tmp_path: Path
 ) -> None:
