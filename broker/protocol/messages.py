@@ -302,7 +302,8 @@ class MappingWanted:
 
 @dataclass(frozen=True, slots=True)
 class MappingOffer:
-    """A vocab mapping by content: one tensor, the selected token ids (int64, ascending).
+    """A vocab mapping by content: one tensor, the selected token ids (int64, distinct, in
+    the order of the draft ids).
 
     ``mapping_id`` is the hash of it, see :func:`broker.protocol.wire.mapping_id`.
     """

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from broker.core import BrokerConfig
 from broker.service import Broker
+from tests.vocab import shuffled
 from trainer_client.targets.remote import RemoteEagle3TargetModel
 from worker.service import Worker
 from worker.supervision.mapping import VocabMapping
@@ -42,7 +43,7 @@ def target() -> HuggingFaceTarget:
 
 @pytest.fixture(scope="session")
 def mapping() -> VocabMapping:
-    return VocabMapping(torch.arange(0, VOCAB, 2), VOCAB)
+    return VocabMapping(shuffled(torch.arange(0, VOCAB, 2)), VOCAB)
 
 
 def tokens(seed: int = 0, batch: int = 2, length: int = 16) -> tuple[torch.Tensor, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from broker.protocol import messages as m
 from tests.integration.conftest import LENGTH, VOCAB, Cluster, make_target, tokens
+from tests.vocab import shuffled
 from trainer_client import Prefetcher, RemoteEagle3TargetModel
 from trainer_client.errors import BadRequestError, ClientClosedError
 from trainer_client.targets.batch import Eagle3TargetBatch
@@ -139,7 +140,7 @@ def test_two_jobs_with_different_mappings_share_a_worker(
     cluster: Cluster, target: HuggingFaceTarget
 ) -> None:
     cluster.worker()
-    mappings = [VocabMapping(torch.arange(start, VOCAB, 3), VOCAB) for start in (0, 1)]
+    mappings = [VocabMapping(shuffled(torch.arange(start, VOCAB, 3)), VOCAB) for start in (0, 1)]
     remotes = [cluster.trainer(mapping) for mapping in mappings]
     for seed in range(6):
         remote, mapping = remotes[seed % 2], mappings[seed % 2]
@@ -197,7 +198,7 @@ def test_leaving_a_prefetcher_early_cancels_what_is_under_way(
 
 def test_a_reply_larger_than_a_frame_arrives_whole(cluster: Cluster) -> None:
     cluster.worker()
-    every = VocabMapping(torch.arange(VOCAB), VOCAB)
+    every = VocabMapping(shuffled(torch.arange(VOCAB)), VOCAB)
     remote = cluster.trainer(every)
     batch = remote.generate_batch(*tokens(3, batch=40, length=LENGTH))  # 2.6 MB of target_probs
     expected = compute_supervision(

@@ -11,6 +11,7 @@ import torch
 from broker.peer.tensors import to_frames
 from broker.protocol import Limits, Packet, encode
 from broker.protocol import messages as m
+from tests.vocab import shuffled
 from tests.worker.supervision.requests import generate, offer
 from worker.answers import Answerer
 from worker.supervision.mapping import VocabMapping
@@ -18,7 +19,7 @@ from worker.targets.contract import describe
 from worker.targets.stub import StubTarget
 
 VOCAB = 64
-MAPPING = VocabMapping(torch.arange(0, VOCAB, 2), VOCAB)
+MAPPING = VocabMapping(shuffled(torch.arange(0, VOCAB, 2)), VOCAB)
 IDS = torch.arange(8, 20).view(2, 6)
 GOOD = generate(1, IDS, MAPPING)
 
@@ -71,7 +72,7 @@ ONES = torch.ones_like(IDS)
             "bad_request: loss_mask has shape (2, 4), input_ids (2, 6)",
         ),
         (
-            generate(2, IDS, VocabMapping(torch.arange(3), VOCAB)),
+            generate(2, IDS, VocabMapping(shuffled(torch.arange(3)), VOCAB)),
             "bad_request: no usable vocab mapping",
         ),
         (changed(encoding="smoke"), "bad_request: encoding 'smoke' is not offered here; choose"),
@@ -136,7 +137,7 @@ def test_what_the_target_raises_is_told(error: Exception, says: str) -> None:
 
 
 def test_a_mapping_for_another_vocabulary_is_not_kept(answerer: Answerer) -> None:
-    other = VocabMapping(torch.arange(9), 32)
+    other = VocabMapping(shuffled(torch.arange(9)), 32)
     with pytest.raises(ValueError, match="for a vocabulary of 32, this target has 64"):
         answerer.learn(offer(other))
     assert other.id not in answerer.mappings

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from broker.protocol import Limits, Packet
+from tests.vocab import shuffled
 from tests.worker.core.test_machine import Rig
 from tests.worker.supervision.requests import generate, offer
 from worker.answers import Answerer, Work
@@ -25,7 +26,7 @@ from worker.targets.foreign import ForeignTarget
 from worker.targets.stub import StubTarget
 
 VOCAB = 64
-MAPPING = VocabMapping(torch.arange(0, VOCAB, 2), VOCAB)
+MAPPING = VocabMapping(shuffled(torch.arange(0, VOCAB, 2)), VOCAB)
 IDS = torch.arange(8, 20).view(2, 6)
 #: Far more than anything here takes; a test that waits so long fails.
 LIMIT_S = 20.0

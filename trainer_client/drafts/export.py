@@ -35,7 +35,7 @@ def write_draft(draft: Eagle3Draft, directory: Path, *, target_info: Mapping[str
     try:
         unfinished.mkdir(parents=True)
         tensors = {name: tensor.contiguous().cpu() for name, tensor in draft.state_dict().items()}
-        if draft.config.draft_vocab_size == draft.config.vocab_size:
+        if draft.config.draft_vocab_size == draft.config.vocab_size and not draft.d2t.any():
             del tensors["d2t"], tensors["t2d"]  # engines take their absence for "the same"
         save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
         text = json.dumps(engine_config(draft, target_info), indent=1) + "\n"
@@ -215,7 +215,7 @@ def export_checkpoint(checkpoint: Path, output: Path) -> None:
         info = json.loads((where / "target.json").read_text())
         config = DraftConfig(**json.loads((where / "draft.json").read_text()))
         tensors = load_file(where / "draft.safetensors")
-        draft = Eagle3Draft(config, tensors["t2d"].nonzero().flatten())
+        draft = Eagle3Draft(config, tensors["d2t"] + torch.arange(config.draft_vocab_size))
         draft.load_state_dict(tensors)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"{where} is damaged: {error}") from error

@@ -125,7 +125,7 @@ class _Layer(nn.Module):
 
 
 class Eagle3Draft(nn.Module):
-    """A draft for one target. ``selected_token_ids`` int64 [D] is its vocabulary, ascending.
+    """A draft for one target. ``selected_token_ids`` int64 [D] is its vocabulary, in any order.
 
     Fresh weights come from torch's default generator; the embeddings are the target's and frozen.
     """

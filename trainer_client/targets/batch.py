@@ -139,7 +139,7 @@ class TargetBackend(Protocol):
     def get_input_embeddings(self) -> HasWeight: ...
 
     def set_vocab_mapping(self, selected_token_ids: Tensor, selected_token_mask: Tensor) -> None:
-        """Say which target ids the draft knows: ids int64 [D] ascending, mask bool [V]."""
+        """Say which target ids the draft knows: ids int64 [D] distinct, mask bool [V]."""
 
     def lm_head_rows(self) -> LmHeadRows: ...
 

@@ -52,7 +52,7 @@ class ColocatedTarget:
         return self.target.get_input_embeddings()
 
     def set_vocab_mapping(self, selected_token_ids: Tensor, selected_token_mask: Tensor) -> None:
-        """Say which target ids the draft knows: ids int64 [D] ascending, mask bool [V].
+        """Say which target ids the draft knows: ids int64 [D] distinct, mask bool [V].
 
         Raises ``ValueError`` when the two differ, or are for another vocabulary.
         """

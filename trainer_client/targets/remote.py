@@ -162,7 +162,7 @@ class RemoteEagle3TargetModel:
         return SimpleNamespace(weight=weight.to(self._device))
 
     def set_vocab_mapping(self, selected_token_ids: Tensor, selected_token_mask: Tensor) -> None:
-        """Choose the draft vocab: ids int64 [D] ascending, mask bool [V].
+        """Choose the draft vocab: ids int64 [D] distinct, mask bool [V].
 
         Raises ``ValueError`` for duplicates, ids out of range, or a mask that does not agree.
         """

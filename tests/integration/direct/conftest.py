@@ -19,6 +19,7 @@ import torch.distributed as dist
 from broker.core import BrokerConfig
 from broker.service import Broker
 from tests.integration.direct.worker import BATCH, LENGTH, make_target, patience
+from tests.vocab import shuffled
 from trainer_client.commands.demo import Processes
 from trainer_client.core import ClientConfig
 from trainer_client.targets.batch import Eagle3TargetBatch
@@ -59,7 +60,7 @@ class Trainer:
         self._shape = shape
         self._target = target
         self.steps_s: list[float] = []
-        mapping = VocabMapping(torch.arange(0, 64, 2), 64)
+        mapping = VocabMapping(shuffled(torch.arange(0, 64, 2)), 64)
         remote.set_vocab_mapping(mapping.selected_token_ids, mapping.selected_token_mask)
 
     def step(self) -> None:

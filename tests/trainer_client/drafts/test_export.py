@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from tests.vocab import shuffled
 from trainer_client.drafts.checkpoint import save
 from trainer_client.drafts.export import export_checkpoint, read_draft, write_draft
 from trainer_client.drafts.lint import check_draft
@@ -39,9 +40,10 @@ INFO: dict[str, Any] = {
 }
 
 
-def make_draft(size: int = 24) -> Eagle3Draft:
+def make_draft(size: int = 24, ids: torch.Tensor | None = None) -> Eagle3Draft:
     torch.manual_seed(0)
-    draft = Eagle3Draft(DraftConfig.from_target_info(INFO, size), torch.arange(60)[-size:])
+    ids = torch.arange(60)[-size:] if ids is None else ids
+    draft = Eagle3Draft(DraftConfig.from_target_info(INFO, size), ids)
     for name, parameter in draft.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
@@ -96,6 +98,26 @@ def test_a_full_vocabulary_has_no_d2t(tmp_path: Path) -> None:
     assert "d2t" not in load_file(tmp_path / "draft" / "model.safetensors")
     assert read_draft(tmp_path / "draft").d2t.tolist() == [0] * 60
     assert not [found for found in check_draft(tmp_path / "draft") if found.severity == "error"]
+
+
+@pytest.mark.parametrize("size", [24, 60])
+def test_ids_in_any_order_survive_the_disk(tmp_path: Path, size: int) -> None:
+    ids = shuffled(torch.arange(60))[:size]
+    write_draft(make_draft(size, ids), tmp_path / "draft", target_info=INFO)
+    assert torch.equal(read_draft(tmp_path / "draft").selected_token_ids, ids)
+    assert check_draft(tmp_path / "draft") == []
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_ids_in_any_order_in_place_of_offsets_are_found(tmp_path: Path, with_mask: bool) -> None:
+    ids = shuffled(torch.arange(60))[:24]
+    write_draft(make_draft(24, ids), tmp_path / "draft", target_info=INFO)
+    tensors = load_file(tmp_path / "draft" / "model.safetensors") | {"d2t": ids}
+    if not with_mask:
+        del tensors["t2d"]
+    save_file(tensors, tmp_path / "draft" / "model.safetensors")
+    found = [str(finding.text) for finding in check_draft(tmp_path / "draft")]
+    assert any("looks like target ids" in text for text in found)
 
 
 def test_a_good_draft_has_no_findings(exported: Path) -> None:
@@ -355,7 +377,8 @@ def test_transformers_reads_the_rope_that_was_trained(tmp_path: Path, rope: dict
 
 
 def test_a_run_or_one_of_its_checkpoints_is_exported(tmp_path: Path) -> None:
-    drafts = {1: make_draft(20), 2: make_draft(24)}
+    ids = shuffled(torch.arange(60))[:24]
+    drafts = {1: make_draft(20), 2: make_draft(24, ids)}
     optimizer = torch.optim.SGD(drafts[1].parameters())
     for step, draft in drafts.items():
         save(tmp_path / "run" / "checkpoints", step, draft, optimizer, {}, INFO, keep=5)
@@ -367,7 +390,9 @@ def test_a_run_or_one_of_its_checkpoints_is_exported(tmp_path: Path) -> None:
         (checkpoints / ".." / "checkpoints" / "step-000001", 20),
     ):
         export_checkpoint(where, tmp_path / "draft")
-        assert read_draft(tmp_path / "draft").config.draft_vocab_size == size
+        read = read_draft(tmp_path / "draft")
+        assert read.config.draft_vocab_size == size
+        assert size == 20 or torch.equal(read.selected_token_ids, ids)
     for nothing in (checkpoints / "step-000003", tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ExportError, match="neither a run with a complete checkpoint nor"):
             export_checkpoint(nothing, tmp_path / "other")

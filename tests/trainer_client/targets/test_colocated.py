@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.vocab import shuffled
 from trainer_client.targets.batch import BatchHandle, Eagle3TargetBatch, TargetBackend
 from trainer_client.targets.colocated import ColocatedTarget
 from worker.errors import BadRequest, TargetError
@@ -15,7 +16,7 @@ from worker.targets.foreign import ForeignTarget
 from worker.targets.stub import StubTarget
 
 V, D = 64, 20
-MAPPING = VocabMapping(torch.arange(2, 2 + 3 * D, 3), V)
+MAPPING = VocabMapping(shuffled(torch.arange(2, 2 + 3 * D, 3)), V)
 
 
 def tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,7 +121,7 @@ def test_logits_need_no_mapping() -> None:
 
 
 def test_a_mapping_for_another_vocabulary_is_refused_with_both_sizes() -> None:
-    other = VocabMapping(torch.arange(4), 65)
+    other = VocabMapping(shuffled(torch.arange(4)), 65)
     with pytest.raises(ValueError, match="vocabulary of 65, the target 'stub' has 64"):
         backend().set_vocab_mapping(other.selected_token_ids, other.selected_token_mask)
 

@@ -8,6 +8,7 @@ import torch
 from broker.peer.tensors import from_packet
 from broker.protocol import Limits, Packet
 from broker.protocol import messages as m
+from tests.vocab import shuffled
 from tests.worker.supervision.requests import generate, offer
 from tests.worker.targets.tiny_models import VOCAB, make, shared
 from worker.answers import Answerer, Work
@@ -20,7 +21,7 @@ from worker.targets.foreign import ForeignTarget
 from worker.targets.huggingface import HuggingFaceTarget
 from worker.targets.stub import StubTarget
 
-MAPPING = VocabMapping(torch.arange(1, VOCAB, 3), VOCAB)
+MAPPING = VocabMapping(shuffled(torch.arange(1, VOCAB, 3)), VOCAB)
 SHAPES = [(2, 12), (1, 5), (3, 30), (1, 1)]
 
 

@@ -9,8 +9,15 @@ from worker.supervision.mapping import VocabMapping
 
 _INTEGERS = (torch.int64, torch.int32)
 
+
+def in_any_order(ids: set[int]) -> st.SearchStrategy[list[int]]:
+    return st.permutations(sorted(ids))
+
+
 selections = st.integers(1, 200).flatmap(
-    lambda size: st.tuples(st.sets(st.integers(0, size - 1), min_size=1).map(sorted), st.just(size))
+    lambda size: st.tuples(
+        st.sets(st.integers(0, size - 1), min_size=1).flatmap(in_any_order), st.just(size)
+    )
 )
 
 
@@ -19,7 +26,7 @@ def test_d2t_and_mask_give_back_the_selection(selection: tuple[list[int], int]) 
     ids, vocab_size = selection
     mapping = VocabMapping(torch.tensor(ids), vocab_size)
     assert (mapping.d2t + torch.arange(len(ids))).tolist() == ids
-    assert mapping.t2d.nonzero().flatten().tolist() == ids
+    assert mapping.t2d.nonzero().flatten().tolist() == sorted(ids)
     assert mapping.draft_vocab_size == len(ids)
     assert VocabMapping.from_mask_and_ids(torch.tensor(ids), mapping.t2d) == mapping
 
@@ -47,7 +54,7 @@ def test_later_changes_of_the_callers_tensor_do_not_reach_the_mapping() -> None:
     ("ids", "message"),
     [
         ([3, 3, 4, 4, 9], r"duplicates: \[3, 4\]"),
-        ([4, 3, 9], "4 at 0 comes before 3"),
+        ([4, 3, 9, 4], r"duplicates: \[4\]"),
         ([1, 10], "has 10, and the target's vocabulary has 10 tokens"),
         ([-1, 2], "has -1"),
         ([[1, 2]], r"one dimension, got shape \(1, 2\)"),

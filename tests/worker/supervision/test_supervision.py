@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tests.vocab import shuffled
 from tests.worker.targets.tiny_models import VOCAB, shared, tokens
 from worker.errors import BadRequest
 from worker.supervision.mapping import VocabMapping
@@ -19,7 +20,7 @@ from worker.targets.foreign import ForeignTarget
 from worker.targets.huggingface import HuggingFaceTarget
 from worker.targets.stub import StubTarget
 
-MAPPING = VocabMapping(torch.arange(1, VOCAB, 3), VOCAB)
+MAPPING = VocabMapping(shuffled(torch.arange(1, VOCAB, 3)), VOCAB)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.vocab import shuffled
 from tests.worker.targets.tiny_models import VOCAB, make, shared, tokens
 from worker.errors import TargetError
 from worker.supervision.mapping import VocabMapping
@@ -168,7 +169,7 @@ def test_a_factorys_target_gives_the_same_supervision_and_only_probs(user_module
     assert (facts.model, facts.vocab_size, facts.aux_layer_ids) == ("mine", VOCAB, (1, 3, 4))
     ours = HuggingFaceTarget(shared("llama"), name="ours")
     assert facts.fingerprint == ours.fingerprint
-    mapping = VocabMapping(torch.arange(0, VOCAB, 2), VOCAB)
+    mapping = VocabMapping(shuffled(torch.arange(0, VOCAB, 2)), VOCAB)
     wanted = compute_supervision(ours, *tokens(), mapping=mapping, encoding="probs")
     got = compute_supervision(target, *tokens(), mapping=mapping, encoding="probs")
     for name, tensor in wanted.items():
@@ -198,7 +199,7 @@ def test_sharded_logits_are_gathered() -> None:
             batch.logits = Sharded(batch.logits)
             return batch
 
-    mapping = VocabMapping(torch.arange(0, VOCAB, 2), VOCAB)
+    mapping = VocabMapping(shuffled(torch.arange(0, VOCAB, 2)), VOCAB)
     whole, sharded = (
         compute_supervision(as_target(made), *tokens(), mapping=mapping, encoding="probs")
         for made in (Seed(), Parallel())

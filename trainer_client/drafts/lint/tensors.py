@@ -92,17 +92,16 @@ def vocabulary_findings(
         yield error(f"d2t is {d2t.dtype}, engines want int64")
     if tuple(d2t.shape) != (size,) or (t2d is not None and tuple(t2d.shape) != (vocab,)):
         return  # said with the shapes
-    if size == vocab:
+    if size == vocab and not d2t.any():
         yield warning("d2t is there and the draft vocab is the target's; leave it out")
     if t2d is None:
         yield warning("t2d is missing; speculators wants it")
     d2t = d2t.long()
     known = None if t2d is None else t2d.bool().nonzero().flatten()
     target_ids = d2t + torch.arange(size)
-    if known is not None and torch.equal(target_ids, known):
+    if known is not None and torch.equal(target_ids.sort().values, known):
         return
-    rises = bool((d2t[1:] > d2t[:-1]).all()) and int(d2t[0]) >= 0 and int(d2t[-1]) < vocab
-    if rises if known is None else torch.equal(d2t, known):
+    if _are_target_ids(d2t, known, vocab):
         yield error(
             "d2t looks like target ids, engines want offsets: target id minus draft id (else "
             "acceptance is about 0, with no message)"
@@ -116,6 +115,23 @@ def vocabulary_findings(
         said[target_ids] = True
         if differ := int((said != t2d.bool()).sum()):
             yield error(f"d2t and t2d disagree about {differ} target tokens")
+
+
+def _are_target_ids(d2t: Tensor, known: Tensor | None, vocab: int) -> bool:
+    """Whether these int64 [D] are the ids themselves, in any order, and not offsets.
+
+    Without ``t2d`` (``known`` None), distinct values of the vocabulary that are no valid offsets,
+    or that rise strictly, are taken for ids: offsets of ascending ids stand still somewhere, but
+    for drafts that skip a token at each step.
+    """
+    if known is not None:
+        return torch.equal(d2t.sort().values, known)
+    distinct = d2t.unique().numel() == d2t.numel()
+    if not distinct or int(d2t.min()) < 0 or int(d2t.max()) >= vocab:
+        return False
+    target_ids = d2t + torch.arange(d2t.numel())
+    fits = int(target_ids.max()) < vocab and target_ids.unique().numel() == d2t.numel()
+    return not fits or bool((d2t[1:] > d2t[:-1]).all())
 
 
 def weight_findings(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
