@@ -69,7 +69,7 @@ class CudaStaging:
         for tensor in tensors:
             if tensor.is_cuda and tensor.device != self._device:  # a target over several devices
                 torch.cuda.synchronize(tensor.device)
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True, blocking=True)  # others spin in their waits
         event.record(torch.cuda.current_stream(self._device))
         return event
 
@@ -88,7 +88,9 @@ class CudaStaging:
 
     def to_cpu(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         copies = {name: self._copy(tensor) for name, tensor in tensors.items()}
-        self._stream.synchronize()  # of these copies, and not of the target's kernels
+        copied = torch.cuda.Event(blocking=True)
+        copied.record(self._stream)
+        copied.synchronize()  # of these copies, and not of the target's kernels
         return copies
 
     def _copy(self, tensor: Tensor) -> Tensor:

@@ -173,6 +173,7 @@ def _train(
         "--output": output,
         "--max-steps": steps,
         "--log-level": "warning",
+        "--device": "cpu",  # a host may have fewer GPUs than there are ranks
         **_SETTINGS,
     }
     flat = [part for option in options.items() for part in option]

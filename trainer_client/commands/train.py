@@ -155,9 +155,7 @@ def train(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     ranks = Ranks.from_environment()
-    if not device:
-        local = os.environ.get("LOCAL_RANK", "0")
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    device = own_device(device)
     job = job or str(settings.output.resolve())
     observed = Observed(ranks.rank, http, trace, trace_broker, http_token=http_token)
     target = RemoteEagle3TargetModel(
@@ -199,6 +197,29 @@ def train(
         ranks.leave()
     if ranks.first:
         _finish_summary(settings.output, summary, as_json)
+
+
+def own_device(wanted: str) -> str:
+    """The device of this rank: ``wanted``, and of several GPUs the one of its local rank.
+
+    Raises :class:`click.UsageError` for a rank beyond this host's GPUs.
+    """
+    import torch
+
+    if wanted not in ("", "cuda"):
+        return wanted
+    if not torch.cuda.is_available():
+        if wanted:
+            raise click.UsageError("--device cuda, and torch sees no GPU here; say --device cpu")
+        return "cpu"
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise click.UsageError(
+            f"local rank {local} has no GPU: this host shows {count}; start at most {count} ranks "
+            "on it, or say --device cpu"
+        )
+    torch.cuda.set_device(local)  # what names no device means this one
+    return f"cuda:{local}"
 
 
 def _finish_summary(output: Path, summary: dict[str, Any], as_json: bool) -> None:

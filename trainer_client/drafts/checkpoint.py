@@ -41,7 +41,9 @@ class Checkpoint:
         try:
             draft.load_state_dict(load_file(self.directory / "draft.safetensors"))
             if optimizer is not None:
-                state = torch.load(self.directory / "optimizer.pt", weights_only=True)
+                path = self.directory / "optimizer.pt"
+                # by way of the CPU: the run may go on where there is no GPU, or another one
+                state = torch.load(path, map_location="cpu", weights_only=True)
                 optimizer.load_state_dict(state)
         except Exception as error:  # what a damaged file makes torch raise is anything
             raise CheckpointError(f"cannot resume from {self.directory}: {error!r}") from error

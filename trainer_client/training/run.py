@@ -106,10 +106,14 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, timeout_s: float = 600.0) -> Ranks:
-        """Join the process group of ``torchrun``, if there is one: gloo, or nccl with a GPU."""
+        """Join the process group of ``torchrun``, if there is one.
+
+        Tensors on the CPU go by Gloo and, where there is a GPU, those on GPUs by NCCL: a host with
+        GPUs may train on its CPU.
+        """
         if "WORLD_SIZE" not in os.environ:
             return cls()
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         return cls(dist.get_rank(), dist.get_world_size())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -23,20 +24,25 @@ def staged(
             yield batch.map(lambda tensor: tensor.to(device))
         return
     copies = torch.cuda.Stream(device)
-    ahead: list[tuple[Eagle3TargetBatch, torch.cuda.Event]] = []
-    for batch in batches:
+
+    def copy(batch: Eagle3TargetBatch) -> tuple[Eagle3TargetBatch, torch.cuda.Event]:
         with torch.cuda.stream(copies):
-            coming = batch.map(lambda tensor: _copy(tensor, device))
-        ahead.append((coming, copies.record_event()))
-        if len(ahead) > 1:
-            yield _ready(*ahead.pop(0), device)
-    for last in ahead:
-        yield _ready(*last, device)
+            return batch.map(lambda tensor: _copy(tensor, device)), copies.record_event()
+
+    # a thread pins: that copies within the host, and the training thread has kernels to launch
+    with ThreadPoolExecutor(1, "draftmq-pin") as pinning:
+        ahead: list[Future[tuple[Eagle3TargetBatch, torch.cuda.Event]]] = []
+        for batch in batches:
+            ahead.append(pinning.submit(copy, batch))
+            if len(ahead) > 1:
+                yield _ready(*ahead.pop(0).result(), device)
+        for last in ahead:
+            yield _ready(*last.result(), device)
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:
-    if tensor.is_cuda:
-        return tensor.to(device)
+    if tensor.is_cuda or tensor.is_pinned():
+        return tensor.to(device, non_blocking=True)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

@@ -7,6 +7,7 @@ death is seen at once, also between transfers.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -81,16 +82,42 @@ class PairStore(Store):
             return True
         return False
 
+    def take(self, key: str, limit_s: float) -> bytes:
+        """What the other end sets this key to, once. Raises :class:`TransferError` as all waits."""
+        self._await([key], limit_s, f"timed out: nothing moved for {limit_s:g} s")
+        return self._values.pop(key)
+
+    def told(self, key: str) -> str:
+        """What the other end has set this key to, as text; empty where it has not."""
+        return self._values.get(key, b"").decode(errors="replace")
+
+    def leave(self, key: str, limit_s: float) -> None:
+        """Have the other end see that this one leaves, and wait until it has said its last word
+        ``key``, or has gone, or ``limit_s`` is over.
+        """
+        deadline = time.monotonic() + limit_s
+        with contextlib.suppress(OSError, TransferError):
+            self._connection.shutdown(socket.SHUT_WR)
+            while key not in self._values and time.monotonic() < deadline:
+                with self._lock:
+                    self._read(_SLICE_S)
+
+    def interrupt(self) -> None:
+        """Free whoever waits at either end; from any thread."""
+        with contextlib.suppress(OSError):  # it was closed, or the other end has gone
+            self._connection.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._connection.close()
 
-    def _await(self, keys: Sequence[str], limit_s: float) -> None:
+    def _await(self, keys: Sequence[str], limit_s: float, late: str = "") -> None:
         deadline = time.monotonic() + limit_s
         while not all(key in self._values for key in keys):
             if self._leaving.is_set():
                 raise TransferError("this end leaves")
             if time.monotonic() >= deadline:
-                raise TransferError(f"the other end did not say {keys[0]!r} within {limit_s:g} s")
+                late = late or f"the other end did not say {keys[0]!r} within {limit_s:g} s"
+                raise TransferError(late)
             with self._lock:
                 self._read(_SLICE_S)
 

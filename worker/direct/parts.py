@@ -58,7 +58,9 @@ def on_host(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         ]
         for host, tensor in zip(staged, tensors, strict=True):
             host.copy_(tensor, non_blocking=True)
-    stream.synchronize()
+        copied = torch.cuda.Event(blocking=True)
+        copied.record(stream)
+    copied.synchronize()
     return staged
 
 

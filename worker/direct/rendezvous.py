@@ -6,6 +6,7 @@ neither end begins to construct before both are known to be there.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import secrets
@@ -27,6 +28,8 @@ _NONCE_BYTES = 32
 #: A connection that nobody met is closed after so long, and beyond so many the oldest goes.
 _CALLER_S, _MAX_CALLERS = 5.0, 64
 _SLICE_S = 0.05
+#: Characters of what one end says of its failure to the other.
+_MAX_WHY = 500
 
 
 @dataclass(frozen=True)
@@ -169,10 +172,12 @@ def _build(
         store.set(f"joined/{rank}", "1")
         store.wait([f"joined/{1 - rank}"])
     except Exception as error:
+        theirs = store.told(f"failed/{1 - rank}")
+        why = f"the other end: {theirs}" if theirs else plain(error)
+        with contextlib.suppress(TransferError):  # it may have gone
+            store.set(f"failed/{rank}", plain(error)[:_MAX_WHY])
         holding.close()
-        if isinstance(error, TransferError):
-            raise
-        raise TransferError(plain(error)) from error
+        raise TransferError(why) from error
     return backend
 
 
@@ -193,7 +198,7 @@ def _make(name: str, store: PairStore, rank: int, end: End) -> Backend:
     if name == "ipc":
         from worker.direct.ipc import IpcBackend
 
-        return IpcBackend(store, end.device)
+        return IpcBackend(store, rank, end.device)
     raise TransferError(f"unknown backend {name!r}; known are {', '.join(BACKENDS)}")
 
 

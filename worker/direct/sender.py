@@ -86,7 +86,7 @@ class Sender:
         assert peer.runner is not None
         flat = [octets(tensor) for tensor in tensors.values()]
         nbytes = sum(tensor.nbytes for tensor in flat)
-        computed = torch.cuda.Event() if self._device.type == "cuda" else None
+        computed = torch.cuda.Event(blocking=True) if self._device.type == "cuda" else None
         if computed is not None:
             computed.record()
         self._stage(nbytes)

@@ -139,3 +139,22 @@ def test_norms_are_not_decayed_and_the_embeddings_not_trained() -> None:
     assert {p.ndim for p in spared["params"]} == {1}
     every = [*decayed["params"], *spared["params"]]
     assert not any(p is draft.embed_tokens.weight for p in every)
+
+
+def test_a_checkpoint_from_a_gpu_is_resumed_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = make_draft()
+    optimizer = stepped(draft)
+    with monkeypatch.context() as patch:  # its tensors say where they were
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        save(tmp_path, 7, draft, optimizer, SETTINGS, INFO, 2)
+    path = tmp_path / "step-000007" / "optimizer.pt"
+    with pytest.raises(RuntimeError, match="CUDA device"):
+        torch.load(path, weights_only=True)
+    fresh = make_optimizer(make_draft(), 0.1, 0.0)
+    (found,) = complete(tmp_path)
+    found.restore(make_draft(), fresh)
+    expected = optimizer.state_dict()["state"]
+    for key, state in fresh.state_dict()["state"].items():
+        assert torch.equal(state["exp_avg"], expected[key]["exp_avg"])

@@ -46,8 +46,11 @@ def pair(
     rendezvous = Rendezvous("127.0.0.1", (0, 0))
     end, leaving = End("127.0.0.1", torch.device(device), patience), threading.Event()
     invited = invitation(rendezvous, backend)
-    ends = both(lambda: rendezvous.meet(invited, end, leaving), lambda: join(invited, end, leaving))
+    ends: tuple[Backend, ...] = ()
     try:
+        ends = both(
+            lambda: rendezvous.meet(invited, end, leaving), lambda: join(invited, end, leaving)
+        )
         yield ends
     finally:
         for each in ends:

@@ -1,24 +1,32 @@
-"""A backend's promises, for CPU tensors; the GPU's backends are held to the same in tests/gpu."""
+"""A backend's promises. The GPU's are held to them over stand-ins, and in tests/gpu for real."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from broker.peer.tensors import shaped
 from broker.protocol.messages import DTYPE_BYTES, TensorSpec
+from tests.worker.direct import standins
 from tests.worker.direct.pairs import both, pair
+from tests.worker.direct.standins import standing_in
 from worker.direct import gloo
 from worker.direct.backend import TransferError
 from worker.direct.parts import PART_BYTES, octets, specs
 
 
-@pytest.fixture(params=["gloo", "shm"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=["gloo", "shm", "ipc", "nccl"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """All of them; the GPU's run over stand-ins for what the GPU does."""
+    with standing_in(request.param):
+        yield str(request.param)
 
 
 def tensors_of_all_kinds() -> dict[str, torch.Tensor]:
@@ -55,7 +63,14 @@ def test_many_transfers_in_several_parts(backend: str) -> None:
 def test_ends_that_are_out_of_step_notice_at_once(backend: str) -> None:
     sent = [torch.ones(100, dtype=torch.uint8)]
     with pair(backend) as (worker, client):
-        sending = threading.Thread(target=lambda: _suppressed(lambda: worker.send(4, sent, 60.0)))
+        # NCCL's sender hears of it no later than with its next transfer
+        told = contextlib.suppress if backend == "nccl" else pytest.raises
+
+        def send() -> None:
+            with told(TransferError):
+                worker.send(4, sent, 60.0)
+
+        sending = threading.Thread(target=send)
         sending.start()
         with pytest.raises(TransferError, match=r"part \(5, 0\) was expected, \(4, 0\) came"):
             client.receive(5, [100], 60.0)
@@ -123,3 +138,71 @@ def test_a_dtype_that_does_not_travel_is_an_error() -> None:
     with pytest.raises(KeyError):
         specs({"complex": torch.zeros(2, dtype=torch.complex64)})
     assert specs({"a": torch.zeros(2, 3)}) == (TensorSpec("a", "float32", (2, 3), 0),)
+
+
+# -- the GPU's, over stand-ins ------------------------------------------------------------------
+
+
+def test_a_ring_is_made_and_mapped_once_and_let_go_of_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = standins.cuda(monkeypatch)
+    with pair("ipc") as (worker, client):
+        for seq in range(3):
+            sent = [torch.full((PART_BYTES + seq,), seq, dtype=torch.uint8)]
+            send = lambda seq=seq, sent=sent: worker.send(seq, sent, 5.0)  # noqa: E731
+            both(send, lambda seq=seq, sent=sent: client.receive(seq, [sent[0].numel()], 5.0))
+            assert (len(runtime.memory), len(runtime.mapped)) == (1, 1)
+        both(worker.close, client.close)
+        assert not runtime.memory
+        assert not runtime.mapped
+
+
+def test_ends_that_cannot_share_memory_do_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = standins.cuda(monkeypatch)
+    runtime.refuse_mapping = True
+    with pytest.raises(TransferError, match=r"cudaIpcOpenMemHandle: invalid device context"):
+        pair("ipc").__enter__()
+    assert not runtime.memory
+
+
+def test_a_gpu_that_is_not_visible_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = standins.cuda(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(TransferError, match=r"GPU-stand-in is not visible.*CUDA_VISIBLE_DEVICES"):
+        pair("ipc").__enter__()
+    assert not runtime.memory
+
+
+def test_memory_that_is_not_the_workers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = standins.cuda(monkeypatch)
+    other = (ctypes.c_ubyte * (64 << 20))()
+
+    def map_another(pointer: Any, handle: object, flags: object) -> int:
+        pointer._obj.value = ctypes.addressof(other)
+        runtime.mapped.append(pointer._obj.value)
+        return 0
+
+    monkeypatch.setattr(runtime, "cudaIpcOpenMemHandle", map_another)
+    with pytest.raises(TransferError):
+        pair("ipc").__enter__()
+    assert not runtime.mapped
+
+
+def test_a_communicator_that_failed_is_not_taken_for_a_part_that_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    standins.nccl(monkeypatch)
+    with pair("nccl") as (_, client):
+        monkeypatch.setattr(standins.NcclGroup, "fails", "NCCL error: remote process exited")
+        with pytest.raises(TransferError, match="remote process exited"):
+            client.receive(0, [8], 5.0)  # the note of part (0, 0) would be zeros
+
+
+def test_what_never_came_does_not_look_like_the_first_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    standins.nccl(monkeypatch)
+    nothing = standins._Work([])
+    monkeypatch.setattr(standins.NcclGroup, "_end_coalescing", lambda group: nothing)
+    monkeypatch.setattr(standins.NcclGroup, "recv", lambda *arguments: None)
+    with pair("nccl") as (_, client), pytest.raises(TransferError, match=r"\(-1, -1\) came"):
+        client.receive(0, [8], 5.0)
