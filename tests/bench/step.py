@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 ENCODINGS = ("probs", "hidden", "logits")
+_SIZES = ("tokens", "hidden", "draft_vocab", "vocab", "depths", "rounds", "threads")
 
 
 def arguments() -> argparse.Namespace:
@@ -28,6 +29,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--depths", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--attention", choices=("auto", "reference"), default="auto")
+    parser.add_argument(
+        "--compare", type=int, metavar="N", help="Time auto beside reference, N alternated pairs."
+    )
     parser.add_argument("--encoding", choices=ENCODINGS, help="Only this one, in this process.")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -60,6 +65,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
         max_position_embeddings=2 * wanted.tokens,
     )
     draft = Eagle3Draft(config, known)
+    draft.attention = wanted.attention
     unroll = Eagle3Unroll(draft, depths=wanted.depths)
     inputs = batch(wanted, torch)
     for parameter in draft.parameters():
@@ -102,8 +108,33 @@ def batch(wanted: argparse.Namespace, torch: Any) -> dict[str, Any]:
     return inputs | {"last_hidden_state": torch.randn(1, length, size), "lm_head": head}
 
 
+def compare(wanted: argparse.Namespace) -> dict[str, float]:
+    """Merged attention beside the reference: medians of alternated pairs, and their ratio."""
+    found: dict[str, list[dict[str, float]]] = {"auto": [], "reference": []}
+    sizes = [f"--{name.replace('_', '-')}={getattr(wanted, name)}" for name in _SIZES]
+    for _ in range(wanted.compare):
+        for attention, rows in found.items():
+            command = [sys.executable, __file__, *sizes, f"--attention={attention}"]
+            command.append(f"--encoding={wanted.encoding or 'hidden'}")
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append(json.loads(done.stdout))
+    ours, theirs = (statistics.median(row["seconds"] for row in rows) for rows in found.values())
+    peaks = [statistics.median(row["peak_mib"] for row in rows) for rows in found.values()]
+    losses = [rows[0]["loss"] for rows in found.values()]
+    return {
+        "seconds": ours,
+        "reference_seconds": theirs,
+        "ratio": ours / theirs,
+        "peak_ratio": peaks[0] / peaks[1],
+        "loss_difference": abs(losses[0] - losses[1]),
+    }
+
+
 def main() -> None:
     wanted = arguments()
+    if wanted.compare:
+        print(json.dumps(compare(wanted)))
+        return
     if wanted.encoding:
         print(json.dumps(measure(wanted)))
         return

@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from broker import logs
 from broker.keys import operators
+from trainer_client.eagle3.draft import Attention
 from trainer_client.errors import TrainerClientError
 from trainer_client.training.run import Plan, Ranks, TrainSettings
 from trainer_client.training.run import train as run_training
@@ -31,6 +32,7 @@ _HELP = {
     "draft_vocab_size": "Tokens that the draft can emit: the most frequent in the data.",
     "draft_intermediate_size": "Width of the draft's MLP (0: like the target's).",
     "ttt_depths": "Depths of the training-time test.",
+    "attention": "auto merges flash attention with the later depths' keys; reference never does.",
     "learning_rate": "Peak, after warm-up; then a cosine to a tenth of it.",
     "warmup_share": "Share of the steps that warm up.",
     "weight_decay": "AdamW's; norms are spared.",
@@ -60,6 +62,7 @@ _TYPES = {
     "float": float,
     "bool": bool,
     "Depth": _Depth(),
+    "Attention": click.Choice(get_args(Attention)),
 }
 
 

@@ -1,8 +1,9 @@
-"""Attention of the training-time test, a block of queries at a time.
+"""Attention of the training-time test, a block of queries at a time: the reference.
 
 EAGLE-3 (arXiv:2503.01840), figure 7: slot t attends to all slots up to t of depth 0, and to itself
 at every depth since then. A block of queries needs no key behind it, which halves the work, and its
-scores are made again for the gradients, so that no [B, heads, T, T] is ever kept.
+scores are made again for the gradients, so that no [B, heads, T, T] is ever kept. Any mask serves
+here; :mod:`trainer_client.eagle3.merged` is faster where padding is on the right.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ QUERY_BLOCK = 256
 def unrolled_attention(
     queries: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], attention_mask: Tensor
 ) -> Tensor:
-    """Queries [B, heads, T, head_dim] of the newest depth; keys and values like them, one a depth.
+    """Queries [B, heads, T, head_dim] of the newest depth to [B, heads, T, head_dim].
 
+    ``keys`` and ``values`` [B, kv_heads, T, head_dim] are one a depth; kv_heads divides heads.
     ``attention_mask`` [B, T] is that of the unshifted tokens.
     """
     length = queries.shape[2]
+    keys, values = ([repeated(each, queries.shape[1]) for each in of] for of in (keys, values))
     real = attention_mask.bool()
     if length <= QUERY_BLOCK:  # little to keep, so nothing is made twice
         return _attend(0, real, queries, *keys, *values)
@@ -45,6 +48,11 @@ def unrolled_attention(
         )
         blocks.append(block)
     return torch.cat(blocks, dim=2)
+
+
+def repeated(heads: Tensor, count: int) -> Tensor:
+    """Keys or values [B, kv_heads, T, head_dim] once for each of ``count`` heads of queries."""
+    return heads.repeat_interleave(count // heads.shape[1], dim=1)
 
 
 def _attend(begin: int, real: Tensor, queries: Tensor, *keys_and_values: Tensor) -> Tensor:

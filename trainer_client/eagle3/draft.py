@@ -8,27 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from trainer_client.eagle3.attention import unrolled_attention
+from trainer_client.eagle3.attention import repeated, unrolled_attention
 from trainer_client.eagle3.config import DraftConfig
+from trainer_client.eagle3.merged import merged_attention, usable
+
+#: How the training-time test attends: ``auto`` merges where it can, ``reference`` never does.
+Attention = Literal["auto", "reference"]
 
 
 @dataclass
 class TTTCache:
-    """Keys and values [B, heads, T, head_dim] of every unroll depth so far."""
+    """Keys and values [B, kv_heads, T, head_dim] of every unroll depth so far."""
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    #: whether these sequences are attended by merging; known with the first depth
+    merged: bool | None = None
 
 
 @dataclass
 class DecodeCache:
-    """Keys and values [1, heads, length, head_dim] of the tokens decoded so far."""
+    """Keys and values [1, kv_heads, length, head_dim] of the tokens decoded so far."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -75,19 +82,14 @@ class _Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, 2H] to queries, keys, values [B, heads, T, head_dim], rotated."""
+        """x [B, T, 2H] to queries [B, heads, T, head_dim], keys and values [B, kv_heads, ...]."""
         batch, length, _ = x.shape
         shape = (batch, length, -1, self.head_dim)
         queries = self.q_proj(x).view(shape).transpose(1, 2)
         keys = self.k_proj(x).view(shape).transpose(1, 2)
         values = self.v_proj(x).view(shape).transpose(1, 2)
         queries, keys = apply_rotary_pos_emb(queries, keys, *rotary)
-        groups = self.heads // self.kv_heads
-        return (
-            queries,
-            keys.repeat_interleave(groups, dim=1),
-            values.repeat_interleave(groups, dim=1),
-        )
+        return queries.to(values.dtype), keys.to(values.dtype), values  # rotated in float32
 
     def merge(self, attended: Tensor) -> Tensor:
         return self.o_proj(attended.transpose(1, 2).flatten(2))
@@ -104,15 +106,27 @@ class _Mlp(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class _Norm(nn.RMSNorm):
+    """RMSNorm in float32 whatever comes in; torch's own is that in some versions' autocast only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        cast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
+        with torch.autocast(kind, enabled=False):
+            normed = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return normed.to(dtype)
+
+
 class _Layer(nn.Module):
     """The fused layer: attention reads [embedding, hidden], the residual is the hidden state."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = nn.RMSNorm(size, eps=eps)
-        self.hidden_norm = nn.RMSNorm(size, eps=eps)
-        self.post_attention_layernorm = nn.RMSNorm(size, eps=eps)
+        self.input_layernorm = _Norm(size, eps=eps)
+        self.hidden_norm = _Norm(size, eps=eps)
+        self.post_attention_layernorm = _Norm(size, eps=eps)
         self.self_attn = _Attention(config)
         self.mlp = _Mlp(config)
 
@@ -138,6 +152,7 @@ class Eagle3Draft(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.attention: Attention = "auto"
         if selected_token_ids.numel() != config.draft_vocab_size:
             raise ValueError(
                 f"{selected_token_ids.numel()} token ids are selected, the draft vocab has "
@@ -147,7 +162,7 @@ class Eagle3Draft(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
         self.fc = nn.Linear(3 * config.target_hidden_size, size, bias=False)
         self.midlayer = _Layer(config)
-        self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.norm = _Norm(size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
         ids = selected_token_ids.detach().cpu().long()
         #: int64 [D]: target id minus draft id; bool [V]: the draft knows this target id
@@ -181,6 +196,8 @@ class Eagle3Draft(nn.Module):
 
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:
         """Aux hidden states [B, T, 3H] of the target to the draft's [B, T, H]."""
+        if torch.is_autocast_enabled(aux_hidden_states.device.type):
+            return self.fc(aux_hidden_states)  # which casts them once, to what it computes in
         return self.fc(aux_hidden_states.to(self.fc.weight.dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -202,7 +219,13 @@ class Eagle3Draft(nn.Module):
         queries, keys, values = self.midlayer.self_attn.project(x, self._rotary(x, positions))
         cache.keys.append(keys)
         cache.values.append(values)
-        attended = unrolled_attention(queries, cache.keys, cache.values, attention_mask)
+        if cache.merged is None:  # the same at every depth
+            merge = self.attention != "reference"
+            cache.merged = merge and usable(queries, attention_mask)
+        if cache.merged:
+            attended = merged_attention(queries, cache.keys, cache.values)
+        else:
+            attended = unrolled_attention(queries, cache.keys, cache.values, attention_mask)
         return self.midlayer.finish(hidden, attended)
 
     def decode(self, input_ids: Tensor, hidden: Tensor, cache: DecodeCache) -> Tensor:
@@ -213,5 +236,6 @@ class Eagle3Draft(nn.Module):
         queries, keys, values = self.midlayer.self_attn.project(x, self._rotary(x, positions))
         keys, values = cache.append(keys, values)
         seen = torch.ones(count, begin + count, dtype=torch.bool, device=x.device).tril(begin)
+        keys, values = (repeated(each, queries.shape[1]) for each in (keys, values))
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
         return self.midlayer.finish(hidden, attended)

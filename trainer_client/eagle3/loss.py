@@ -17,8 +17,9 @@ from torch import Tensor
 
 from trainer_client.eagle3.supervision import Supervision
 
-#: Float32 logits taken at a time: a few of them fit a CPU's cache, and fill a GPU.
-CHUNK_BYTES = 16 << 20
+#: Float32 logits taken at a time: a few of them fit a CPU's cache; a GPU, which takes a kernel's
+#: launch for each product, wants large ones (``docs/gpu.md``).
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 
 @dataclass
@@ -61,7 +62,7 @@ class _HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if in_autocast else weight.dtype
         with torch.autocast(kind, enabled=False):
             head = _Head(weight, dtype, guesses, supervision, share)
-            step = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+            step = max(1, CHUNK_BYTES.get(kind, CHUNK_BYTES["cpu"]) // (4 * weight.shape[0]))
             for slots in supervision.slots.split(step):
                 head.take(slots, grad)
         ctx.gradients = (head.weight_grad, head.guess_grads) if grad else None

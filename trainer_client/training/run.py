@@ -17,7 +17,7 @@ import torch.distributed as dist
 from trainer_client.drafts import checkpoint
 from trainer_client.drafts.export import write_draft
 from trainer_client.eagle3.config import DraftConfig
-from trainer_client.eagle3.draft import Eagle3Draft
+from trainer_client.eagle3.draft import Attention, Eagle3Draft
 from trainer_client.eagle3.unroll import Eagle3Unroll
 from trainer_client.errors import DataError, TrainerClientError
 from trainer_client.targets.batch import TargetBackend
@@ -50,6 +50,8 @@ class TrainSettings:
     draft_intermediate_size: int = 0
     #: EAGLE-3's training-time test has 7 depths.
     ttt_depths: int = 7
+    #: ``auto`` merges flash attention with the later depths' keys where padding is on the right.
+    attention: Attention = "auto"
     #: NeMo AutoModel's and SpecForge's order of magnitude.
     learning_rate: float = 1e-4
     #: Share of the steps that warm up.
@@ -191,6 +193,7 @@ def make_draft(
     draft = Eagle3Draft(config, mapping.selected_token_ids, backend.get_input_embeddings().weight)
     if "hidden" in info["encodings"]:
         draft.start_from_target(backend.lm_head_rows().weight)
+    draft.attention = settings.attention
     return draft
 
 

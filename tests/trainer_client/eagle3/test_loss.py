@@ -48,7 +48,7 @@ def plain_loss(guesses: list[Tensor], head: Tensor, probs: Tensor, known: Tensor
 
 @pytest.fixture(params=[1, 5, 10_000])
 def chunk_slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(loss, "CHUNK_BYTES", request.param * 4 * D)
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", request.param * 4 * D)
     return int(request.param)
 
 
@@ -75,7 +75,7 @@ def test_the_size_of_chunks_changes_the_loss_by_rounding_only(
     guesses, head = guesses_and_head()
     found = []
     for slots in (1, 7, 1000):
-        monkeypatch.setattr(loss, "CHUNK_BYTES", slots * 4 * D)
+        monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", slots * 4 * D)
         found.append(head_loss(guesses, head, of_probs(probs, known()), WEIGHTS))
     for one in found[1:]:
         torch.testing.assert_close(one.depth_losses, found[0].depth_losses, rtol=1e-6, atol=0)
@@ -212,7 +212,7 @@ LONG, WIDE = 512, 640  # [T, D] is far beyond all else that a small draft makes
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> Eagle3Unroll:
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 32 * 4 * WIDE)
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 32 * 4 * WIDE)
     monkeypatch.setattr(attention, "QUERY_BLOCK", 64)
     config = DraftConfig(
         vocab_size=2 * WIDE,
@@ -263,7 +263,7 @@ def test_a_step_makes_nothing_as_large_as_tokens_times_draft_vocab(
 def test_the_recorder_sees_a_step_that_is_not_chunked(
     wide: Eagle3Unroll, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK_BYTES", LONG * 4 * WIDE)
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", LONG * 4 * WIDE)
     inputs = wide_inputs("hidden")
     with Largest() as largest:
         wide(**inputs).loss.backward()

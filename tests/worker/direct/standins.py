@@ -107,7 +107,7 @@ def cuda(patch: pytest.MonkeyPatch) -> Runtime:
 
 
 class _Work:
-    """What coalesced operations give. Gloo knows of its own end only in a wait, so a thread waits."""
+    """What coalesced operations give. Gloo knows of its end only in a wait, so a thread waits."""
 
     def __init__(self, works: list[Any], fails: str = "") -> None:
         self._error: Exception | None = RuntimeError(fails) if fails else None
