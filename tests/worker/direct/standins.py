@@ -85,6 +85,9 @@ class _Event:
     def record(self, stream: _Stream) -> None:
         pass
 
+    def query(self) -> bool:
+        return True
+
     def synchronize(self) -> None:
         pass
 
