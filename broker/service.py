@@ -17,15 +17,18 @@ import zmq
 
 from broker.core import (
     Action,
+    BadBytes,
     BrokerConfig,
     BrokerCore,
     ConnectionLost,
     Event,
     Log,
+    Moving,
+    Received,
     Side,
     Tick,
 )
-from broker.core.inspect import snapshot
+from broker.core.inspect import snapshot, validate
 from broker.errors import BrokerError
 from broker.keys.access import REREAD_S, Access, max_connections
 from broker.keys.operators import door
@@ -253,9 +256,33 @@ class Broker:
 
     def _handle(self, events: Iterable[Event]) -> None:
         for event in events:
-            with self._lock:
-                actions = self.core.handle(event, time.monotonic())
+            try:
+                with self._lock:
+                    actions = self.core.handle(event, time.monotonic())
+            except Exception:
+                actions = self._survive(event)
             self._act(actions)
+
+    def _survive(self, event: Event) -> list[Action]:
+        """What one message raises costs its connection, and never the broker, whose books are
+        looked through before it goes on. Raises ``AssertionError`` where they are not true.
+        """
+        fields: dict[str, Any] = {"side": "", "kind": type(event).__name__}
+        if isinstance(event, Received):
+            fields["kind"] = type(event.packet.message).__name__
+        gone: list[Event] = []
+        if isinstance(event, (Received, Moving, BadBytes, ConnectionLost)):
+            address = self._ports[event.side].cut_off(event.connection)
+            fields |= {"side": event.side.value, "address": address}
+            gone = [ConnectionLost(event.side, event.connection)]
+        _logger.exception("message_failed", extra={"fields": fields})
+        with self._lock:
+            self.core.counters["failed_messages"] += 1
+            actions = self.core.take_actions()
+            for each in gone:
+                actions += self.core.handle(each, time.monotonic())
+            validate(self.core)
+        return actions
 
     def _act(self, actions: list[Action]) -> None:
         gone = []

@@ -22,7 +22,7 @@ from broker.peer.credentials import KeyLike, credentials
 from broker.peer.loop import PeerLoop
 from broker.protocol import Limits, Packet, encode
 from broker.protocol import messages as m
-from broker.protocol.names import own_name
+from broker.protocol.names import bounded, own_name
 from trainer_client.core import (
     CancelRequest,
     ClientConfig,
@@ -115,7 +115,7 @@ class Client:
             time.time_ns(),
             endpoints,
             time.monotonic(),
-            job=job,
+            job=bounded(job),
             rank=rank,
             config=config,
             note=direct.summary if direct is not None else str,
@@ -146,6 +146,7 @@ class Client:
         n_tokens: int = 0,
         mapping_id: str = "",
         encoding: str = "",
+        offer: str = "",
     ) -> PendingReply:
         """Send a request as soon as a broker has room for it.
 
@@ -170,6 +171,7 @@ class Client:
             ttl_s=float(timeout_s),
             manifest=manifest,
             direct=self._direct.offer if self._direct is not None else None,
+            offer=offer,
         )
         packet = encode(request, payload, self._limits())
         pending = PendingReply(request_id, self._cancel)
@@ -183,6 +185,17 @@ class Client:
         """Offer this vocab mapping to every broker that asks for it."""
         self._raise_if_closed()
         self._loop.post(KeepMapping(offer))
+
+    def offers(self) -> dict[str, tuple[str, ...]]:
+        """What the workers of each attached broker serve, as it last said; from any thread."""
+        links = self.core.links
+        return {endpoint: link.offers for endpoint, link in links.items() if link.ready}
+
+    @property
+    def connecting(self) -> bool:
+        """Whether a broker is still to be heard of, and nothing says why it should not be."""
+        links = self.core.links.values()
+        return any(not link.ready and not link.trouble for link in links)
 
     @property
     def window(self) -> int:

@@ -16,7 +16,9 @@ from broker.peer.parts import in_parts
 from broker.peer.tensors import from_packet, to_frames
 from broker.protocol import Limits, LocalProtocolError, Packet, encode, payload_hash
 from broker.protocol import messages as m
+from broker.protocol.bounds import plain_text
 from broker.protocol.errors import RemoteProtocolError
+from broker.protocol.names import bounded
 from worker.direct.parts import specs
 from worker.direct.sender import Plan, Sender
 from worker.errors import BadRequest
@@ -38,7 +40,7 @@ _TOKENS = ("input_ids", "attention_mask", "loss_mask")
 def description(facts: TargetFacts) -> m.ModelDescription:
     """What the worker tells brokers of its target."""
     return m.ModelDescription(
-        model=facts.model,
+        model=bounded(facts.model),
         fingerprint=facts.fingerprint,
         num_hidden_layers=facts.num_hidden_layers,
         hidden_size=facts.hidden_size,
@@ -93,6 +95,8 @@ class Answerer:
         self._sender = sender
         self._staging: Staging = staging_for(target.get_input_embeddings().weight.device)
         self.mappings: dict[str, VocabMapping] = {}
+        self._description = description(facts)
+        self._facts = asdict(facts) | {"offer": self._description.offer}
 
     def learn(self, offer: Packet) -> None:
         """Keep a mapping. Raises ``ValueError`` if it is not one."""
@@ -182,7 +186,7 @@ class Answerer:
     def _compute(self, work: Work) -> None:
         request = work.request
         if request.operation == "model_info":
-            work.info_json, work.tensors = json.dumps(asdict(self.facts)), {}
+            work.info_json, work.tensors = json.dumps(self._facts), {}
         elif request.operation == "input_embeddings":
             work.tensors = input_embeddings(self.target)
         elif request.operation == "lm_head_rows":
@@ -232,7 +236,7 @@ class Answerer:
         reply = m.Reply(
             id=request.id,
             worker=self.worker,
-            model=self.facts.model,
+            model=self._description.model,
             fingerprint=self.facts.fingerprint,
             aux_layer_ids=tuple(self.facts.aux_layer_ids),
             tokens_hash=payload_hash(work.packet),
@@ -243,6 +247,7 @@ class Answerer:
             manifest=manifest,
             transfer=plan.transfer,
             invitation=plan.invitation,
+            offer=self._description.offer,
         )
         answer = in_parts(reply, payload, limits)
         if self._sender is not None and plan.transfer is not None:
@@ -276,4 +281,4 @@ def _failing(work: Work) -> Iterator[None]:
 
 def _failure(request: m.Request, code: str, error: Exception) -> Packet:
     text = str(error) if code != "target_failed" else f"{type(error).__name__}: {error}"
-    return encode(m.Failure(request.id, code, text[:4000]))
+    return encode(m.Failure(request.id, code, plain_text(text)))

@@ -28,7 +28,7 @@ class Clients:
             return
         if client is not None and hello.incarnation > client.incarnation:
             self._forget(client, "a newer life of it said hello", now)
-            if client.connection is not None:
+            if client.connection not in (None, connection):
                 self._ledger.send(Side.CLIENT, client.connection, fenced(client.id, client, hello))
             client = None
         if client is None:
@@ -70,7 +70,8 @@ class Clients:
         client.direct = cast(m.Heartbeat, packet.message).direct
         waits = any(request_id in self._ledger.poolless for request_id in client.requests)
         n_workers = 0 if waits else len(self._ledger.workers)
-        self._ledger.forward(Side.CLIENT, client.connection, heartbeat(n_workers))
+        beat = heartbeat(n_workers, self._ledger.offers())
+        self._ledger.forward(Side.CLIENT, client.connection, beat)
 
     def goodbye(self, client: ClientSession, packet: Packet, now: float) -> None:
         """It leaves on purpose, and wants no answers any more."""

@@ -25,7 +25,7 @@ class Dispatcher:
 
     def take(self, entry: Entry, pool: Pool, now: float, *, again: bool = False) -> None:
         """Have this pool serve the request; ``again`` puts it before all new ones."""
-        entry.pool = pool.description.model
+        entry.pool = pool.description.offer
         mapping = entry.request.mapping_id
         if mapping and mapping not in self._ledger.mappings:
             self._ledger.mappingless.setdefault(mapping, {})[entry.id] = entry
@@ -99,14 +99,20 @@ class Dispatcher:
             )
             worker.mappings.add(mapping)
         worker.busy_until = expected_finish(worker, entry.n_tokens, now)
-        ledger.measures.assigned(entry, now)
+        ledger.measures.assigned(entry, worker, now)
         worker.running[entry.id] = now
-        ledger.pools[worker.model].choice.put(worker)
+        ledger.pools[worker.offer].choice.put(worker)
         ledger.reply_room.expect(entry)
         entry.workers.add(worker.id)
         ledger.counters["assignments"] += 1
         ledger.forward(Side.WORKER, worker.connection, packet)
-        if worker.seconds_per_token is not None and ledger.config.hedge_after and not entry.hedge:
+        if not entry.hedge:
+            self.watch(entry, worker, now)
+
+    def watch(self, entry: Entry, worker: WorkerSession, now: float) -> None:
+        """Have another worker try as well when this one has had the entry for far too long."""
+        ledger = self._ledger
+        if worker.seconds_per_token is not None and ledger.config.hedge_after:
             late_s = ledger.config.hedge_after * (worker.busy_until - now)
             due = now + max(late_s, ledger.config.hedge_floor_s)
             ledger.at(due, lambda now: self._hedge(entry, worker, now))
@@ -117,7 +123,7 @@ class Dispatcher:
         alone = ledger.entries.get(entry.id) is entry and entry.workers == {worker.id}
         if not alone or worker.running.get(entry.id) is None or entry.packet is None:
             return
-        pool = ledger.pools[worker.model]
+        pool = ledger.pools[worker.offer]
         other = pool.choice.choose(entry.n_tokens, now, {*entry.avoid, worker.id})
         running = sum(len(each.running) for each in pool.workers.values())
         if other in (None, worker) or not self._may_hedge(entry, running):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from broker.core.warnings import warnings
 if TYPE_CHECKING:
     from broker.core.machine import BrokerCore
     from broker.core.measures import ModelMeasures
+    from broker.core.pool import Pool
     from broker.core.state import ClientSession, WorkerSession
 
 
@@ -22,15 +24,15 @@ def validate(core: BrokerCore) -> None:
     for client in core.clients.values():
         assert len(client.requests) <= core.config.window
         assert all(core.entries[request_id].client == client.id for request_id in client.requests)
-    for name, pool in core.pools.items():
-        assert pool.description.model == name
+    for offer, pool in core.pools.items():
+        assert pool.description.offer == offer
         pool.choice.validate()
         pool.queue.validate()
         free = {worker for worker in pool.workers.values() if worker.free}
         assert set(pool.choice.free()) == free
         assert all(core.workers[worker.id] is worker for worker in pool.workers.values())
     for worker in core.workers.values():
-        assert core.pools[worker.model].workers[worker.id] is worker
+        assert core.pools[worker.offer].workers[worker.id] is worker
         assert worker.free >= 0
         replies = [core.entries[request_id].passing for request_id in worker.passing]
         assert all(reply is not None and not reply.complete for reply in replies)
@@ -89,7 +91,7 @@ def snapshot(core: BrokerCore, now: float) -> dict[str, Any]:
             "without_worker": len(core.poolless),
             "without_mapping": sum(len(waiting) for waiting in core.mappingless.values()),
         },
-        "models": {name: _model(core, name, running[name]) for name in sorted(core.pools)},
+        "models": dict(sorted(_models(core, running))),
         "measures": {name: _measured(of) for name, of in sorted(core.measures.models.items())},
         "workers": [_worker(worker, now) for _, worker in sorted(core.workers.items())],
         "clients": [_client(core, client, now) for _, client in sorted(core.clients.items())],
@@ -101,9 +103,17 @@ def snapshot(core: BrokerCore, now: float) -> dict[str, Any]:
     }
 
 
-def _model(core: BrokerCore, name: str, running: int) -> dict[str, Any]:
-    pool = core.pools[name]
+def _models(core: BrokerCore, running: Counter[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """By name; of several offers of one name, those without a worker say which they are."""
+    for offer, pool in core.pools.items():
+        name = pool.description.model
+        alone = pool.workers or core.pools_called(name) == [pool]
+        yield name if alone else f"{name} ({offer[:8]})", _model(pool, running[offer])
+
+
+def _model(pool: Pool, running: int) -> dict[str, Any]:
     return {
+        "offer": pool.description.offer,
         "fingerprint": pool.description.fingerprint,
         "encodings": list(pool.description.encodings),
         "workers": len(pool.workers),

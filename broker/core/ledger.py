@@ -31,7 +31,10 @@ class Ledger:
         self.workers: dict[str, WorkerSession] = {}
         self.client_connections: dict[bytes, ClientSession] = {}
         self.worker_connections: dict[bytes, WorkerSession] = {}
+        #: by offer
         self.pools: dict[str, Pool] = {}
+        #: when it was told the first event
+        self.began_at: float | None = None
         #: every accepted request that is not answered yet
         self.entries: dict[m.RequestId, Entry] = {}
         #: requests that no pool can take yet, in order of arrival
@@ -101,6 +104,15 @@ class Ledger:
         """Tell the operator."""
         self._actions.append(Log(level, event, fields))
 
+    def pools_called(self, name: str) -> list[Pool]:
+        """The pools of a model's name: one, and perhaps some that have lost their workers."""
+        return [pool for pool in self.pools.values() if pool.description.model == name]
+
+    def offers(self) -> tuple[str, ...]:
+        """What workers serve just now."""
+        served = (offer for offer, pool in self.pools.items() if pool.workers)
+        return tuple(itertools.islice(served, m.MAX_OFFERS))
+
     def welcome(self, side: Side, connection: bytes) -> None:
         """Answer a hello that was accepted."""
         limits = self.config.limits
@@ -114,14 +126,15 @@ class Ledger:
             max_frame_bytes=limits.max_frame_bytes,
             max_request_bytes=limits.max_request_bytes,
             max_reply_bytes=limits.max_reply_bytes,
+            offers=self.offers() if side is Side.CLIENT else (),
         )
         self.send(side, connection, welcome)
 
 
 @functools.lru_cache(maxsize=16)
-def heartbeat(n_workers: int) -> Packet:
+def heartbeat(n_workers: int, offers: tuple[str, ...] = ()) -> Packet:
     """What a broker says to each of its peers, most of the time the same."""
-    return encode(m.Heartbeat(n_workers))
+    return encode(m.Heartbeat(n_workers, "", offers))
 
 
 def fenced(name: str, old: Any, new: Any) -> m.Refused:
@@ -150,4 +163,5 @@ COUNTERS = (
     "unasked_answers",
     "expired",
     "bad_messages",
+    "failed_messages",
 )

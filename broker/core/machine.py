@@ -60,6 +60,8 @@ class BrokerCore(Ledger):
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event; say what is to be sent and logged. ``now`` is monotonic seconds."""
+        if self.began_at is None:
+            self.began_at = now
         if isinstance(event, Received):
             self._received(event, now)
         elif isinstance(event, Moving):
@@ -92,6 +94,7 @@ class BrokerCore(Ledger):
         if isinstance(message, (m.ClientHello, m.WorkerHello)):
             name = message.client if isinstance(message, m.ClientHello) else message.worker
             if owns(name, event.user):
+                self._leave_other_name(event, name, now)
                 handler(event.connection, event.packet, now)
             else:
                 self._refuse_name(event, name)
@@ -102,6 +105,12 @@ class BrokerCore(Ledger):
             return
         session.last_seen = now
         handler(session, event.packet, now)
+
+    def _leave_other_name(self, event: Received, name: str, now: float) -> None:
+        """A connection carries one peer: who says hello in another name is no longer the first."""
+        session = self._connections(event.side).get(event.connection)
+        if session is not None and session.id != name:
+            self._connection_lost(ConnectionLost(event.side, event.connection), now)
 
     def _bad_bytes(self, event: BadBytes) -> None:
         """What was lost may have been anything: a known peer's hello tells again what matters."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from dataclasses import dataclass, field
 
 from broker.core.state import Entry, WorkerSession
@@ -11,6 +11,8 @@ from broker.protocol.messages import RequestId
 
 #: Requests whose times are kept for a trace; about 1 MB.
 _REMEMBERED = 4096
+#: Models that are measured: names come from workers, and nobody has so many.
+_MAX_MODELS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +44,27 @@ class Measures:
     """Told of each assignment and each reply, by the core."""
 
     def __init__(self) -> None:
-        self.models: defaultdict[str, ModelMeasures] = defaultdict(ModelMeasures)
+        self.models: dict[str, ModelMeasures] = {}
         self.last: deque[Times] = deque(maxlen=_REMEMBERED)
 
-    def assigned(self, entry: Entry, now: float) -> None:
+    def _of(self, model: str) -> ModelMeasures:
+        """The measures of a model; of many that came and went, the first are forgotten."""
+        if model not in self.models:
+            while len(self.models) >= _MAX_MODELS:
+                del self.models[next(iter(self.models))]
+            self.models[model] = ModelMeasures()
+        return self.models[model]
+
+    def assigned(self, entry: Entry, worker: WorkerSession, now: float) -> None:
         """A worker is given the entry; only its first wait counts."""
         if not entry.workers and not entry.failed_on:
-            self.models[entry.pool].queue_wait_s.observe(now - entry.accepted_at)
+            self._of(worker.model).queue_wait_s.observe(now - entry.accepted_at)
 
     def replied(
         self, entry: Entry, worker: WorkerSession, since: float, compute_s: float, now: float
     ) -> None:
         """The entry's reply came from the worker that has had it ``since``."""
-        model = self.models[entry.pool]
+        model = self._of(worker.model)
         model.service_s.observe(now - since)
         model.compute_s.observe(max(0.0, compute_s))
         model.tokens += entry.n_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Sequence
 from typing import cast
 
 from broker.core.dispatch import Dispatcher
@@ -11,8 +11,13 @@ from broker.core.ledger import Ledger
 from broker.core.pool import Pool
 from broker.core.schedule import learn_speed
 from broker.core.state import ClientSession, Entry, Passing, WorkerSession
-from broker.protocol import Packet, encode
+from broker.protocol import Packet, encode, payload_hash
 from broker.protocol import messages as m
+
+#: Peers that were there before a restart are back after so many times the liveness limit.
+_RETURN_LIVENESSES = 6
+#: Requests that a worker can be believed to hold.
+_MAX_HELD = 4096
 
 
 class Requests:
@@ -30,7 +35,7 @@ class Requests:
         request = cast(m.Request, packet.message)
         if (request.id.client, request.id.incarnation) != (client.id, client.incarnation):
             ledger.log("warning", "foreign_request", client=client.id, request=str(request.id))
-        elif (held := ledger.answers.get(request.id)) is not None:
+        elif (held := self._held(packet)) is not None:
             ledger.counters["answered_again"] += 1
             ledger.reply_room.owe(request.id, request.n_tokens, held.nbytes)
             ledger.forward(Side.CLIENT, client.connection, held)
@@ -48,6 +53,23 @@ class Requests:
             if self._keep(entry, packet):
                 self.route(entry, now)
 
+    def _held(self, packet: Packet) -> Packet | None:
+        """The answer that is kept for a request, if it is one to this request: a worker may have
+        said it before its client asked here.
+        """
+        request = cast(m.Request, packet.message)
+        held = self._ledger.answers.get(request.id)
+        if held is None or isinstance(held.message, m.Failure):
+            return held
+        if _answers(cast(m.Reply, held.message), packet):
+            return held
+        self._ledger.answers.discard(request.id)
+        return None
+
+    def is_answer(self, reply: m.Reply, entry: Entry) -> bool:
+        """Whether a reply from a worker that was not asked, or no longer, is to this request."""
+        return entry.packet is not None and _answers(reply, entry.packet)
+
     def _asked_again(self, entry: Entry, packet: Packet, client: ClientSession, now: float) -> None:
         request = cast(m.Request, packet.message)
         self._ledger.counters["resends"] += 1
@@ -55,8 +77,10 @@ class Requests:
         if entry.passing is not None and now >= entry.passing.awaited_until:
             self.break_off(entry, "its client did not get all of it", now)
         if entry.packet is None and entry.under_way:  # one has it from before a restart
-            entry.request, entry.job = request, client.job
+            entry.ask(request)
+            entry.job = client.job
             client.requests.add(entry.id)
+            self._check_adopted(entry, now)
         if entry.packet is None and self._keep(entry, packet) and not entry.under_way:
             self.route(entry, now)
         if entry.id in self._ledger.mappingless.get(request.mapping_id, {}):
@@ -104,6 +128,8 @@ class Requests:
             return
         entry.poolless_since = now
         self._ledger.poolless[entry.id] = entry
+        if entry.request.offer:
+            return  # its client says how long it waits for its own
         self._watch_poolless(now + self._ledger.config.model_grace_s)
 
     def route_poolless(self, now: float) -> None:
@@ -114,10 +140,15 @@ class Requests:
                 self.route(entry, now)
 
     def _pool_of(self, entry: Entry) -> Pool | None:
-        model = entry.pool or entry.request.model
-        if model:
-            return self._ledger.pools.get(model)
-        return next(iter(self._ledger.pools.values())) if len(self._ledger.pools) == 1 else None
+        """The pool of the offer that it names, else of its model, else the only one there is."""
+        ledger = self._ledger
+        if offer := entry.pool or entry.request.offer:
+            return ledger.pools.get(offer)
+        model = entry.request.model
+        named = ledger.pools_called(model) if model else list(ledger.pools.values())
+        served = [pool for pool in named if pool.workers]
+        found = served or named
+        return found[0] if len(found) == 1 else None
 
     def _watch_poolless(self, when: float) -> None:
         """One timer for all, so that requests that come and are cancelled leave none behind."""
@@ -130,16 +161,19 @@ class Requests:
         self._watches_poolless = False
         grace_s = self._ledger.config.model_grace_s
         if self._ledger.pools:
-            due = [e for e in self._ledger.poolless.values() if e.poolless_since + grace_s <= now]
-            for entry in due:
+            for entry in [e for e in self._unnamed() if e.poolless_since + grace_s <= now]:
                 self._fail_unknown_model(entry, now)
-        if self._ledger.poolless:
-            first = min(entry.poolless_since for entry in self._ledger.poolless.values())
+        if unnamed := self._unnamed():
+            first = min(entry.poolless_since for entry in unnamed)
             self._watch_poolless(first + grace_s if first + grace_s > now else now + grace_s)
+
+    def _unnamed(self) -> list[Entry]:
+        """Requests without a pool that name no offer; who names one waits for it."""
+        return [entry for entry in self._ledger.poolless.values() if not entry.request.offer]
 
     def _fail_unknown_model(self, entry: Entry, now: float) -> None:
         wanted = entry.request.model
-        there = ", ".join(sorted(self._ledger.pools))
+        there = ", ".join(sorted({p.description.model for p in self._ledger.pools.values()}))
         text = (
             f"no worker serves the model {wanted!r}; the models here are: {there}"
             if wanted
@@ -156,18 +190,64 @@ class Requests:
                 story = "; ".join([waited, *entry.story])
                 self.finish(entry, encode(m.Failure(entry.id, "expired", story)), now)
 
-    def adopt(self, worker: WorkerSession, held: Iterable[m.RequestId], now: float) -> None:
-        """Take over what a worker still works on from before a reconnect or a restart of ours."""
-        for request_id in held:
-            entry = self._ledger.entries.get(request_id)
-            if entry is None and request_id not in self._ledger.answers:
+    def adopt(
+        self,
+        worker: WorkerSession,
+        held: Sequence[m.RequestId],
+        had: Container[m.RequestId],
+        now: float,
+    ) -> None:
+        """Take over what a worker still works on from before a reconnect or a restart of ours.
+
+        What it says is believed where this broker gave it that (``had``), and within its credits
+        for as long after a beginning of ours as peers take to come back. Of the rest its answers
+        are not awaited.
+        """
+        ledger = self._ledger
+        assert ledger.began_at is not None
+        new = now - ledger.began_at <= _RETURN_LIVENESSES * ledger.config.liveness_s
+        unknown = worker.credits if new else 0
+        for request_id in held[:_MAX_HELD]:
+            entry = ledger.entries.get(request_id)
+            worker.running[request_id] = now  # its own credits are what it costs
+            if request_id not in had:
+                if not unknown or (entry is not None and not self._may_adopt(entry, worker)):
+                    continue
+                unknown -= 1
+            if entry is None and request_id not in ledger.answers:
                 request = m.Request(request_id, "generate", worker.model, 0, 0, "", "", 0.0, ())
-                entry = self._ledger.entries[request_id] = Entry(request, None, "", now, now)
+                entry = ledger.entries[request_id] = Entry(request, None, "", now, now)
             if entry is not None and entry.passing is None:
                 self._dispatcher.unqueue(entry)
-                entry.pool = worker.model
+                entry.pool = worker.offer
                 entry.workers.add(worker.id)
-            worker.running[request_id] = now
+                entry.adopted = True
+
+    def _may_adopt(self, entry: Entry, worker: WorkerSession) -> bool:
+        """Whether a worker that says that it has this request could be right."""
+        if entry.under_way or entry.packet is None:
+            return False
+        pool = self._pool_of(entry)
+        return pool is not None and pool.description.offer == worker.offer
+
+    def _check_adopted(self, entry: Entry, now: float) -> None:
+        """Its client has asked: a worker that cannot serve it has said that it has it, or one has
+        it indeed and may never answer.
+        """
+        ledger, request = self._ledger, entry.request
+        offered = ledger.pools.get(entry.pool)
+        fits = offered is not None and (
+            request.offer in ("", entry.pool) and request.model in ("", offered.description.model)
+        )
+        for worker_id in sorted(entry.workers):
+            if fits:
+                self._dispatcher.watch(entry, ledger.workers[worker_id], now)
+            else:
+                del ledger.workers[worker_id].running[entry.id]
+                ledger.pools[entry.pool].choice.put(ledger.workers[worker_id])
+                entry.workers.discard(worker_id)
+        if not fits:
+            entry.pool = ""
 
     def conclude(
         self, entry: Entry, worker: WorkerSession, packet: Packet, since: float, now: float
@@ -176,8 +256,10 @@ class Requests:
         ledger = self._ledger
         message = packet.message
         if isinstance(message, m.Reply):
-            learn_speed(worker, entry.n_tokens, message.compute_s)
-            ledger.pools[worker.model].choice.put(worker)
+            if not entry.adopted:  # nobody here knows since when it had that
+                computed_s = min(message.compute_s, now - since)
+                learn_speed(worker, entry.n_tokens, computed_s)
+            ledger.pools[worker.offer].choice.put(worker)
             ledger.counters["hedges_won"] += entry.hedge == worker.id
             if message.parts:
                 self._begin_passing(entry, Passing(worker.id, packet, since))
@@ -207,7 +289,8 @@ class Requests:
         now: float,
     ) -> None:
         ledger = self._ledger
-        ledger.measures.replied(entry, worker, since, reply.compute_s, now)
+        computed_s = min(reply.compute_s, now - since)
+        ledger.measures.replied(entry, worker, since, computed_s, now)
         ledger.counters["replies"] += 1
         ledger.counters["direct_replies"] += reply.transfer is not None
         ledger.counters["reply_bytes"] += nbytes
@@ -345,7 +428,8 @@ class Requests:
         self.drop(entry, cancel=True)
         if client is not None and client.incarnation != entry.id.incarnation:
             return
-        if not m.comes_directly(answer.message):  # a transfer is not made twice
+        asked = entry.packet is not None or isinstance(answer.message, m.Reply)
+        if asked and not m.comes_directly(answer.message):  # a transfer is not made twice
             self._hold(entry.id, answer, now)
         if client is not None:
             client.answered += 1
@@ -382,7 +466,15 @@ class Requests:
 
     def _withdraw(self, entry: Entry) -> None:
         """Workers need not go on with it."""
-        for worker_id in entry.workers:
+        for worker_id in sorted(entry.workers):
             worker = self._ledger.workers[worker_id]
             self._ledger.send(Side.WORKER, worker.connection, m.Cancel(entry.id))
         entry.workers.clear()
+
+
+def _answers(reply: m.Reply, packet: Packet) -> bool:
+    """Whether a reply says that it is the one to this request."""
+    request = cast(m.Request, packet.message)
+    named = request.offer in ("", reply.offer) and request.model in ("", reply.model)
+    told = (reply.mapping_id, reply.encoding, reply.tokens_hash)
+    return named and told == (request.mapping_id, request.encoding, payload_hash(packet))

@@ -20,6 +20,8 @@ _NEWEST = 0.3
 _SAME_SPEED = 2**0.25
 #: A request goes to a worker that takes no longer for it, by this factor, than one without credit.
 _PATIENCE = 1.5
+#: What takes no longer takes no time: rates have bounds.
+_NO_TIME_S = 1e-9
 #: A worker that was too slow gets the next request after so many times what one takes it: it may
 #: have become faster.
 _FORGIVEN_AFTER = 8
@@ -229,6 +231,6 @@ def learn_speed(worker: WorkerSession, n_tokens: int, compute_s: float) -> None:
     """Take one answer into the worker's learned seconds per token."""
     if n_tokens <= 0:
         return
-    measured = max(0.0, compute_s) / n_tokens
+    measured = (compute_s if compute_s > _NO_TIME_S else 0.0) / n_tokens
     known = worker.seconds_per_token
     worker.seconds_per_token = measured if known is None else known + _NEWEST * (measured - known)

@@ -14,6 +14,10 @@ from broker.protocol.wire import Packet
 K = TypeVar("K")
 
 
+#: Tokens that a request without tensors may claim: a long batch.
+_CLAIMED_TOKENS = 1 << 20
+
+
 @dataclass(eq=False)
 class ClientSession:
     """One life of one client. Outlives its connection for ``liveness_s``."""
@@ -39,6 +43,8 @@ class WorkerSession:
     id: str
     incarnation: int
     model: str
+    #: the pool that it belongs to
+    offer: str
     connection: bytes
     credits: int
     last_seen: float
@@ -115,8 +121,10 @@ class Entry:
     expires_at: float
     #: of the packet
     nbytes: int = 0
-    #: the pool that took it, once one has
+    #: the offer whose pool took it, once one has
     pool: str = ""
+    #: whether a worker had it before its client asked for it here: nobody knows since when
+    adopted: bool = False
     #: since when it has waited for one
     poolless_since: float = 0.0
     workers: set[str] = field(default_factory=set)
@@ -130,6 +138,17 @@ class Entry:
     #: back in the same life was not taken down
     suspects: dict[str, int] = field(default_factory=dict)
     story: list[str] = field(default_factory=list)
+    #: B*T as the tensors have it; where there are none, what is claimed, within bounds
+    n_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ask(self.request)
+
+    def ask(self, request: Request) -> None:
+        """Its client has asked for it, the first time or again."""
+        self.request = request
+        shapes = [math.prod(spec.shape) for spec in request.manifest]
+        self.n_tokens = max(shapes, default=min(request.n_tokens, _CLAIMED_TOKENS))
 
     @property
     def id(self) -> RequestId:
@@ -147,11 +166,6 @@ class Entry:
     @property
     def step(self) -> int:
         return self.request.step
-
-    @property
-    def n_tokens(self) -> int:
-        """B*T; 0 where nobody has said it."""
-        return max(0, self.request.n_tokens)
 
     @property
     def avoid(self) -> set[str]:

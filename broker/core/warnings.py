@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from broker.core.machine import BrokerCore
+    from broker.protocol.messages import Request
 
 
 #: More than these nobody reads; a network that is gone silences all peers at once.
@@ -26,10 +27,15 @@ def _missing(core: BrokerCore) -> list[str]:
     if all(worker.draining for worker in core.workers.values()):
         return ["every worker is leaving"]
     if core.poolless:
-        wanted = {entry.request.model for entry in core.poolless.values()}
-        names = ", ".join(repr(name) if name else "no model by name" for name in sorted(wanted))
+        names = ", ".join(sorted({_wanted(entry.request) for entry in core.poolless.values()}))
         return [f"{_requests(len(core.poolless))} for {names}: no worker serves that"]
     return []
+
+
+def _wanted(request: Request) -> str:
+    if request.offer:
+        return f"the offer {request.offer[:8]}"
+    return repr(request.model) if request.model else "no model by name"
 
 
 def _waiting(core: BrokerCore, now: float) -> list[str]:

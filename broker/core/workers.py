@@ -29,16 +29,25 @@ class Workers:
         if before is not None and hello.incarnation < before.incarnation:
             self._ledger.send(Side.WORKER, connection, fenced(hello.worker, hello, before))
             return
-        pool = self._ledger.pools.get(hello.model.model)
-        if pool is not None and pool.description.identity() != hello.model.identity():
-            self._refuse_model(connection, hello, pool)
-            return
+        offer = hello.model.offer
+        for other in self._ledger.pools_called(hello.model.model):
+            if other.workers.keys() - {hello.worker} and other.description.offer != offer:
+                self._refuse_model(connection, hello, other)
+                return
+        same = before is not None and before.incarnation == hello.incarnation
         if before is not None:
-            self._rejoin_or_replace(before, hello, now)
-        if pool is None or hello.model.model not in self._ledger.pools:
-            pool = self._ledger.pools[hello.model.model] = Pool(hello.model)
+            self._rejoin_or_replace(before, connection, hello, now)
+        pool = self._ledger.pools.get(offer)
+        if pool is None:
+            pool = self._ledger.pools[offer] = Pool(hello.model)
         worker = WorkerSession(
-            hello.worker, hello.incarnation, hello.model.model, connection, hello.credits, now
+            hello.worker,
+            hello.incarnation,
+            hello.model.model,
+            offer,
+            connection,
+            hello.credits,
+            now,
         )
         if before is not None:
             worker.seconds_per_token = before.seconds_per_token
@@ -48,12 +57,20 @@ class Workers:
         self._ledger.log(
             "info", "worker_joined", worker=worker.id, model=worker.model, credits=worker.credits
         )
+        had = self._had(before if same else None, hello)
         self._requests.acquit(worker, now)
-        self._requests.adopt(worker, hello.held, now)
+        self._requests.adopt(worker, hello.held, had, now)
         pool.choice.put(worker)
         self._watch(worker)
         self._requests.route_poolless(now)
         self._dispatcher.dispatch(pool, now)
+
+    def _had(self, before: WorkerSession | None, hello: m.WorkerHello) -> set[m.RequestId]:
+        """What this life of a worker was given here and says that it still has."""
+        entries = self._ledger.entries
+        held = [entries[request_id] for request_id in hello.held if request_id in entries]
+        lost = {e.id for e in held if e.suspects.get(hello.worker) == hello.incarnation}
+        return lost if before is None else lost | (before.running.keys() & set(hello.held))
 
     def _refuse_model(self, connection: bytes, hello: m.WorkerHello, pool: Pool) -> None:
         ours, theirs = pool.description.identity(), hello.model.identity()
@@ -68,15 +85,18 @@ class Workers:
         self._ledger.send(Side.WORKER, connection, m.Refused("other_model", text))
         self._ledger.log("warning", "worker_refused", worker=hello.worker, reason=text)
 
-    def _rejoin_or_replace(self, before: WorkerSession, hello: m.WorkerHello, now: float) -> None:
+    def _rejoin_or_replace(
+        self, before: WorkerSession, connection: bytes, hello: m.WorkerHello, now: float
+    ) -> None:
         """The same worker again: on a new connection, or in a new life."""
         if hello.incarnation > before.incarnation:
-            self._ledger.send(Side.WORKER, before.connection, fenced(before.id, before, hello))
+            if before.connection != connection:
+                self._ledger.send(Side.WORKER, before.connection, fenced(before.id, before, hello))
             self._lose(before, "a newer life of it said hello", now, Blame.GUILTY)
             return
         for request_id in hello.held:  # still its own: not lost, and adopted below
-            before.running.pop(request_id, None)
-            if (entry := self._ledger.entries.get(request_id)) is not None:
+            entry = self._ledger.entries.get(request_id)
+            if request_id in before.running and entry is not None:
                 entry.workers.discard(before.id)
         reason = "it reconnected and no longer has the request"
         self._lose(before, reason, now, Blame.NONE)
@@ -99,7 +119,7 @@ class Workers:
         """It finishes what it has, and takes no more; what it was given went before our answer."""
         worker.draining = True
         self._ledger.send(Side.WORKER, worker.connection, m.Draining())
-        self._ledger.pools[worker.model].choice.put(worker)
+        self._ledger.pools[worker.offer].choice.put(worker)
         self._ledger.log("info", "worker_draining", worker=worker.id, running=len(worker.running))
 
     def reply(self, worker: WorkerSession, packet: Packet, now: float) -> None:
@@ -111,11 +131,16 @@ class Workers:
             self._ledger.log("warning", "unasked_answer", worker=worker.id, request=str(message.id))
             return
         worker.answered += 1
-        pool = self._ledger.pools[worker.model]
+        pool = self._ledger.pools[worker.offer]
         self._reckon(worker, now)
         entry = self._ledger.entries.get(message.id)
         earlier = entry is not None and worker.id not in entry.workers  # cancelled and asked again
-        whole = isinstance(message, m.Reply) and not message.parts
+        whole = (
+            isinstance(message, m.Reply)
+            and not message.parts
+            and entry is not None
+            and self._requests.is_answer(message, entry)
+        )
         if entry is None or entry.passing is not None or (earlier and not whole):
             self._ledger.counters["late_answers"] += 1
             self._requests.pass_on_transfer(packet)
@@ -135,7 +160,7 @@ class Workers:
         entries = map(self._ledger.entries.get, worker.running)
         n_tokens = sum(entry.n_tokens for entry in entries if entry is not None)
         worker.busy_until = now + (worker.seconds_per_token or 0.0) * n_tokens
-        self._ledger.pools[worker.model].choice.put(worker)
+        self._ledger.pools[worker.offer].choice.put(worker)
 
     def _watch(self, worker: WorkerSession) -> None:
         def check(now: float) -> None:
@@ -156,7 +181,7 @@ class Workers:
         """
         del self._ledger.workers[worker.id]
         del self._ledger.worker_connections[worker.connection]
-        pool = self._ledger.pools[worker.model]
+        pool = self._ledger.pools[worker.offer]
         del pool.workers[worker.id]
         pool.choice.discard(worker)
         self._ledger.log(
@@ -180,12 +205,12 @@ class Workers:
 
     def _close_pool(self, pool: Pool, now: float) -> None:
         """A pool that has lost its last worker stays while requests wait for another."""
-        name = pool.description.model
-        if pool.workers or self._ledger.pools.get(name) is not pool:
+        offer = pool.description.offer
+        if pool.workers or self._ledger.pools.get(offer) is not pool:
             return
-        if any(entry.pool == name for entry in self._ledger.entries.values()):
+        if any(entry.pool == offer for entry in self._ledger.entries.values()):
             self._ledger.at(
                 now + self._ledger.config.liveness_s, lambda now: self._close_pool(pool, now)
             )
         else:
-            del self._ledger.pools[name]
+            del self._ledger.pools[offer]

@@ -106,6 +106,8 @@ class Link:
         self.liveness_s = _LIVENESS_S
         #: workers that serve what this peer waits for, as the broker last said; -1 before it has
         self.workers = -1
+        #: what workers serve there, as the broker last said; none before it has
+        self.offers: tuple[str, ...] = ()
         self.refusal: m.Refused | None = None
         #: why no connection can be made, as the transport last said; "" where it does not know
         self.trouble = ""
@@ -121,6 +123,13 @@ class Link:
     @property
     def ready(self) -> bool:
         return self.state is LinkState.READY
+
+    def may_serve(self, offer: str) -> bool:
+        """Whether a request that names this offer (or none, "") belongs there; where no worker is
+        attached, one may yet come.
+        """
+        offers = self.offers
+        return not offer or not offers or offer in offers or len(offers) >= m.MAX_OFFERS
 
     def connected(self, now: float) -> list[LinkAction]:
         """The transport has a connection; greet."""
@@ -152,6 +161,7 @@ class Link:
             self.trouble = ""
             self.broker = message.broker
             self.window = message.window
+            self.offers = message.offers
             self.limits = message.limits()
             self.heartbeat_s = message.heartbeat_s
             self.liveness_s = message.liveness_s
@@ -162,7 +172,7 @@ class Link:
             self.state = LinkState.REFUSED
             self.refusal = message
         elif isinstance(message, m.Heartbeat):
-            self.workers = message.workers
+            self.workers, self.offers = message.workers, message.offers
         elif isinstance(message, m.Goodbye):
             return self._down(now)
         return []
@@ -209,7 +219,7 @@ class Link:
         if self.state is not LinkState.DOWN:
             self.down_since = now
         self.state = LinkState.DOWN
-        self.workers = -1
+        self.workers, self.offers = -1, ()
         self._reopen_at = now + self._reopen_wait_s
         self._reopen_wait_s = min(2 * self._reopen_wait_s, _REOPEN_LAST_S)
         return []

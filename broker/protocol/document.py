@@ -44,7 +44,7 @@ def render(text: str) -> str:
 
 
 def _section(cls: type, title: str) -> str:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     rows = "".join(f"| `{name}` | {describe(hints[name])} |\n" for name in field_names(cls))
     table = f"\n| field | type |\n|---|---|\n{rows}" if rows else ""
     return f"### {title}\n\n{inspect.getdoc(cls)}\n{table}"

@@ -28,5 +28,9 @@ class Limits:
 
 #: Longest string or byte string in a body; a model's config travels as JSON.
 MAX_STRING_BYTES = 256 * KIB
+#: Longest name: of a peer, a model, a job.
+MAX_NAME_BYTES = 256
+#: Longest sentence for people; the rest is cut.
+MAX_TEXT_CHARACTERS = 2000
 #: Longest tuple in a body.
 MAX_ITEMS = 16384

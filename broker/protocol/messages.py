@@ -6,10 +6,27 @@ The order of the fields is the order on the wire (see ``PROTOCOL.md``). Messages
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Union
 
+from broker.protocol.bounds import (
+    Count,
+    Credits,
+    Interval,
+    LongName,
+    Name,
+    Port,
+    Rank,
+    Seconds,
+    Size,
+    Step,
+    Text,
+    Tokens,
+    VocabSize,
+)
 from broker.protocol.limits import Limits
 
 #: Bytes per element of every dtype that may travel.
@@ -30,6 +47,9 @@ DTYPE_BYTES: dict[str, int] = {
 #: host, Gloo between CPUs.
 BACKENDS = ("ipc", "nccl", "shm", "gloo")
 
+#: Offers that a heartbeat names at the most.
+MAX_OFFERS = 16
+
 #: What a worker can be asked for. Only ``generate`` needs token ids.
 OPERATIONS = ("generate", "model_info", "input_embeddings", "lm_head_rows")
 
@@ -37,9 +57,9 @@ OPERATIONS = ("generate", "model_info", "input_embeddings", "lm_head_rows")
 class RequestId(NamedTuple):
     """Unique for ever: who asks, in which life, and which of its requests this is."""
 
-    client: str
-    incarnation: int
-    number: int
+    client: Name
+    incarnation: Count
+    number: Count
 
     def __str__(self) -> str:
         return f"{self.client}#{self.number}"
@@ -49,10 +69,10 @@ class RequestId(NamedTuple):
 class TensorSpec:
     """One tensor of a manifest. Its bytes lie in the next ``frames`` payload frames, C order."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    frames: int
+    name: Name
+    dtype: Name
+    shape: tuple[Count, ...]
+    frames: Count
 
     @property
     def nbytes(self) -> int:
@@ -64,22 +84,28 @@ class TensorSpec:
 class ModelDescription:
     """What a worker serves. Two workers are of one pool when their :meth:`identity` is equal."""
 
-    model: str
-    fingerprint: str
-    num_hidden_layers: int
-    hidden_size: int
-    vocab_size: int
-    max_position_embeddings: int
-    aux_layer_ids: tuple[int, ...]
-    dtype: str
-    encodings: tuple[str, ...]
-    tokenizer: str
+    model: Name
+    fingerprint: Name
+    num_hidden_layers: Size
+    hidden_size: Size
+    vocab_size: Size
+    max_position_embeddings: Count
+    aux_layer_ids: tuple[Size, ...]
+    dtype: Name
+    encodings: tuple[Name, ...]
+    tokenizer: LongName
     config_json: str
 
     def identity(self) -> dict[str, object]:
         """All but what may differ between two hosts that serve the same supervision."""
         differs = ("tokenizer", "config_json")
         return {name: getattr(self, name) for name in self.__slots__ if name not in differs}
+
+    @property
+    def offer(self) -> str:
+        """The hash of :meth:`identity`: whoever names it gets this supervision, or none."""
+        plain = json.dumps(self.identity(), sort_keys=True).encode()
+        return hashlib.blake2b(plain, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +116,8 @@ class DirectOffer:
     what works within one machine only.
     """
 
-    backends: tuple[str, ...]
-    host: str
+    backends: tuple[Name, ...]
+    host: Name
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +128,21 @@ class Invitation:
     attempts, from 1; ``nonce`` is secret and new in each. The store is at ``host``:``port``.
     """
 
-    channel: str
-    epoch: int
-    nonce: str
-    backend: str
-    host: str
-    port: int
+    channel: LongName
+    epoch: Count
+    nonce: Name
+    backend: Name
+    host: Name
+    port: Port
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """The reply's tensors come on this channel, as number ``seq`` (from 0) of this epoch."""
 
-    channel: str
-    epoch: int
-    seq: int
+    channel: LongName
+    epoch: Count
+    seq: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +150,10 @@ class ClientHello:
     """First message of a client on a connection. A newer incarnation fences off the older."""
 
     KIND: ClassVar[int] = 1
-    client: str
-    incarnation: int
-    job: str
-    rank: int
+    client: Name
+    incarnation: Count
+    job: Name
+    rank: Rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +161,10 @@ class WorkerHello:
     """First message of a worker. ``held`` are requests it still works on, from before a cut."""
 
     KIND: ClassVar[int] = 2
-    worker: str
-    incarnation: int
+    worker: Name
+    incarnation: Count
     model: ModelDescription
-    credits: int
+    credits: Credits
     held: tuple[RequestId, ...]
 
 
@@ -146,19 +172,21 @@ class WorkerHello:
 class Welcome:
     """The broker's answer to a hello: the rules of this connection.
 
-    ``window`` is the number of requests a client may have at the broker at once (0 to a worker).
+    ``window`` is the number of requests a client may have at the broker at once (0 to a worker);
+    ``offers`` are those that its heartbeats will name.
     """
 
     KIND: ClassVar[int] = 3
-    broker: str
-    window: int
-    heartbeat_s: float
-    liveness_s: float
-    max_header_bytes: int
-    max_frames: int
-    max_frame_bytes: int
-    max_request_bytes: int
-    max_reply_bytes: int
+    broker: Name
+    window: Size
+    heartbeat_s: Interval
+    liveness_s: Interval
+    max_header_bytes: Count
+    max_frames: Count
+    max_frame_bytes: Count
+    max_request_bytes: Count
+    max_reply_bytes: Count
+    offers: tuple[Name, ...] = ()
 
     def limits(self) -> Limits:
         """The limits that the broker enforces."""
@@ -176,7 +204,7 @@ class HelloWanted:
     """The broker does not know this connection (it restarted, or lost patience): say hello."""
 
     KIND: ClassVar[int] = 4
-    broker: str
+    broker: Name
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +212,8 @@ class Refused:
     """The broker will not work with this peer, and why. Nothing is resent after this."""
 
     KIND: ClassVar[int] = 5
-    code: str
-    text: str
+    code: Name
+    text: Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +221,14 @@ class Heartbeat:
     """Sent by peers every ``heartbeat_s`` and answered by the broker.
 
     The broker's carries ``workers``: how many serve the client's model (-1 from a peer). A peer's
-    carries ``direct``: one line about its direct channels, for operators.
+    carries ``direct``: one line about its direct channels, for operators. The broker's to a client
+    says in ``offers`` what workers serve here just now, at most :data:`MAX_OFFERS` of them.
     """
 
     KIND: ClassVar[int] = 6
-    workers: int
-    direct: str = ""
+    workers: Rank
+    direct: Text = ""
+    offers: tuple[Name, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +236,7 @@ class Goodbye:
     """The peer leaves on purpose; the connection is forgotten at once."""
 
     KIND: ClassVar[int] = 7
-    reason: str
+    reason: Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,23 +244,26 @@ class Request:
     """One piece of work for one worker. Resent with the same id, it is still one request.
 
     ``step`` orders requests within a job. ``n_tokens`` is B*T. ``ttl_s`` is the time after which
-    the client no longer wants the answer, counted from this (re)send. ``model`` may be empty where
-    the broker has one model only. ``direct`` is nil where the answer must come on the wire: in a
-    resend, and after a direct transfer failed; ``avoid`` then names the worker that it failed with.
+    the client no longer wants the answer, counted from this (re)send. ``offer`` is that of
+    ``model_info`` (:attr:`ModelDescription.offer`), and who names it is served by nobody else;
+    before it is known, ``model`` names a model, and may be empty where the broker has one only.
+    ``direct`` is nil where the answer must come on the wire: in a resend, and after a direct
+    transfer failed; ``avoid`` then names the worker that it failed with.
     """
 
     KIND: ClassVar[int] = 8
     id: RequestId
-    operation: str
-    model: str
-    step: int
-    n_tokens: int
-    mapping_id: str
-    encoding: str
-    ttl_s: float
+    operation: Name
+    model: Name
+    step: Step
+    n_tokens: Tokens
+    mapping_id: Name
+    encoding: LongName
+    ttl_s: Seconds
     manifest: tuple[TensorSpec, ...]
     direct: DirectOffer | None = None
-    avoid: str = ""
+    avoid: Name = ""
+    offer: Name = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,19 +279,20 @@ class Reply:
 
     KIND: ClassVar[int] = 9
     id: RequestId
-    worker: str
-    model: str
-    fingerprint: str
-    aux_layer_ids: tuple[int, ...]
+    worker: Name
+    model: Name
+    fingerprint: Name
+    aux_layer_ids: tuple[Size, ...]
     tokens_hash: int
-    mapping_id: str
-    encoding: str
-    compute_s: float
+    mapping_id: Name
+    encoding: LongName
+    compute_s: Seconds
     info_json: str
     manifest: tuple[TensorSpec, ...]
     transfer: Transfer | None = None
     invitation: Invitation | None = None
-    parts: int = 0
+    parts: Count = 0
+    offer: Name = ""
 
     @property
     def tensor_bytes(self) -> int:
@@ -272,8 +306,8 @@ class Failure:
 
     KIND: ClassVar[int] = 10
     id: RequestId
-    code: str
-    text: str
+    code: Name
+    text: Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +331,7 @@ class MappingWanted:
     """The broker has requests that name this vocab mapping and nobody told it the content."""
 
     KIND: ClassVar[int] = 13
-    mapping_id: str
+    mapping_id: Name
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,8 +343,8 @@ class MappingOffer:
     """
 
     KIND: ClassVar[int] = 14
-    mapping_id: str
-    vocab_size: int
+    mapping_id: Name
+    vocab_size: VocabSize
     manifest: tuple[TensorSpec, ...]
 
 
@@ -340,10 +374,10 @@ class Part:
 
     KIND: ClassVar[int] = 17
     id: RequestId
-    number: int
+    number: Count
 
 
-Message = Union[  # noqa: UP007 - evaluated at run time, on Python 3.10 too
+Message = Union[  # noqa: UP007 - evaluated at run time
     ClientHello,
     WorkerHello,
     Welcome,

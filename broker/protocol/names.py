@@ -7,6 +7,22 @@ across a restart of the broker, which forgets who was there.
 
 from __future__ import annotations
 
+import hashlib
+
+from broker.protocol.limits import MAX_NAME_BYTES
+
+_DIGEST_CHARACTERS = 16
+
+
+def bounded(name: str) -> str:
+    """``name`` as it may travel: a long one, as a path may be, keeps its end and tells its hash."""
+    octets = name.encode(errors="replace")
+    if len(octets) <= MAX_NAME_BYTES:
+        return octets.decode()
+    digest = hashlib.blake2b(octets, digest_size=_DIGEST_CHARACTERS // 2).hexdigest()
+    end = octets[-(MAX_NAME_BYTES - _DIGEST_CHARACTERS - 8) :].decode(errors="ignore")
+    return f"{digest}...{end}"
+
 
 def own_name(name: str, fingerprint: str) -> str:
     """``name`` as the holder of a key says it; as it is without one."""

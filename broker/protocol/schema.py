@@ -14,8 +14,9 @@ import reprlib
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from broker.protocol.bounds import Bound, BoundError
 from broker.protocol.limits import MAX_ITEMS, MAX_STRING_BYTES
 
 Check = Callable[[Any], Any]
@@ -57,6 +58,11 @@ def _string(value: Any) -> str:
         raise SchemaError(f"wants a string, got {_shown(value)}")
     if len(value) > MAX_STRING_BYTES:
         raise SchemaError(f"has {len(value)} characters, the limit is {MAX_STRING_BYTES}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise SchemaError("has half of a surrogate pair, which is no text") from None
     return value
 
 
@@ -94,8 +100,22 @@ def _of_optional(annotation: Any) -> Any:
     return arguments[0]
 
 
+def _bounded(check: Check, bound: Bound) -> Check:
+    def checked(value: Any) -> Any:
+        try:
+            return check(bound.check(value)) if type(value) is bound.of else check(value)
+        except BoundError as error:
+            raise SchemaError(str(error)) from None
+
+    return checked
+
+
 def _checks(annotation: Any) -> tuple[Check, Check]:
     """``(to_plain, from_plain)`` for one annotation."""
+    if typing.get_origin(annotation) is Annotated:
+        plain, bound = typing.get_args(annotation)
+        to_plain, from_plain = _checks(plain)
+        return _bounded(to_plain, bound), _bounded(from_plain, bound)
     if annotation in _SCALARS:
         return _SCALARS[annotation], _SCALARS[annotation]
     if _is_record(annotation):
@@ -125,7 +145,7 @@ def field_names(cls: type) -> list[str]:
 @functools.cache
 def codec(cls: type) -> Codec:
     """The codec of a record class; its checks raise :class:`SchemaError`."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     names = field_names(cls)
     pairs = [_checks(hints[name]) for name in names]
     out, back = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -173,6 +193,9 @@ def codec(cls: type) -> Codec:
 
 def describe(annotation: Any) -> str:
     """An annotation in the words of ``PROTOCOL.md``."""
+    if typing.get_origin(annotation) is Annotated:
+        plain, bound = typing.get_args(annotation)
+        return f"{describe(plain)}, {bound.words}"
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation.__name__
     if (inner := _of_optional(annotation)) is not None:

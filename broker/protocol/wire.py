@@ -9,6 +9,7 @@ do not authenticate.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from broker.protocol.messages import DTYPE_BYTES, Message, TensorSpec
 from broker.protocol.schema import Codec, SchemaError, codec
 
 MAGIC = b"DRMQ"
-VERSION = 2
+VERSION = 3
 
 #: magic, version, kind, reserved (0), payload frames, body bytes, payload bytes
 _PRELUDE = struct.Struct("<4sBBHIIQ")
@@ -37,6 +38,8 @@ Buffer = Any
 
 KINDS: dict[int, type] = {cls.KIND: cls for cls in messages.Message.__args__}  # type: ignore[attr-defined]
 _MAX_RANK = 8
+#: Of one tensor, an empty one counted without its zeros: torch multiplies strides.
+_MAX_ELEMENTS = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +253,8 @@ def _check_tensors(manifest: Sequence[TensorSpec]) -> None:
                 f"tensor {spec.name!r} has dtype {spec.dtype!r}, known are {', '.join(DTYPE_BYTES)}"
             )
         if len(spec.shape) > _MAX_RANK or any(not 0 <= size < 1 << 48 for size in spec.shape):
+            raise SchemaError(f"tensor {spec.name!r} has the impossible shape {spec.shape}")
+        if math.prod(max(1, size) for size in spec.shape) > _MAX_ELEMENTS:  # also where one is 0
             raise SchemaError(f"tensor {spec.name!r} has the impossible shape {spec.shape}")
         if spec.name in names:
             raise SchemaError(f"two tensors are called {spec.name!r}")

@@ -116,6 +116,10 @@ class Connections:
         self._by_name[name] = connection
         return connection
 
+    def named(self, name: bytes) -> Connection | None:
+        """The connection that the ROUTER calls so."""
+        return self._by_name.get(name)
+
     def sent(self, name: bytes, nbytes: int) -> None:
         """A message was queued for it."""
         connection = self._by_name.get(name)

@@ -110,6 +110,14 @@ class Port:
             self.next_sweep = now + _SWEEP_S if len(self.connections) else None
         return len(surplus)
 
+    def cut_off(self, name: bytes) -> str:
+        """Close a connection; its peer's address, or "" where there is none."""
+        connection = self.connections.named(name)
+        if connection is None:
+            return ""
+        self.connections.closed(connection.descriptor)
+        return cut(connection.descriptor, self._own_port)
+
     def cut_revoked(self, allowed: Callable[[str], bool]) -> None:
         """Cut off connections whose key may not connect any more."""
         for connection in self.connections:

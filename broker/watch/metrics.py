@@ -26,6 +26,7 @@ _COUNTED = {
     "unasked_answers": "Answers to what a worker had not been asked.",
     "expired": "Requests that nobody answered in time.",
     "bad_messages": "Messages that were not to be understood.",
+    "failed_messages": "Messages whose handling failed here; each cost its connection.",
 }
 
 

@@ -172,7 +172,7 @@ def learn_mapping(data: bytes) -> None:
         return
     dtype = list(m.DTYPE_BYTES)[data[0] % len(m.DTYPE_BYTES)]
     vocab_size, ids = int.from_bytes(data[1:9], "little"), data[9:]
-    if not ids or len(ids) % m.DTYPE_BYTES[dtype] or vocab_size >= 1 << 63:
+    if not ids or len(ids) % m.DTYPE_BYTES[dtype] or not 1 <= vocab_size <= 1 << 31:
         return
     spec = m.TensorSpec("selected_token_ids", dtype, (len(ids) // m.DTYPE_BYTES[dtype],), 1)
     answerer = Answerer.__new__(Answerer)

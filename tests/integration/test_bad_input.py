@@ -228,7 +228,7 @@ def test_another_protocol_version_is_refused_with_both_numbers(
             name, header = router.recv_multipart()
             assert isinstance(decode([header]).message, m.ClientHello)
             router.send_multipart([name, in_the_next_version(header)])
-            with pytest.raises(RefusedError, match="speaks version 3, this side speaks version 2"):
+            with pytest.raises(RefusedError, match="speaks version 4, this side speaks version 3"):
                 pending.result(20)
 
 
@@ -257,7 +257,7 @@ def test_the_broker_tells_a_peer_of_another_version(cluster: Cluster) -> None:
         dealer.send(in_the_next_version(bytes(encode(m.Heartbeat(-1)).frames[0])))
         refused = decode(dealer.recv_multipart()).message
         assert isinstance(refused, m.Refused)
-        assert "speaks version 3, this side speaks version 2" in refused.text
+        assert "speaks version 4, this side speaks version 3" in refused.text
 
 
 def test_a_reply_with_another_identity_never_reaches_the_trainer(

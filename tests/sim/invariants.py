@@ -64,7 +64,7 @@ class Invariants:
         """A session's connection is that of the peer, in the life, that it is named for."""
         core = broker.core
         for session in (*core.clients.values(), *core.workers.values()):
-            connection = broker.transport.connections.get(session.connection)
+            connection = broker.connections.get(session.connection)
             if connection is None:
                 continue
             owner = connection.socket.owner
@@ -98,7 +98,7 @@ class Invariants:
         for action in actions:
             if not isinstance(action, Send):
                 continue
-            connection = broker.transport.connections.get(action.connection)
+            connection = broker.connections.get(action.connection)
             if connection is None:
                 continue
             message = self.world.packet(action.frames).message

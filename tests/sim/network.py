@@ -160,7 +160,7 @@ class Network:
     def connect(self, socket: Socket, broker: BrokerProcess) -> Connection:
         self._names += 1
         connection = Connection(b"%d" % self._names, socket, broker)
-        broker.transport.connections[connection.name] = connection
+        broker.connections[connection.name] = connection
         return connection
 
     def sever(
@@ -187,7 +187,7 @@ class Network:
 
     def _tell_broker(self, connection: Connection) -> None:
         broker = connection.broker
-        if broker.transport.connections.pop(connection.name, None) is not None:
+        if broker.connections.pop(connection.name, None) is not None:
             broker.receive(ConnectionLost(connection.socket.owner.side, connection.name))
 
     # -- messages -------------------------------------------------------------------------------

@@ -188,6 +188,7 @@ class Answers:
             "mapping_id": (request.mapping_id, reply.mapping_id),
             "encoding": (request.encoding, reply.encoding),
             "model": (request.model or reply.model, reply.model),
+            "offer": (request.offer or reply.offer, reply.offer),
             "fingerprint": (first[0], reply.fingerprint),
             "aux_layer_ids": (first[1], reply.aux_layer_ids),
         }

@@ -138,7 +138,8 @@ class ClientCore(Ledger):
         """Say why nothing happens, after a few seconds of it, and go on waiting."""
         if not self.tickets or now < self.noticed_at + self.config.notice_s:
             return
-        troubles = [trouble(link, now) for link in self.links.values()]
+        first = next(iter(self.tickets.values())).request
+        troubles = [trouble(link, now, first.offer) for link in self.links.values()]
         if all(troubles):
             self.log("warning", "waiting", requests=len(self.tickets), why="; ".join(troubles))
             self.noticed_at = now + self.config.notice_again_s - self.config.notice_s

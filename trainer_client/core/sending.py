@@ -51,18 +51,27 @@ class Sending:
 
     def pump(self, now: float) -> None:
         """Send what waits, as far as windows allow, to the broker with the most room."""
-        while self._ledger.waiting:
-            room = {
-                endpoint: link.window - len(self._ledger.in_flight[endpoint])
-                for endpoint, link in self._ledger.links.items()
-                if link.ready
-            }
-            endpoint = max(room, key=lambda endpoint: room[endpoint], default=None)
-            if endpoint is None or room[endpoint] <= 0:
+        ledger = self._ledger
+        room = {
+            endpoint: free
+            for endpoint, link in ledger.links.items()
+            if link.ready and (free := link.window - len(ledger.in_flight[endpoint])) > 0
+        }
+        for request_id in list(ledger.waiting) if room else ():
+            ticket = ledger.tickets[request_id]
+            offer = ticket.request.offer
+            fitting = [endpoint for endpoint in room if ledger.links[endpoint].may_serve(offer)]
+            endpoint = max(fitting, key=lambda endpoint: room[endpoint], default=None)
+            if endpoint is None:
+                continue
+            del ledger.waiting[request_id]
+            ledger.in_flight[endpoint].add(request_id)
+            self._dispatch(ticket, endpoint, now)
+            room[endpoint] -= 1
+            if not room[endpoint]:
+                del room[endpoint]
+            if not room:
                 return
-            request_id, _ = self._ledger.waiting.popitem(last=False)
-            self._ledger.in_flight[endpoint].add(request_id)
-            self._dispatch(self._ledger.tickets[request_id], endpoint, now)
 
     def _dispatch(self, ticket: Ticket, endpoint: str, now: float) -> None:
         ticket.sent_at = ticket.sent_at if ticket.sends else now
@@ -83,7 +92,7 @@ class Sending:
             where = f"its answer was coming, {here} of {parts} parts of it were here"
         elif ticket.sends:
             where = f"it was sent {ticket.sends} time(s), last to {ticket.endpoint}"
-        causes = [trouble(link, now) for link in self._ledger.links.values()]
+        causes = [trouble(link, now, ticket.request.offer) for link in self._ledger.links.values()]
         story = "; ".join([where, *ticket.story, *(cause for cause in causes if cause)])
         if ticket.endpoint is not None and self._ledger.links[ticket.endpoint].ready:
             self._ledger.send(ticket.endpoint, m.Cancel(request_id))

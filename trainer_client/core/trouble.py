@@ -5,8 +5,8 @@ from __future__ import annotations
 from broker.peer.link import Link, LinkState
 
 
-def trouble(link: Link, now: float) -> str:
-    """Why this broker gives no answer, or nothing."""
+def trouble(link: Link, now: float, offer: str = "") -> str:
+    """Why this broker gives no answer to a request that names ``offer``, or nothing."""
     if link.state is LinkState.REFUSED:
         return f"the broker at {link.endpoint} refused this client"
     if link.trouble:
@@ -16,4 +16,9 @@ def trouble(link: Link, now: float) -> str:
         return f"no broker answers at {link.endpoint} ({down_s:.0f} s); is it running?"
     if link.workers == 0:
         return f"the broker at {link.endpoint} has no worker for this; start a draftmq worker"
+    if not link.may_serve(offer):
+        return (
+            f"the workers at {link.endpoint} serve other models just now; its own (offer "
+            f"{offer[:8]}) is waited for"
+        )
     return ""

@@ -39,6 +39,7 @@ _FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "encodings": ("names of encodings", _list_of(_text)),
     "tokenizer": ("a text", _text),
     "config": ("an object", lambda value: isinstance(value, dict)),
+    "offer": ("a text", _text),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
@@ -27,6 +28,9 @@ from worker.supervision.mapping import VocabMapping
 
 _logger = logging.getLogger("draftmq.client")
 T = TypeVar("T")
+
+#: How long the first request waits to hear of all brokers that it was given.
+_BROKERS_S = 1.0
 
 
 class RemoteHandle(Generic[T]):
@@ -136,6 +140,7 @@ class RemoteEagle3TargetModel:
     @functools.cached_property
     def _info(self) -> dict[str, Any]:
         info = model_facts(self._ask("model_info").reply)
+        self._refuse_other_brokers(info)
         wanted = self._wanted_encoding
         if wanted != "auto" and wanted not in info["encodings"]:
             raise BadRequestError(
@@ -144,6 +149,26 @@ class RemoteEagle3TargetModel:
                 f"{', '.join(info['encodings'])}; {wanted!r} is not one of them",
             )
         return info
+
+    def _refuse_other_brokers(self, info: dict[str, Any]) -> None:
+        """Raise :class:`BadRequestError` where one of the urls leads to other models.
+
+        A moment is waited for brokers that do not answer yet. Of one that comes later, or that has
+        no workers now, this client takes its own model only.
+        """
+        deadline = time.monotonic() + _BROKERS_S
+        while self._client.connecting and time.monotonic() < deadline:
+            time.sleep(0.01)
+        offered = self._client.offers()
+        others = [url for url, offers in offered.items() if offers and info["offer"] not in offers]
+        if others:
+            raise BadRequestError(
+                "other_model",
+                f"{', '.join(others)} serves other models than {info['model']!r} (offer "
+                f"{info['offer'][:8]}), which {len(offered) - len(others)} of {len(offered)} "
+                "brokers serve; give brokers that serve the same weights, layers and engine, or "
+                "--model",
+            )
 
     @property
     def encoding(self) -> str:
@@ -226,6 +251,7 @@ class RemoteEagle3TargetModel:
             tensors,
             timeout_s=self._deadline_s,
             model=self._model,
+            offer=self._info["offer"],
             step=self._step,
             n_tokens=input_ids.numel(),
             mapping_id=self._mapping_id(),
@@ -258,7 +284,11 @@ class RemoteEagle3TargetModel:
 
     def _ask(self, operation: str, mapping_id: str = "") -> Answer:
         return self._client.submit(
-            operation, timeout_s=self._deadline_s, model=self._model, mapping_id=mapping_id
+            operation,
+            timeout_s=self._deadline_s,
+            model=self._model,
+            mapping_id=mapping_id,
+            offer="" if operation == "model_info" else self._info["offer"],
         ).result()
 
     def _mapping_id(self) -> str:

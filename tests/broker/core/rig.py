@@ -16,8 +16,11 @@ from broker.core import (
     Tick,
 )
 from broker.core.inspect import validate
-from broker.protocol import Packet, decode, encode, mapping_id
+from broker.protocol import Packet, decode, encode, mapping_id, payload_hash
 from broker.protocol import messages as m
+
+#: What a reply says of a request without tensors.
+NO_PAYLOAD = payload_hash(encode(m.Goodbye("")))
 
 
 def model(name: str = "tiny", **changes: object) -> m.ModelDescription:
@@ -96,9 +99,25 @@ class Rig:
         return request_id
 
     def reply(self, worker: str, request_id: m.RequestId, compute_s: float = 1.0) -> None:
+        """Answer, not before it can have been computed: more than that nobody believes."""
+        session = self.core.workers.get(worker)
+        if session is not None and (since := session.running.get(request_id)) is not None:
+            self.now = max(self.now, since + compute_s)
         self.from_worker(
             worker,
-            m.Reply(request_id, worker, "tiny", "f0", (1, 3, 4), 0, "", "probs", compute_s, "", ()),
+            m.Reply(
+                request_id,
+                worker,
+                "tiny",
+                "f0",
+                (1, 3, 4),
+                NO_PAYLOAD,
+                "",
+                "probs",
+                compute_s,
+                "",
+                (),
+            ),
         )
 
     def fail(self, worker: str, request_id: m.RequestId, code: str, text: str = "") -> None:

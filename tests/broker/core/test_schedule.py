@@ -13,7 +13,7 @@ SPEEDS = st.none() | st.just(0.0) | st.floats(1e-6, 1e2)
 
 
 def make_worker(number: int, speed: float | None, busy_until: float, credits: int) -> WorkerSession:
-    worker = WorkerSession(f"w{number}", 1, "m", b"%d" % number, credits, 0.0)
+    worker = WorkerSession(f"w{number}", 1, "m", "m", b"%d" % number, credits, 0.0)
     worker.seconds_per_token, worker.busy_until = speed, busy_until
     return worker
 

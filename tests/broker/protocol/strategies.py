@@ -21,7 +21,7 @@ _SCALARS = {
 
 def record(cls: type) -> st.SearchStrategy:
     """Any value of a record class, but with an empty manifest, and without a payload to come."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {name: _value(annotation) for name, annotation in hints.items() if name != "KIND"}
     if "manifest" in fields:
         fields["manifest"] = st.just(())
@@ -31,6 +31,11 @@ def record(cls: type) -> st.SearchStrategy:
 
 
 def _value(annotation: object) -> st.SearchStrategy:
+    if typing.get_origin(annotation) is typing.Annotated:
+        plain, bound = typing.get_args(annotation)
+        if plain is str:
+            return _value(plain)
+        return (st.integers if plain is int else st.floats)(bound.least, bound.most)
     if annotation in _SCALARS:
         return _SCALARS[annotation]
     if dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields"):

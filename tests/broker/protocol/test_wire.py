@@ -153,7 +153,7 @@ def test_a_body_nested_too_deeply_is_refused() -> None:
 
 
 def test_another_version_is_named_with_both_numbers() -> None:
-    with pytest.raises(VersionMismatchError, match="version 9, this side speaks version 2"):
+    with pytest.raises(VersionMismatchError, match="version 9, this side speaks version 3"):
         decode([sealed([1], version=9)])
 
 
@@ -190,7 +190,7 @@ def test_a_damaged_payload_frame_passes_the_broker_and_is_found_at_the_end() -> 
     ("spec", "match"),
     [
         (m.TensorSpec("a", "float33", (2,), 1), "dtype 'float33'"),
-        (m.TensorSpec("a", "int64", (-2,), 1), "impossible shape"),
+        (m.TensorSpec("a", "int64", (-2,), 1), "is -2, allowed are 0 to"),
         (m.TensorSpec("a", "int64", (1,) * 9, 1), "impossible shape"),
         (m.TensorSpec("a", "int64", (3,), 1), "takes 24 bytes, its frames have 16"),
         (m.TensorSpec("a", "int64", (2,), 2), "claims 2 frames, 1 are left"),

@@ -12,7 +12,7 @@ from trainer_client.targets.facts import model_facts
 from worker.targets.contract import describe
 from worker.targets.stub import StubTarget
 
-FACTS = json.loads(json.dumps(asdict(describe(StubTarget()))))
+FACTS = json.loads(json.dumps(asdict(describe(StubTarget())))) | {"offer": "0f"}
 
 
 def facts_of(info_json: str) -> dict[str, Any]:
