@@ -33,6 +33,12 @@ class BrokerConfig:
     #: Share of the running requests that may run twice; one may always. A pool that is slow as a
     #: whole would only be slowed down further.
     hedge_share: float = 0.05
+    #: A request is not passed over for longer than this by later ones, be it in the queue or where
+    #: it waits for room: about what a caller with a deadline of a minute can bear.
+    patience_s: float = 10.0
+    #: A reply whose next part does not begin to come within so long is broken off: the request runs
+    #: again elsewhere. A part has 4 MiB, and counts as coming while any byte of it moves.
+    part_s: float = 15.0
     #: Replies that may lie here for one client, expected or not yet taken: a few of the largest
     #: that trainers ask for. Beyond it its requests wait.
     max_client_bytes: int = 1 * GIB
@@ -60,6 +66,7 @@ class BrokerConfig:
     def __post_init__(self) -> None:
         positive = (
             "window heartbeat_s liveness_s max_losses held_answer_s hello_s max_strangers "
+            "patience_s part_s "
             "max_client_bytes max_total_bytes max_client_request_bytes max_total_request_bytes"
         )
         for name in positive.split():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import cast
 
@@ -22,6 +23,8 @@ class Dispatcher:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        #: when a timer will have the requests looked at that wait for room
+        self._looks_at = math.inf
 
     def take(self, entry: Entry, pool: Pool, now: float, *, again: bool = False) -> None:
         """Have this pool serve the request; ``again`` puts it before all new ones."""
@@ -57,7 +60,7 @@ class Dispatcher:
         if mapping and mapping not in ledger.mappings:  # evicted while it waited
             pool.queue.remove(entry)
             self.take(entry, pool, now, again=True)
-        elif ledger.waiting_for_reply_room.must_wait(entry):
+        elif ledger.waiting_for_reply_room.must_wait(entry, now):
             pool.queue.remove(entry)
         else:
             return False
@@ -82,8 +85,15 @@ class Dispatcher:
 
     def use_room(self, now: float) -> None:
         """Where replies have made room, serve who waited for it before all new ones."""
-        for entry in self._ledger.waiting_for_reply_room.take_ready():
+        waiting = self._ledger.waiting_for_reply_room
+        for entry in waiting.take_ready(now):
             self.take(entry, self._ledger.pools[entry.pool], now, again=True)
+        if waiting.next_look < self._looks_at:
+            self._looks_at = waiting.next_look
+            self._ledger.at(self._looks_at, self._look)
+
+    def _look(self, now: float) -> None:
+        self._looks_at = math.inf  # the requests are looked at after every event
 
     def _assign(
         self, entry: Entry, worker: WorkerSession, now: float, packet: Packet | None = None

@@ -53,12 +53,16 @@ class Ledger:
         self.measures = Measures()
         self.request_room = Room(config.max_client_request_bytes, config.max_total_request_bytes)
         #: requests whose payload was let go, and will be asked for when there is room for it
-        self.waiting_for_request_room = Waiting(self.request_room, lambda entry: entry.nbytes)
+        self.waiting_for_request_room = Waiting(
+            self.request_room, lambda entry: entry.nbytes, config.patience_s
+        )
         #: those that were asked for again; the room for them is taken
         self.recalled: dict[m.RequestId, Entry] = {}
         self.reply_room = ReplyRoom(config.max_client_bytes, config.max_total_bytes)
         #: requests that are not given to a worker yet, for want of room for the reply
-        self.waiting_for_reply_room = Waiting(self.reply_room, self.reply_room.expected_bytes)
+        self.waiting_for_reply_room = Waiting(
+            self.reply_room, self.reply_room.expected_bytes, config.patience_s, one_each=True
+        )
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._timer_numbers = itertools.count()
         self._actions: list[Action] = []

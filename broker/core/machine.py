@@ -67,13 +67,15 @@ class BrokerCore(Ledger):
         elif isinstance(event, Moving):
             if (session := self._connections(event.side).get(event.connection)) is not None:
                 session.last_seen = now
+                if event.side is Side.WORKER:
+                    session.moved_at = now
         elif isinstance(event, ConnectionLost):
             self._connection_lost(event, now)
         elif isinstance(event, BadBytes):
             self._bad_bytes(event)
         self.run_timers(now)
         self._dispatcher.use_room(now)
-        self._requests.recall()
+        self._requests.recall(now)
         return self.take_actions()
 
     def goodbye(self) -> list[Action]:

@@ -37,7 +37,7 @@ class Requests:
             ledger.log("warning", "foreign_request", client=client.id, request=str(request.id))
         elif (held := self._held(packet)) is not None:
             ledger.counters["answered_again"] += 1
-            ledger.reply_room.owe(request.id, request.n_tokens, held.nbytes)
+            self._reply_sent(request.id, held.nbytes, now)
             ledger.forward(Side.CLIENT, client.connection, held)
         elif (entry := ledger.entries.get(request.id)) is not None:
             self._asked_again(entry, packet, client, now)
@@ -50,7 +50,7 @@ class Requests:
             ledger.entries[request.id] = entry
             client.requests.add(request.id)
             ledger.counters["requests"] += 1
-            if self._keep(entry, packet):
+            if self._keep(entry, packet, now):
                 self.route(entry, now)
 
     def _held(self, packet: Packet) -> Packet | None:
@@ -81,12 +81,12 @@ class Requests:
             entry.job = client.job
             client.requests.add(entry.id)
             self._check_adopted(entry, now)
-        if entry.packet is None and self._keep(entry, packet) and not entry.under_way:
+        if entry.packet is None and self._keep(entry, packet, now) and not entry.under_way:
             self.route(entry, now)
         if entry.id in self._ledger.mappingless.get(request.mapping_id, {}):
             self._ledger.answer(client, m.MappingWanted(request.mapping_id))
 
-    def _keep(self, entry: Entry, packet: Packet) -> bool:
+    def _keep(self, entry: Entry, packet: Packet, now: float) -> bool:
         """Whether there is room for the request's payload; without, it is asked for again later.
 
         What a worker has already is kept in any case: it may have to be given to another.
@@ -98,17 +98,19 @@ class Requests:
         if (
             not asked_for
             and not entry.under_way
-            and ledger.waiting_for_request_room.must_wait(entry)
+            and ledger.waiting_for_request_room.must_wait(entry, now)
         ):
             return False
         ledger.request_room.put(entry.id, entry.nbytes)
         entry.packet = packet
         return True
 
-    def recall(self) -> None:
+    def recall(self, now: float) -> None:
         """Where requests have made room, ask for those that were let go."""
         ledger = self._ledger
-        for entry in ledger.waiting_for_request_room.take_ready():
+        for entry in ledger.waiting_for_request_room.take_ready(now):
+            if ledger.waiting_for_request_room.must_wait(entry, now):
+                continue  # the client has room for it, and all together have not
             ledger.request_room.put(entry.id, entry.nbytes)
             ledger.recalled[entry.id] = entry
             ledger.counters["recalls"] += 1
@@ -262,7 +264,7 @@ class Requests:
             ledger.pools[worker.offer].choice.put(worker)
             ledger.counters["hedges_won"] += entry.hedge == worker.id
             if message.parts:
-                self._begin_passing(entry, Passing(worker.id, packet, since))
+                self._begin_passing(entry, Passing(worker.id, packet, since), now)
             else:
                 self._replied(entry, worker, message, packet.nbytes, since, now)
                 self.finish(entry, packet, now)
@@ -294,8 +296,9 @@ class Requests:
         ledger.counters["replies"] += 1
         ledger.counters["direct_replies"] += reply.transfer is not None
         ledger.counters["reply_bytes"] += nbytes
+        ledger.reply_room.learn(entry, nbytes)
 
-    def _begin_passing(self, entry: Entry, passing: Passing) -> None:
+    def _begin_passing(self, entry: Entry, passing: Passing, now: float) -> None:
         """A reply comes in parts, so nobody else needs to compute it. Where nobody is there to take
         it, it is lost: its client will ask again.
         """
@@ -309,7 +312,8 @@ class Requests:
         ledger.hedged.discard(entry.id)
         entry.hedge, entry.passing = "", passing
         ledger.workers[passing.worker].passing.add(entry.id)
-        ledger.reply_room.owe(entry.id, entry.n_tokens, passing.reply.tensor_bytes)
+        ledger.reply_room.put(entry.id, passing.reply.tensor_bytes)
+        self._watch_parts(entry, passing, now)
         ledger.forward(Side.CLIENT, client.connection, passing.packet)
 
     def _takes(self, client: ClientSession, entry: Entry) -> bool:
@@ -336,6 +340,24 @@ class Requests:
             client.answered += 1
             worker.passing.discard(entry.id)
             passing.awaited_until = now + self._ledger.config.liveness_s
+            self._reply_sent(entry.id, passing.reply.tensor_bytes, now)
+
+    def _watch_parts(self, entry: Entry, passing: Passing, now: float) -> None:
+        """Break the reply off when its worker sends nothing of any reply for too long."""
+        worker = self._ledger.workers[passing.worker]
+        worker.moved_at = now
+
+        def check(now: float) -> None:
+            if entry.passing is not passing or passing.complete:
+                return
+            due = worker.moved_at + self._ledger.config.part_s
+            if now >= due:
+                why = f"no part of it came for {now - worker.moved_at:.1f} s"
+                self.break_off(entry, why, now)
+            else:
+                self._ledger.at(due, check)
+
+        self._ledger.at(now + self._ledger.config.part_s, check)
 
     def break_off(self, entry: Entry, why: str, now: float) -> None:
         """The rest of a reply does not come: the request runs again."""
@@ -434,21 +456,31 @@ class Requests:
         if client is not None:
             client.answered += 1
             if client.connection is not None and isinstance(answer.message, m.Reply):
-                self._ledger.reply_room.owe(entry.id, entry.n_tokens, answer.nbytes)
+                self._reply_sent(entry.id, answer.nbytes, now)
             self._ledger.forward(Side.CLIENT, client.connection, answer)
 
     def _hold(self, request_id: m.RequestId, answer: Packet, now: float) -> None:
+        self._ledger.answers.put(request_id, answer, now)
+        self._watch_answers(now)
+
+    def _reply_sent(self, request_id: m.RequestId, nbytes: int, now: float) -> None:
+        """It lies here until its client says that it has it, but not for ever."""
+        self._ledger.reply_room.sent(request_id, nbytes, now)
+        self._watch_answers(now)
+
+    def _watch_answers(self, now: float) -> None:
         if not self._watches_answers:
             self._watches_answers = True
             self._ledger.at(now + self._ledger.config.held_answer_s, self._let_go)
-        self._ledger.answers.put(request_id, answer, now)
 
     def _let_go(self, now: float) -> None:
         """Forget answers that nobody will ask for any more."""
-        self._ledger.answers.discard_older(now - self._ledger.config.held_answer_s)
-        self._watches_answers = len(self._ledger.answers) > 0
-        if self._watches_answers:
-            self._ledger.at(now + self._ledger.config.held_answer_s, self._let_go)
+        ledger = self._ledger
+        ledger.answers.discard_older(now - ledger.config.held_answer_s)
+        ledger.reply_room.free_unacknowledged(now - ledger.config.held_answer_s)
+        self._watches_answers = False
+        if len(ledger.answers) or ledger.reply_room.awaits_acknowledgements:
+            self._watch_answers(now)
 
     def drop(self, entry: Entry, *, cancel: bool) -> None:
         """Forget a request wherever it is; workers that run it are told if ``cancel``."""

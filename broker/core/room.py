@@ -8,11 +8,16 @@ those before: a client's requests are much alike.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 from broker.core.state import Entry
 from broker.protocol.messages import RequestId
+
+#: Requests that are looked at past one for which there is no room.
+_LOOK_PAST = 64
 
 
 class Room:
@@ -27,6 +32,10 @@ class Room:
         self._freed: dict[str, None] = {}
         #: client -> request -> bytes; no empty ones
         self._taken: defaultdict[str, dict[RequestId, int]] = defaultdict(dict)
+
+    def has_any(self, client: str) -> bool:
+        """Whether this client has anything."""
+        return client in self._taken
 
     def fits_client(self, client: str, nbytes: int) -> bool:
         """Whether this client may have so much more."""
@@ -64,66 +73,174 @@ class Room:
         assert self.taken_bytes == sum(sum(taken.values()) for taken in self._taken.values())
 
 
+#: Shapes whose sizes are remembered for one client, and for all together. A run has a handful.
+_SHAPES_EACH, _SHAPES = 16, 1024
+
+#: What replies have in common that have the same bytes for each token: the pool, the operation, the
+#: wish, the mapping, whether the tensors may go past the broker, and whether tokens are counted.
+_Shape = tuple[str, str, str, str, bool, bool]
+
+
 class ReplyRoom(Room):
     """Bytes of replies: expected from workers, or sent to clients and not acknowledged."""
 
     def __init__(self, client_bytes: int, total_bytes: int) -> None:
         super().__init__(client_bytes, total_bytes)
-        #: client -> bytes of its last reply, for one token
-        self._bytes_per_token: dict[str, float] = {}
-        self._last_bytes_per_token: float | None = None
+        #: client -> shape -> bytes of its last reply, for one token; for all of it without tokens
+        self._learned: dict[str, dict[_Shape, float]] = {}
+        #: the same for whoever asked last
+        self._learned_of_all: dict[_Shape, float] = {}
+        #: replies that were sent and are not acknowledged -> since when; the oldest first
+        self._sent: dict[RequestId, float] = {}
 
     def expected_bytes(self, entry: Entry) -> int:
-        """As the client's last reply, or anybody's; before any, a quarter of what it may have."""
-        known = self._bytes_per_token.get(entry.client, self._last_bytes_per_token)
-        return self.client_bytes // 4 if known is None else int(known * max(1, entry.n_tokens))
+        """As the client's last reply of this shape, or anybody's; before any, a quarter of what it
+        may have. Never more than that, so that a false count of tokens keeps no request waiting.
+        """
+        shape = _shape(entry)
+        known = self._learned.get(entry.client, {}).get(shape, self._learned_of_all.get(shape))
+        if known is None:
+            return self.client_bytes // 4
+        return int(min(self.client_bytes, known * max(1, entry.n_tokens)))
 
     def expect(self, entry: Entry) -> None:
         """A worker computes this reply."""
         self.put(entry.id, self.expected_bytes(entry))
 
-    def owe(self, request_id: RequestId, n_tokens: int, nbytes: int) -> None:
-        """The reply came, and is on its way to the client."""
-        known = self._last_bytes_per_token = nbytes / max(1, n_tokens)
-        self._bytes_per_token[request_id.client] = known
+    def learn(self, entry: Entry, nbytes: int) -> None:
+        """A reply with so many bytes came for the entry: the next ones of its shape are alike."""
+        known = nbytes / max(1, entry.n_tokens)
+        _remember(self._learned.setdefault(entry.client, {}), _shape(entry), known, _SHAPES_EACH)
+        _remember(self._learned_of_all, _shape(entry), known, _SHAPES)
+
+    def sent(self, request_id: RequestId, nbytes: int, now: float) -> None:
+        """The whole reply is on its way to the client."""
         self.put(request_id, nbytes)
+        self._sent[request_id] = now
+
+    def free(self, request_id: RequestId) -> None:
+        """It is no longer there, or nobody wants it any more."""
+        self._sent.pop(request_id, None)
+        super().free(request_id)
+
+    def free_unacknowledged(self, than: float) -> None:
+        """Free what was sent at ``than`` or before: a client that reads says so much sooner."""
+        for request_id in list(itertools.takewhile(lambda i: self._sent[i] <= than, self._sent)):
+            self.free(request_id)
+
+    @property
+    def awaits_acknowledgements(self) -> bool:
+        """Whether anything that was sent is not acknowledged."""
+        return bool(self._sent)
 
     def forget(self, client: str) -> None:
         """The client has left."""
-        self.taken_bytes -= sum(self._taken.pop(client, {}).values())
+        for request_id in list(self._taken.get(client, ())):
+            self.free(request_id)
         self._freed[client] = None
-        self._bytes_per_token.pop(client, None)
+        self._learned.pop(client, None)
+        if not self._learned:
+            self._learned_of_all.clear()
 
     def free_sent(self, client: str, unfinished: set[RequestId]) -> None:
         """The client's connection is gone, with all that was on it; not what is still computed."""
         for request_id in [id_ for id_ in self._taken.get(client, {}) if id_ not in unfinished]:
             self.free(request_id)
 
+    def validate(self) -> None:
+        """Check every invariant; raises ``AssertionError``."""
+        super().validate()
+        assert all(request_id in self._taken[request_id.client] for request_id in self._sent)
+
+
+def _shape(entry: Entry) -> _Shape:
+    asked = entry.request
+    direct, counted = asked.direct is not None, entry.n_tokens > 0
+    return entry.pool, asked.operation, asked.encoding, asked.mapping_id, direct, counted
+
+
+def _remember(learned: dict[_Shape, float], shape: _Shape, value: float, limit: int) -> None:
+    """Put it last; the one that was learned longest ago goes for it."""
+    learned.pop(shape, None)
+    learned[shape] = value
+    if len(learned) > limit:
+        del learned[next(iter(learned))]
+
 
 class Waiting:
-    """Requests for which there is no room now, in the order in which they came."""
+    """Requests for which there is no room now, in the order in which they came.
 
-    def __init__(self, room: Room, size: Callable[[Entry], int]) -> None:
+    A smaller request may pass a larger one, until the larger one has waited for ``patience_s``:
+    from then on what is freed is kept for it. With ``one_each``, a client that has nothing gets
+    room for one after as long, even where all clients together have enough.
+    """
+
+    def __init__(
+        self,
+        room: Room,
+        size: Callable[[Entry], int],
+        patience_s: float,
+        *,
+        one_each: bool = False,
+    ) -> None:
         self._room = room
         self._size = size
+        self._patience_s = patience_s
+        self._one_each = one_each
         #: client -> its requests that wait because it has enough itself; no empty ones
         self._parked: dict[str, dict[RequestId, Entry]] = {}
         #: requests that wait because all clients together have enough
         self._crowded: dict[RequestId, Entry] = {}
+        #: when the oldest of these has waited for long enough to be given one in any case
+        self._look_at = math.inf
 
     def __contains__(self, entry: Entry) -> bool:
         return entry.id in self._crowded or entry.id in self._parked.get(entry.client, {})
 
-    def must_wait(self, entry: Entry) -> bool:
+    def __len__(self) -> int:
+        return len(self._crowded) + sum(map(len, self._parked.values()))
+
+    @property
+    def next_look(self) -> float:
+        """When :meth:`take_ready` may find something although nothing was freed."""
+        return self._look_at
+
+    def must_wait(self, entry: Entry, now: float) -> bool:
         """Whether there is no room for it; then it is here now."""
         nbytes = self._size(entry)
-        if not self._room.fits_client(entry.client, nbytes):
-            self._parked.setdefault(entry.client, {})[entry.id] = entry
-        elif not self._room.fits_total(entry.client, nbytes):
-            self._crowded[entry.id] = entry
-        else:
+        parked = self._parked.get(entry.client, {})
+        if not self._room.fits_client(entry.client, nbytes) or self._comes_first(
+            parked, entry, now
+        ):
+            waiting = self._parked.setdefault(entry.client, {})
+        elif self._fits_all(entry, nbytes, now) and not self._comes_first(
+            self._crowded, entry, now
+        ):
+            entry.room_since = None
             return False
+        else:
+            waiting = self._crowded
+            self._look_at = min(self._look_at, max(now, self._due(entry, now)))
+        if entry.room_since is None:
+            entry.room_since = now
+        waiting[entry.id] = entry
         return True
+
+    def _due(self, entry: Entry, now: float) -> float:
+        return (now if entry.room_since is None else entry.room_since) + self._patience_s
+
+    def _fits_all(self, entry: Entry, nbytes: int, now: float) -> bool:
+        room = self._room
+        waited_long = self._one_each and self._due(entry, now) <= now
+        return room.fits_total(entry.client, nbytes) or (
+            waited_long and not room.has_any(entry.client)
+        )
+
+    def _comes_first(self, waiting: dict[RequestId, Entry], entry: Entry, now: float) -> bool:
+        """Whether one has waited here for so long that what is freed is kept for it."""
+        first = next(iter(waiting.values()), None)
+        due = math.inf if first is None else self._due(first, now)
+        return due <= now and due < self._due(entry, now)
 
     def discard(self, entry: Entry) -> None:
         """It waits no longer."""
@@ -133,22 +250,38 @@ class Waiting:
             if not parked:
                 del self._parked[entry.client]
 
-    def take_ready(self) -> Iterator[Entry]:
+    def take_ready(self, now: float) -> Iterator[Entry]:
         """Those for which there is room now; what the caller does with one counts for the next."""
-        for client in self._room.take_freed():
-            yield from self._take(self._parked.get(client, {}), self._room.fits_client)
-            yield from self._take(self._crowded, self._room.fits_total)
+        freed = self._room.take_freed()
+        for client in freed:
+            yield from self._take(
+                self._parked.get(client, {}),
+                lambda entry: self._room.fits_client(entry.client, self._size(entry)),
+                now,
+            )
+        if freed or now >= self._look_at:
+            yield from self._take(
+                self._crowded, lambda entry: self._fits_all(entry, self._size(entry), now), now
+            )
+            dues = (self._due(e, now) for e in itertools.islice(self._crowded.values(), _LOOK_PAST))
+            later = [due for due in dues if due > now]
+            self._look_at = min(
+                later, default=now + self._patience_s if self._crowded else math.inf
+            )
 
     def _take(
-        self, waiting: dict[RequestId, Entry], fits: Callable[[str, int], bool]
+        self, waiting: dict[RequestId, Entry], fits: Callable[[Entry], bool], now: float
     ) -> Iterator[Entry]:
-        while waiting:
-            entry = next(iter(waiting.values()))
-            if not fits(entry.client, self._size(entry)):
+        for entry in list(itertools.islice(waiting.values(), _LOOK_PAST)):
+            if waiting.get(entry.id) is not entry:
+                continue
+            if fits(entry):
+                self.discard(entry)
+                yield entry
+            elif self._due(entry, now) <= now:
                 return
-            self.discard(entry)
-            yield entry
 
     def validate(self) -> None:
         """Check every invariant; raises ``AssertionError``."""
         assert all(self._parked.values())
+        assert all(e.room_since is not None for e in self._crowded.values())

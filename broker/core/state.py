@@ -62,6 +62,8 @@ class WorkerSession:
     answered: int = 0
     #: what it last said of its direct channels
     direct: str = ""
+    #: when anything of a reply last came from it
+    moved_at: float = 0.0
 
     @property
     def free(self) -> int:
@@ -137,6 +139,8 @@ class Entry:
     #: those of them, with their incarnations, that fell silent or lost their connection; who comes
     #: back in the same life was not taken down
     suspects: dict[str, int] = field(default_factory=dict)
+    #: since when it has waited for room, while it does
+    room_since: float | None = None
     story: list[str] = field(default_factory=list)
     #: B*T as the tensors have it; where there are none, what is claimed, within bounds
     n_tokens: int = field(init=False)

@@ -151,6 +151,7 @@ class Workers:
 
     def part(self, worker: WorkerSession, packet: Packet, now: float) -> None:
         """The next part of a reply; of one that nobody wants any more, it ends here."""
+        worker.moved_at = now
         entry = self._ledger.entries.get(cast(m.Part, packet.message).id)
         if entry is not None and entry.passing and entry.passing.worker == worker.id:
             self._requests.pass_on(entry, entry.passing, packet, now)

@@ -116,7 +116,7 @@ def test_room_counts_each_request_once() -> None:
     entry = Entry(m.Request(*fields), None, "job", 0.0, 1.0)  # type: ignore[arg-type]
     room.expect(entry)
     assert room.taken_bytes == 250
-    room.owe(entry.id, 10, 600)
+    room.sent(entry.id, 600, 1.0)
     assert room.taken_bytes == 600
     assert not room.fits_client("c", 401)
     assert room.fits_client("c", 400)
@@ -125,6 +125,150 @@ def test_room_counts_each_request_once() -> None:
     room.free(entry.id)
     assert room.taken_bytes == 0
     room.validate()
+
+
+# -- what is learned ------------------------------------------------------------------------------
+
+
+def test_a_reply_without_tokens_teaches_nothing_about_one_with_tokens() -> None:
+    rig = with_room(client_bytes=1 << 30, total_bytes=1 << 33)
+    rig.client("late")
+    head = rig.ask("c", 2, operation="lm_head_rows", n_tokens=0)
+    reply(rig, "w", head, 64 << 20)
+    rig.from_client("c", m.Received((head,)))
+    rig.got("w")
+    for name in ("c", "late"):
+        asked = rig.ask(name, 3, n_tokens=2048)
+        assert rig.requests("w") == [str(asked)]
+    assert rig.core.reply_room.taken_bytes < 1 << 20
+
+
+def test_a_rank_that_comes_late_expects_what_the_others_got() -> None:
+    rig = with_room(client_bytes=3000)
+    rig.client("late")
+    for number in range(5):
+        rig.ask("late", number)
+    assert len(rig.requests("w")) == 2  # 1,100 bytes each, and not a quarter of its room
+
+
+def test_another_encoding_is_not_expected_to_be_as_large() -> None:
+    rig = with_room(client_bytes=3000)
+    for number in range(2, 8):
+        rig.ask("c", number, encoding="hidden")
+    assert len(rig.requests("w")) == 4
+
+
+def test_a_failure_that_is_answered_again_teaches_nothing() -> None:
+    rig = with_room()
+    asked = rig.ask("c", 2)
+    rig.fail("w", asked, "bad_request", "no")
+    before = rig.core.reply_room.expected_bytes(_entry("c", 3))
+    rig.ask("c", 2)
+    assert rig.core.counters["answered_again"] == 1
+    assert rig.core.reply_room.expected_bytes(_entry("c", 3)) == before
+
+
+def test_a_direct_reply_teaches_nothing_about_one_by_wire() -> None:
+    rig = with_room()
+    offer = m.DirectOffer(("gloo",), "here")
+    asked = rig.ask("c", 2, direct=offer)
+    fields = (asked, "w", "tiny", "f0", (1, 3, 4), 0, "", "probs", 1.0, "", ())
+    rig.from_worker("w", m.Reply(*fields, transfer=m.Transfer("ch", 1, 0)))
+    assert rig.core.reply_room.expected_bytes(_entry("c", 3)) > SIZE
+
+
+def test_nobody_is_expected_to_need_more_than_a_client_may_have() -> None:
+    rig = with_room()
+    asked = rig.ask("c", 2, n_tokens=1 << 40)
+    assert rig.requests("w") == [str(asked)]
+    assert rig.core.reply_room.taken_bytes == 3000
+
+
+def _entry(client: str, number: int) -> Entry:
+    fields = (m.RequestId(client, 1, number), "generate", "", 0, 100, "", "probs", 1.0, ())
+    return Entry(m.Request(*fields), None, "job", 0.0, 1.0, pool="tiny")
+
+
+# -- nobody takes the room for ever ---------------------------------------------------------------
+
+
+def test_small_replies_pass_a_large_one_that_waits_for_room_but_not_for_ever() -> None:
+    rig = with_room(client_bytes=8000, total_bytes=8000)
+    for name in ("big", "s0", "s1", "s2"):
+        rig.client(name)
+    alive = [(Side.CLIENT, n) for n in ("c", "big", "s0", "s1", "s2")] + [(Side.WORKER, "w")]
+    running = {name: rig.ask(name, 1) for name in ("s0", "s1", "s2")}
+    first = rig.ask("big", 1)
+    large = rig.ask("big", 2, n_tokens=600)  # 6,600 bytes, while the others take 4,400
+    rig.got("w")
+    n_small, number = 0, 1
+    while rig.now < 130.0 and str(large) not in rig.requests("w"):
+        number += 1
+        for name in running:  # they always ask for the next before they have the last
+            asked = rig.ask(name, number)
+            reply(rig, "w", running[name])
+            rig.from_client(name, m.Received((running[name],)))
+            running[name] = asked
+            n_small += 1
+        if number == 3:
+            reply(rig, "w", first)
+            rig.from_client("big", m.Received((first,)))
+        if large in rig.core.workers["w"].running:
+            break
+        rig.pass_time(1.0, *alive)
+    assert large in rig.core.workers["w"].running
+    assert n_small > 9
+
+
+def test_small_requests_behind_a_large_one_do_not_wait_for_its_room() -> None:
+    rig = with_room(client_bytes=100_000, total_bytes=5000)
+    for name in ("a", "b", "big", "small"):
+        rig.client(name)
+    first = rig.ask("a", 1)
+    rig.ask("b", 1, n_tokens=300)
+    rig.ask("big", 1, n_tokens=400)
+    rig.ask("small", 1, n_tokens=120)
+    assert rig.requests("w") == ["a#1", "b#1"]
+    reply(rig, "w", first)
+    rig.from_client("a", m.Received((first,)))
+    assert rig.requests("w") == ["small#1"]
+
+
+def test_a_client_with_nothing_gets_room_for_one_although_the_others_have_all() -> None:
+    rig = with_room(client_bytes=3000, total_bytes=3000)
+    rig.client("late")
+    reply(rig, "w", rig.ask("c", 2))
+    reply(rig, "w", rig.ask("c", 3))
+    rig.got("w")
+    asked = rig.ask("late", 1)
+    rig.ask("late", 2)
+    rig.pass_time(11.0, (Side.CLIENT, "c"), (Side.CLIENT, "late"), (Side.WORKER, "w"))
+    assert rig.requests("w") == [str(asked)]
+
+
+def test_replies_that_are_never_acknowledged_do_not_keep_their_room() -> None:
+    rig = with_room(client_bytes=2500)
+    reply(rig, "w", rig.ask("c", 2))
+    reply(rig, "w", rig.ask("c", 3))
+    rig.got("w")
+    asked = rig.ask("c", 4, ttl_s=500.0)
+    rig.pass_time(125.0, (Side.CLIENT, "c"), (Side.WORKER, "w"))
+    assert rig.requests("w") == [str(asked)]
+
+
+def test_a_reply_that_is_announced_in_parts_and_never_sent_is_broken_off() -> None:
+    rig = with_room(client_bytes=3000)
+    asked = rig.ask("c", 2)
+    spec = m.TensorSpec("aux", "uint8", (2900,), 1)
+    fields = (asked, "w", "tiny", "f0", (1, 3, 4), 0, "", "probs", 1.0, "", (spec,))
+    rig.from_worker("w", m.Reply(*fields, parts=1))
+    rig.worker("other")
+    rig.got("w")
+    waits = rig.ask("c", 3)
+    rig.pass_time(20.0, (Side.CLIENT, "c"), (Side.WORKER, "w"), (Side.WORKER, "other"))
+    given = [*rig.requests("w"), *rig.requests("other")]
+    assert str(asked) in given
+    assert str(waits) in given
 
 
 # -- requests -----------------------------------------------------------------------------------
@@ -185,6 +329,17 @@ def test_requests_of_all_clients_have_a_limit_too() -> None:
     ask(rig, "b", 1)
     rig.worker("w")
     assert rig.requests("w") == [str(second)]
+
+
+def test_asking_again_keeps_the_limit_of_all_clients() -> None:
+    rig = with_request_room(client_bytes=2900, total_bytes=4100)
+    first, _ = ask(rig, "a", 1), ask(rig, "a", 2)
+    ask(rig, "a", 3, 2 * SIZE)  # over what its client may have, until the others are gone
+    ask(rig, "b", 1)
+    rig.from_client("a", m.Cancel(first))
+    ask(rig, "b", 2)
+    rig.from_client("a", m.Cancel(rig.id("a", 2)))
+    assert rig.core.request_room.taken_bytes <= 4100
 
 
 @pytest.mark.parametrize("how", ["reconnect", "cancel", "leave"])
