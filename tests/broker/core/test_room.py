@@ -162,10 +162,10 @@ def test_a_failure_that_is_answered_again_teaches_nothing() -> None:
     rig = with_room()
     asked = rig.ask("c", 2)
     rig.fail("w", asked, "bad_request", "no")
-    before = rig.core.reply_room.expected_bytes(_entry("c", 3))
+    before = rig.core.reply_room.expected_bytes(_entry(rig, 3))
     rig.ask("c", 2)
     assert rig.core.counters["answered_again"] == 1
-    assert rig.core.reply_room.expected_bytes(_entry("c", 3)) == before
+    assert rig.core.reply_room.expected_bytes(_entry(rig, 3)) == before
 
 
 def test_a_direct_reply_teaches_nothing_about_one_by_wire() -> None:
@@ -174,7 +174,7 @@ def test_a_direct_reply_teaches_nothing_about_one_by_wire() -> None:
     asked = rig.ask("c", 2, direct=offer)
     fields = (asked, "w", "tiny", "f0", (1, 3, 4), 0, "", "probs", 1.0, "", ())
     rig.from_worker("w", m.Reply(*fields, transfer=m.Transfer("ch", 1, 0)))
-    assert rig.core.reply_room.expected_bytes(_entry("c", 3)) > SIZE
+    assert rig.core.reply_room.expected_bytes(_entry(rig, 3)) > SIZE
 
 
 def test_nobody_is_expected_to_need_more_than_a_client_may_have() -> None:
@@ -184,9 +184,9 @@ def test_nobody_is_expected_to_need_more_than_a_client_may_have() -> None:
     assert rig.core.reply_room.taken_bytes == 3000
 
 
-def _entry(client: str, number: int) -> Entry:
-    fields = (m.RequestId(client, 1, number), "generate", "", 0, 100, "", "probs", 1.0, ())
-    return Entry(m.Request(*fields), None, "job", 0.0, 1.0, pool="tiny")
+def _entry(rig: Rig, number: int) -> Entry:
+    fields = (m.RequestId("c", 1, number), "generate", "", 0, 100, "", "probs", 1.0, ())
+    return Entry(m.Request(*fields), None, "job", 0.0, 1.0, pool=next(iter(rig.core.pools)))
 
 
 # -- nobody takes the room for ever ---------------------------------------------------------------
