@@ -14,11 +14,13 @@ def trouble(link: Link, now: float, offer: str = "") -> str:
     if not link.ready:
         down_s = now - link.down_since
         return f"no broker answers at {link.endpoint} ({down_s:.0f} s); is it running?"
-    if link.workers == 0:
-        return f"the broker at {link.endpoint} has no worker for this; start a draftmq worker"
     if not link.may_serve(offer):
         return (
             f"the workers at {link.endpoint} serve other models just now; its own (offer "
             f"{offer[:8]}) is waited for"
         )
+    if link.workers == 0 and link.offers:
+        return f"no worker at {link.endpoint} serves the model that is asked for; is --model right?"
+    if link.workers == 0:
+        return f"the broker at {link.endpoint} has no worker for this; start a draftmq worker"
     return ""
