@@ -17,6 +17,7 @@ from trainer_client.eagle3.draft import Attention
 from trainer_client.errors import TrainerClientError
 from trainer_client.training.run import Plan, Ranks, TrainSettings
 from trainer_client.training.run import train as run_training
+from trainer_client.training.stopping import Stop
 from trainer_client.training.trainer import StepMetrics
 from worker.direct import options as direct_options
 from worker.direct.config import DirectConfig
@@ -27,7 +28,9 @@ _HELP = {
     "epochs": "Passes over the data.",
     "max_steps": "End after so many steps (0: after the epochs).",
     "batch_size": "Samples of one rank in one micro-batch.",
-    "accumulation": "Micro-batches for one optimizer step.",
+    "accumulation": "Micro-batches of one rank for one optimizer step.",
+    "global_batch": "Samples of a step over all ranks (0: batch size x accumulation x ranks).",
+    "skip_non_finite": "Steps with a gradient that is not finite that may be left out.",
     "max_length": "Tokens of a sample; what is longer is cut, and counted.",
     "draft_vocab_size": "Tokens that the draft can emit: the most frequent in the data.",
     "draft_intermediate_size": "Width of the draft's MLP (0: like the target's).",
@@ -177,7 +180,9 @@ def train(
         broker_key=broker_key,
     )
     try:
-        with target, observed.of(target), _Progress(ranks, quiet=as_json) as progress:
+        stop = Stop()
+        progress = _Progress(ranks, quiet=as_json)
+        with stop.listening(), target, observed.of(target), progress:
 
             def on_step(step: StepMetrics) -> None:
                 observed.step(step)
@@ -193,6 +198,7 @@ def train(
                 ranks=ranks,
                 device=torch.device(device),
                 on_plan=progress.plan,
+                stop=stop,
                 on_step=on_step,
             )
             summary |= {"requests": target.counters()} if ranks.first else {}
@@ -273,8 +279,8 @@ class _Progress:
         dataset = plan.dataset
         self._say(
             f"{len(dataset.samples)} samples, {dataset.n_tokens} tokens "
-            f"({dataset.truncated} samples cut, {dataset.without_loss} without loss left out, "
-            f"{plan.schedule.dropped} dropped an epoch); draft vocab "
+            f"({dataset.truncated} samples cut, {dataset.without_loss} without loss left out); "
+            f"{plan.schedule.global_batch} a step, {plan.total_steps} steps; draft vocab "
             f"{plan.mapping.draft_vocab_size} covers {plan.coverage:.1%}"
         )
 

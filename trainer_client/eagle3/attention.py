@@ -60,12 +60,13 @@ def _attend(begin: int, real: Tensor, queries: Tensor, *keys_and_values: Tensor)
     depths = len(keys_and_values) // 2
     keys, values = keys_and_values[:depths], keys_and_values[depths:]
     scale = queries.shape[-1] ** -0.5
+    wide = torch.promote_types(queries.dtype, torch.float32)
     scores = torch.matmul(queries, keys[0].transpose(2, 3)) * scale
     seen = scores.shape[-1]
     hidden = ~_visible(begin, queries.shape[2], real)
     scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     own = [(queries * key).sum(-1, keepdim=True) * scale for key in keys[1:]]
-    weights = torch.softmax(torch.cat((scores, *own), dim=-1).float(), dim=-1).to(values[0].dtype)
+    weights = torch.softmax(torch.cat((scores, *own), dim=-1).to(wide), dim=-1).to(values[0].dtype)
     attended = torch.matmul(weights[..., :seen], values[0])
     for at, value in enumerate(values[1:], start=seen):
         attended = attended + weights[..., at : at + 1] * value

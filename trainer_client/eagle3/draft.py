@@ -114,7 +114,8 @@ class _Norm(nn.RMSNorm):
         cast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
         with torch.autocast(kind, enabled=False):
-            normed = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            normed = F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
         return normed.to(dtype)
 
 

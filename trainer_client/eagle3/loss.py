@@ -32,19 +32,33 @@ class HeadLoss:
 
 
 def head_loss(
-    guesses: Sequence[Tensor], weight: Tensor, supervision: Supervision, weights: Sequence[float]
+    guesses: Sequence[Tensor],
+    weight: Tensor,
+    supervision: Supervision,
+    weights: Sequence[float],
+    counts: Tensor | None = None,
 ) -> HeadLoss:
     """Compare ``guesses`` [B, T, H], one a depth, through the head ``weight`` [D, H].
 
     Slot t of depth i is a guess at what the target says in slot t + i. The loss of a depth is the
-    mean over the slots with supervision that it reaches.
+    sum over the slots with supervision that it reaches, divided by ``counts`` [depths]: their
+    number in all that makes one step (:func:`reached`), so that losses and gradients of its parts
+    add up to those of the whole. Without ``counts`` this batch is the whole.
     """
-    share = torch.tensor(weights, dtype=torch.float32) / sum(weights)
+    share = torch.tensor(weights, dtype=torch.promote_types(weight.dtype, torch.float32))
+    share /= sum(weights)
     grad = torch.is_grad_enabled()
+    if counts is None:
+        counts = reached(supervision.known, len(guesses))
     loss, depth_losses, correct = _HeadLoss.apply(
-        weight, supervision, share.to(weight.device), grad, *guesses
+        weight, supervision, share.to(weight.device), counts, grad, *guesses
     )
     return HeadLoss(loss, depth_losses, correct)
+
+
+def reached(known: Tensor, depths: int) -> Tensor:
+    """How many slots with supervision (bool [B, T]) each depth reaches: int64 [depths]."""
+    return torch.stack([known[:, depth:].sum() for depth in range(depths)])
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -54,6 +68,7 @@ class _HeadLoss(torch.autograd.Function):
         weight: Tensor,
         supervision: Supervision,
         share: Tensor,
+        counts: Tensor,
         grad: bool,
         *guesses: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +76,7 @@ class _HeadLoss(torch.autograd.Function):
         in_autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if in_autocast else weight.dtype
         with torch.autocast(kind, enabled=False):
-            head = _Head(weight, dtype, guesses, supervision, share)
+            head = _Head(weight, dtype, guesses, supervision, share, counts)
             step = max(1, CHUNK_BYTES.get(kind, CHUNK_BYTES["cpu"]) // (4 * weight.shape[0]))
             for slots in supervision.slots.split(step):
                 head.take(slots, grad)
@@ -78,7 +93,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.gradients = None
         for taken in (weight_grad, *guess_grads):
             taken.mul_(grad)
-        return weight_grad, None, None, None, *guess_grads
+        return weight_grad, None, None, None, None, *guess_grads
 
 
 class _Head:
@@ -91,16 +106,18 @@ class _Head:
         guesses: Sequence[Tensor],
         supervision: Supervision,
         share: Tensor,
+        counts: Tensor,
     ) -> None:
         depths, (_, self.length) = len(guesses), supervision.known.shape
         self.weight = weight.to(dtype)  # [D, H]
+        #: what losses are computed in: float32, and float64 where the draft is
+        self.wide = torch.promote_types(weight.dtype, torch.float32)
         self.guesses = [guess.flatten(0, 1) for guess in guesses]  # [B * T, H]
         self.probs = supervision.probs
-        reached = torch.stack([supervision.known[:, depth:].sum() for depth in range(depths)])
-        self.counts = reached.clamp_min(1)
+        self.counts = counts.clamp_min(1)
         #: what one slot of each depth weighs in the loss
-        self.share = share / self.counts
-        self.sums = torch.zeros(depths, dtype=torch.float32, device=weight.device)
+        self.share = share.to(self.wide) / self.counts
+        self.sums = torch.zeros(depths, dtype=self.wide, device=weight.device)
         shape = (depths, *supervision.known.shape)
         self.correct = torch.zeros(shape, dtype=torch.bool, device=weight.device)
         self.weight_grad = torch.zeros_like(weight)
@@ -108,13 +125,13 @@ class _Head:
 
     def take(self, slots: Tensor, grad: bool) -> None:
         """Add what these slots of the target [n] say about every depth."""
-        target = self.probs(slots)  # [n, D]
+        target = self.probs(slots).to(self.wide)  # [n, D]
         best, column = target.argmax(-1), slots % self.length
         for depth, guesses in enumerate(self.guesses):
             reached = column >= depth
             at = torch.where(reached, slots - depth, slots)  # what is not reached counts nothing
             guess = guesses.index_select(0, at).to(self.weight.dtype)
-            logits = (guess @ self.weight.T).float()
+            logits = (guess @ self.weight.T).to(self.wide)
             right = (logits.argmax(-1) == best) & reached
             self.correct[depth].view(-1)[slots] = right
             log_probs = torch.log_softmax(logits, -1)

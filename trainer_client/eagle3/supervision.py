@@ -86,12 +86,10 @@ def of_sent(
 
     Raises ``ValueError`` when that is no supervision.
     """
+    known = known_slots(sent, loss_mask, draft)
     if "target_logits" in sent:
-        logits = sent["target_logits"]
-        known = draft.t2d[logits.argmax(-1)] & loss_mask
-        return of_logits(logits, known, draft.selected_token_ids)
+        return of_logits(sent["target_logits"], known, draft.selected_token_ids)
     if "position_mask" in sent:
-        known = sent["position_mask"].squeeze(-1).bool()
         if "target_probs" in sent:
             return of_probs(sent["target_probs"], known)
         if "last_hidden_state" in sent and lm_head is not None:
@@ -109,6 +107,15 @@ def of_sent(
         "target_probs, with last_hidden_state and lm_head, or with topk_log_probs, topk_ids and "
         "rest_mass"
     )
+
+
+def known_slots(sent: Mapping[str, Tensor], loss_mask: Tensor, draft: Eagle3Draft) -> Tensor:
+    """Bool [B, T]: where the target's own token is in the draft vocab, and counts."""
+    if "target_logits" in sent:
+        return draft.t2d[sent["target_logits"].argmax(-1)] & loss_mask
+    if "position_mask" in sent:
+        return sent["position_mask"].squeeze(-1).bool()
+    return torch.zeros_like(loss_mask)
 
 
 def _supervision(known: Tensor, probs: Callable[[Tensor], Tensor]) -> Supervision:

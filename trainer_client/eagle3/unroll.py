@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer_client.eagle3.draft import Eagle3Draft, TTTCache
-from trainer_client.eagle3.loss import HeadLoss, head_loss
-from trainer_client.eagle3.supervision import of_sent
-from trainer_client.targets.batch import LmHeadRows
+from trainer_client.eagle3.loss import HeadLoss, head_loss, reached
+from trainer_client.eagle3.supervision import known_slots, of_sent
+from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows
 
 
 @dataclass
@@ -57,19 +57,29 @@ class Eagle3Unroll(nn.Module):
         aux_hidden_states: Tensor,
         *,
         lm_head: LmHeadRows | None = None,
+        counts: Tensor | None = None,
         **sent: Tensor,
     ) -> UnrollOutput:
         """Unroll on one batch, given as ``Eagle3TargetBatch.to_trainer_inputs()``.
 
         ``sent`` is the batch's supervision in any encoding; ``lm_head`` is needed with the encoding
-        ``hidden``. Raises ``ValueError`` without supervision.
+        ``hidden``. ``counts`` int64 [depths] are those of :meth:`counts` over all batches of the
+        step; without them this one is the whole. Raises ``ValueError`` without supervision.
         """
         loss_mask = loss_mask.bool()
         supervision = of_sent(sent, loss_mask, self.draft, lm_head)
         guesses = self._guesses(input_ids, attention_mask, aux_hidden_states)
         weights = self.weights[: len(guesses)]
-        head = head_loss(guesses, self.draft.lm_head.weight, supervision, weights)
+        if counts is not None:
+            counts = counts[: len(guesses)]
+        head = head_loss(guesses, self.draft.lm_head.weight, supervision, weights, counts)
         return self._output(head, supervision.known, loss_mask)
+
+    def counts(self, batch: Eagle3TargetBatch) -> Tensor:
+        """What the depths of a batch have to learn from: slots with supervision, int64 [depths]."""
+        inputs = batch.to_trainer_inputs()
+        known = known_slots(inputs, inputs["loss_mask"].bool(), self.draft)
+        return self._padded(reached(known, min(self.depths, known.shape[1])))
 
     def _guesses(
         self, input_ids: Tensor, attention_mask: Tensor, aux_hidden_states: Tensor

@@ -54,6 +54,7 @@ class Eagle3TargetBatch:
     topk_log_probs: Tensor | None = None  # [B, T, K] float32 over the draft vocab, shifted
     topk_ids: Tensor | None = None  # [B, T, K] draft ids, int16 or int32
     rest_mass: Tensor | None = None  # [B, T, 1] float32: the probability of all other draft ids
+    origins: tuple[str, ...] = ()  # where each sample came from, for errors
 
     def __post_init__(self) -> None:
         sources = {
@@ -87,10 +88,12 @@ class Eagle3TargetBatch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Eagle3TargetBatch:
         """The same batch with each of its tensors changed."""
-        return Eagle3TargetBatch(**{name: change(t) for name, t in self._tensors().items()})
+        changed = {name: change(tensor) for name, tensor in self._tensors().items()}
+        return Eagle3TargetBatch(**changed, origins=self.origins)
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {each.name: getattr(self, each.name) for each in fields(self)}
+        del named["origins"]
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to_trainer_inputs(self) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ class ColocatedTarget:
             encoding=self.encoding,
         )
         mask = attention_mask.to(tensors["input_ids"].device)
-        return Eagle3TargetBatch(attention_mask=mask, **tensors)
+        return Eagle3TargetBatch(attention_mask=mask, **dict[str, Any](tensors))
 
     def generate_batch_async(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor

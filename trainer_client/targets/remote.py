@@ -306,5 +306,5 @@ class RemoteEagle3TargetModel:
                 tensor.is_cuda
             ):  # it came directly, on a stream of its channel's, and is used on ours
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        batch = Eagle3TargetBatch(attention_mask=attention_mask, **answer.tensors)
+        batch = Eagle3TargetBatch(attention_mask=attention_mask, **dict[str, Any](answer.tensors))
         return batch if self._host_batches else batch.map(lambda t: t.to(self._device))

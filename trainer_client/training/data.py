@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import json
 import lzma
+import math
 import zlib
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +47,16 @@ class Dataset:
     @property
     def n_tokens(self) -> int:
         return sum(len(sample.input_ids) for sample in self.samples)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of what is trained: all tokens and loss masks, in their order."""
+        content = hashlib.blake2b(digest_size=16)
+        for sample in self.samples:
+            content.update(len(sample.input_ids).to_bytes(8, "little"))
+            content.update(array("q", sample.input_ids).tobytes())
+            content.update(bytes(sample.loss_mask))
+        return content.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -194,38 +207,35 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which samples each rank trains on at each step: a pure function of the step.
+    """Which samples make each step, and who trains on which: a pure function of the step.
 
-    Every epoch is a permutation of its own; each of its samples is trained once, but for the
-    ``dropped`` last ones that do not fill a step.
+    Every epoch is a permutation of its own (seed and epoch alone decide), cut into global batches,
+    of which the last of an epoch may be smaller: each sample is trained once an epoch. A global
+    batch is dealt round, so ranks differ by one sample at the most, and the same samples make the
+    same steps on any number of ranks.
     """
 
     n_samples: int
-    batch_size: int  # per rank and micro-batch
-    accumulation: int
-    world_size: int
+    #: samples of one optimizer step, over all ranks
+    global_batch: int
     seed: int
 
     @property
-    def samples_per_step(self) -> int:
-        return self.batch_size * self.accumulation * self.world_size
-
-    @property
     def steps_per_epoch(self) -> int:
-        return self.n_samples // self.samples_per_step
+        return math.ceil(self.n_samples / self.global_batch)
 
-    @property
-    def dropped(self) -> int:
-        """Samples of an epoch that are not trained on."""
-        return self.n_samples - self.steps_per_epoch * self.samples_per_step
-
-    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
-        """Sample numbers of each micro-batch of ``rank`` at ``step``, both from 0."""
+    def samples(self, step: int) -> list[int]:
+        """Sample numbers of a step, from 0, in their order."""
         epoch, within = divmod(step, self.steps_per_epoch)
+        begin = within * self.global_batch
         order = _order(self.n_samples, self.seed, epoch)
-        begin = within * self.samples_per_step
-        mine = order[begin : begin + self.samples_per_step][rank :: self.world_size].tolist()
-        return [mine[at : at + self.batch_size] for at in range(0, len(mine), self.batch_size)]
+        mine: list[int] = order[begin : begin + self.global_batch].tolist()
+        return mine
+
+    def micro_batches(self, step: int, rank: int, world: int, batch_size: int) -> list[list[int]]:
+        """Sample numbers of each micro-batch of ``rank`` of ``world`` at ``step``, all from 0."""
+        mine = self.samples(step)[rank::world]
+        return [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
 
 
 @functools.lru_cache(maxsize=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ class MetricsLog:
             self.write(line)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(dict(line)) + "\n")
+        self._file.write(json.dumps(finite(dict(line)), allow_nan=False) + "\n")
         self._file.flush()
 
     def __enter__(self) -> MetricsLog:
@@ -32,6 +33,15 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+
+
+def finite(value: Any) -> Any:
+    """A plain value as JSON has it: what is not a number in it is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -19,11 +19,12 @@ from trainer_client.drafts.export import write_draft
 from trainer_client.eagle3.config import DraftConfig
 from trainer_client.eagle3.draft import Attention, Eagle3Draft
 from trainer_client.eagle3.unroll import Eagle3Unroll
-from trainer_client.errors import DataError, TrainerClientError
-from trainer_client.targets.batch import TargetBackend
-from trainer_client.training import metrics
+from trainer_client.errors import TrainerClientError
+from trainer_client.targets.batch import Eagle3TargetBatch, TargetBackend
+from trainer_client.training import identity, metrics
 from trainer_client.training.data import Dataset, MicroBatch, Schedule, collate, read_dataset
 from trainer_client.training.prefetch import Depth, Prefetcher
+from trainer_client.training.stopping import Stop, Stopped
 from trainer_client.training.trainer import StepMetrics, Trainer, learning_rate, make_optimizer
 from trainer_client.training.vocab import frequent_tokens, token_counts
 from worker.supervision.mapping import VocabMapping
@@ -40,8 +41,11 @@ class TrainSettings:
     max_steps: int = 0
     #: Samples of one rank in one micro-batch.
     batch_size: int = 1
-    #: Micro-batches for one optimizer step.
+    #: Micro-batches of one rank for one optimizer step.
     accumulation: int = 1
+    #: Samples of one optimizer step over all ranks; 0: batch size x accumulation x ranks of the
+    #: first start. A resumed run keeps it on any number of ranks.
+    global_batch: int = 0
     #: SpecForge's default for chat data.
     max_length: int = 2048
     #: What EAGLE-3's authors and most published drafts use.
@@ -57,8 +61,11 @@ class TrainSettings:
     #: Share of the steps that warm up.
     warmup_share: float = 0.05
     weight_decay: float = 0.0
-    #: EAGLE's.
+    #: What EAGLE's authors clip at; their loss is a sum over depths and ours a weighted mean, so it
+    #: binds less here.
     max_grad_norm: float = 0.5
+    #: Steps with a gradient that is not finite to leave out, and report; one more is an error.
+    skip_non_finite: int = 0
     #: Requests under way beyond the one that is waited for; ``auto`` finds what keeps the trainer
     #: from waiting, within ``prefetch_mib`` and the brokers' windows.
     prefetch: Depth = "auto"
@@ -78,7 +85,11 @@ class TrainSettings:
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("max_steps", "weight_decay", "checkpoint_every", "draft_intermediate_size"):
+        not_negative = (
+            "max_steps weight_decay checkpoint_every draft_intermediate_size global_batch "
+            "skip_non_finite"
+        )
+        for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.prefetch != "auto" and self.prefetch < 1:
@@ -90,9 +101,7 @@ class TrainSettings:
 
     def shared(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it goes on with."""
-        free = {"output", "resume", "checkpoint_every", "keep_checkpoints"}
-        free |= {"prefetch", "prefetch_mib"}
-        return {name: _plain(v) for name, v in asdict(self).items() if name not in free}
+        return {name: _plain(v) for name, v in asdict(self).items() if name not in identity.FREE}
 
 
 def _plain(value: Any) -> Any:
@@ -147,31 +156,49 @@ class Plan:
     coverage: float
     schedule: Schedule
     total_steps: int
+    #: what ``run.json`` says of the run
+    identity: Mapping[str, Any]
 
 
 def make_plan(
-    settings: TrainSettings, backend: TargetBackend, tokenizer: Any, ranks: Ranks
+    settings: TrainSettings,
+    backend: TargetBackend,
+    tokenizer: Any,
+    ranks: Ranks,
+    there: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Read the data and decide. Raises :class:`DataError` when it is not enough for a step."""
+    """Read the data and decide. ``there`` is the identity of the run that is resumed.
+
+    Raises :class:`DataError` for data that cannot be trained on, and
+    :class:`trainer_client.training.identity.RunError` where ``there`` is another run.
+    """
     info = backend.model_info()
     limit = info["max_position_embeddings"] or settings.max_length
     dataset = read_dataset(settings.data, tokenizer, min(settings.max_length, limit))
     counts = token_counts(dataset.samples, info["vocab_size"])
     mapping, coverage = frequent_tokens(counts, settings.draft_vocab_size)
-    schedule = Schedule(
-        len(dataset.samples),
-        settings.batch_size,
-        settings.accumulation,
-        ranks.world_size,
-        settings.seed,
-    )
-    if schedule.steps_per_epoch == 0:
-        raise DataError(
-            f"{settings.data} has {len(dataset.samples)} samples and one step takes "
-            f"{schedule.samples_per_step} (batch size x accumulation x ranks); lower these"
-        )
+    began = settings.batch_size * settings.accumulation * ranks.world_size
+    if there is not None:
+        began = there.get("global_batch", began)
+    schedule = Schedule(len(dataset.samples), settings.global_batch or began, settings.seed)
     total = settings.epochs * schedule.steps_per_epoch
-    return Plan(dataset, mapping, coverage, schedule, min(settings.max_steps or total, total))
+    here = {
+        **settings.shared(),
+        "global_batch": schedule.global_batch,
+        "samples": len(dataset.samples),
+        "data_content": dataset.digest,
+        "mapping": mapping.id,
+        "model": info["model"],
+        "target": info.get("offer") or info["fingerprint"],
+        "encoding": backend.encoding,
+        "versions": identity.versions(),
+        "ranks": ranks.world_size,
+        "files": {str(settings.data): identity.content_hash(settings.data)},
+    }
+    if there is not None:
+        identity.compare(there, here, settings.output)
+    steps = min(settings.max_steps or total, total)
+    return Plan(dataset, mapping, coverage, schedule, steps, here)
 
 
 def make_draft(
@@ -206,20 +233,28 @@ def train(
     device: torch.device | None = None,
     on_plan: Callable[[Plan], None] = lambda plan: None,
     on_step: Callable[[StepMetrics], None] = lambda step: None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Run to the end; returns what ``summary.json`` says. Only rank 0 writes.
 
-    Raises :class:`TrainerClientError` of all kinds; nothing is trained on partial supervision.
+    Raises :class:`TrainerClientError` of all kinds; nothing is trained on partial supervision. When
+    ``stop`` says so it writes a checkpoint and raises one that says how to go on.
     """
+    stop = stop or Stop()
     ranks = ranks or Ranks()
     began = time.perf_counter()
     device = device or torch.device("cpu")
-    plan = make_plan(settings, backend, tokenizer, ranks)
+
+    def prepare() -> Plan:
+        there = identity.check_place(settings.output, resume=settings.resume)
+        return make_plan(settings, backend, tokenizer, ranks, there)
+
+    plan = identity.agree(ranks.rank, ranks.world_size, prepare, lambda plan: plan.identity)
     on_plan(plan)
     backend.set_vocab_mapping(plan.mapping.selected_token_ids, plan.mapping.selected_token_mask)
     draft = make_draft(settings, backend, plan.mapping).to(device)
     optimizer = make_optimizer(draft, settings.learning_rate, settings.weight_decay)
-    first = _resume(settings, draft, optimizer) if settings.resume else 0
+    first = _resume(settings, plan, draft, optimizer) if settings.resume else 0
     lm_head = backend.lm_head_rows() if backend.encoding == "hidden" else None
     trainer = Trainer(
         Eagle3Unroll(draft, depths=settings.ttt_depths),
@@ -230,40 +265,63 @@ def train(
             warmup=max(1, int(settings.warmup_share * plan.total_steps)),
             total=plan.total_steps,
         ),
-        accumulation=settings.accumulation,
         max_grad_norm=settings.max_grad_norm,
         lm_head=lm_head,
         device=device,
+        skip_non_finite=settings.skip_non_finite,
     )
-    samples = _micro_batches(plan, first, ranks)
+    samples = _micro_batches(settings, plan, first, ranks)
     prefetcher: Prefetcher[MicroBatch] = Prefetcher(
         backend, samples, settings.prefetch, memory_bytes=settings.prefetch_mib << 20
     )
     checkpoints = settings.output / "checkpoints"
     if ranks.first:
-        settings.output.mkdir(parents=True, exist_ok=True)
+        identity.write(settings.output, plan.identity)
     log = metrics.MetricsLog(settings.output / "metrics.jsonl", first) if ranks.first else None
     last: StepMetrics | None = None
+
+    def save(step: int) -> None:
+        checkpoint.save(
+            checkpoints,
+            step,
+            draft,
+            optimizer,
+            plan.identity,
+            backend.model_info(),
+            settings.keep_checkpoints,
+        )
+
     steps = trainer.run(
-        (batch for _, batch in prefetcher), first_step=first, waited_s=lambda: prefetcher.waited_s
+        _until(stop, prefetcher),
+        first_step=first,
+        waited_s=lambda: prefetcher.waited_s,
+        micro_batches=lambda step: len(_mine(settings, plan, step, ranks)),
+        total_steps=plan.total_steps,
     )
-    for step in steps:
-        last = replace(step, prefetch=prefetcher.depth)
-        if log is not None:
-            log.write(asdict(last) | _counted(backend))
-        on_step(last)
-        every = settings.checkpoint_every
-        done = last.step == plan.total_steps
-        if ranks.first and (done or (every and last.step % every == 0)):
-            checkpoint.save(
-                checkpoints,
-                last.step,
-                draft,
-                optimizer,
-                settings.shared(),
-                backend.model_info(),
-                settings.keep_checkpoints,
-            )
+    done, saved = first, first
+    try:
+        for step in steps:
+            last = replace(step, prefetch=prefetcher.depth)
+            done = last.step
+            if log is not None:
+                log.write(asdict(last) | _counted(backend))
+            on_step(last)
+            every = settings.checkpoint_every
+            if ranks.first and (done == plan.total_steps or (every and done % every == 0)):
+                save(done)
+                saved = done
+            if stop.by and done < plan.total_steps:
+                raise Stopped
+    except (Stopped, RuntimeError) as error:  # a rank that has stopped fails the others' sums
+        if not stop.by:
+            raise
+        if ranks.first and done > saved:
+            save(done)
+        raise TrainerClientError(
+            f"stopped by {stop.by} after step {done} of {plan.total_steps}"
+            + (f"; a checkpoint of it is in {checkpoints}" if ranks.first and done else "")
+            + "; the same command with --resume goes on"
+        ) from error
     ranks.meet()
     if log is None:
         return {}
@@ -293,7 +351,7 @@ def _finish(
         "samples": len(plan.dataset.samples),
         "samples_truncated": plan.dataset.truncated,
         "samples_without_loss": plan.dataset.without_loss,
-        "samples_dropped_per_epoch": plan.schedule.dropped,
+        "global_batch": plan.schedule.global_batch,
         "draft_vocab_size": plan.mapping.draft_vocab_size,
         "draft_vocab_coverage": plan.coverage,
         "draft_path": str(settings.output / "draft"),
@@ -305,7 +363,8 @@ def _finish(
 
 def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
     """Write ``summary.json``."""
-    (output / "summary.json").write_text(json.dumps(dict(summary), indent=1) + "\n")
+    text = json.dumps(metrics.finite(dict(summary)), indent=1, allow_nan=False)
+    (output / "summary.json").write_text(text + "\n")
 
 
 def _counted(backend: TargetBackend) -> dict[str, int]:
@@ -314,26 +373,39 @@ def _counted(backend: TargetBackend) -> dict[str, int]:
     return {name: counters[name] for name in ("requests", "resends") if name in counters}
 
 
-def _micro_batches(plan: Plan, first: int, ranks: Ranks) -> Iterator[MicroBatch]:
+def _mine(settings: TrainSettings, plan: Plan, step: int, ranks: Ranks) -> list[list[int]]:
+    """The samples of each of this rank's micro-batches at a step."""
+    size = settings.batch_size
+    return plan.schedule.micro_batches(step, ranks.rank, ranks.world_size, size)
+
+
+def _micro_batches(
+    settings: TrainSettings, plan: Plan, first: int, ranks: Ranks
+) -> Iterator[MicroBatch]:
     for step in range(first, plan.total_steps):
-        for numbers in plan.schedule.micro_batches(step, ranks.rank):
+        for numbers in _mine(settings, plan, step, ranks):
             yield collate([plan.dataset.samples[number] for number in numbers])
 
 
-def _resume(settings: TrainSettings, draft: Eagle3Draft, optimizer: torch.optim.Optimizer) -> int:
+def _until(stop: Stop, prefetcher: Prefetcher[MicroBatch]) -> Iterator[Eagle3TargetBatch]:
+    """Batches that say where their samples come from; a signal ends the wait for the next."""
+    arriving = iter(prefetcher)
+    while True:
+        with stop.interruptible():
+            asked, batch = next(arriving, (None, None))
+        if asked is None or batch is None:
+            return
+        yield replace(batch, origins=asked.origins)
+
+
+def _resume(
+    settings: TrainSettings, plan: Plan, draft: Eagle3Draft, optimizer: torch.optim.Optimizer
+) -> int:
+    """Take up the newest checkpoint of this run; its step, or 0 where there is none."""
     found = checkpoint.complete(settings.output / "checkpoints")
     if not found:
         return 0
-    newest, wanted = found[-1], settings.shared()
-    differing = [name for name in wanted if newest.settings.get(name) != wanted[name]]
-    if differing:
-        said = ", ".join(
-            f"{name}={newest.settings.get(name)!r} there and {wanted[name]!r} here"
-            for name in differing
-        )
-        raise TrainerClientError(
-            f"{newest.directory} is of another run: {said}; resume with the same settings, or "
-            "choose another --output"
-        )
+    newest = found[-1]
+    identity.compare(newest.settings, plan.identity, newest.directory)
     newest.restore(draft, optimizer)
     return newest.step

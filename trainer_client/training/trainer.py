@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
+import itertools
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from broker.logs import log
 from trainer_client.eagle3.unroll import Eagle3Unroll, UnrollOutput, simulated_accept_length
+from trainer_client.errors import TrainerClientError
 from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.training.memory import peak_bytes
 from trainer_client.training.staging import staged
+
+_logger = logging.getLogger("draftmq.train")
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,17 @@ def make_optimizer(module: nn.Module, lr: float, weight_decay: float) -> torch.o
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
+class NonFiniteError(TrainerClientError):
+    """A loss or a gradient is not a number; the step was not taken. Names the samples."""
+
+
 class Trainer:
-    """Steps an unroll. With a process group, ranks average gradients (DDP) and metrics."""
+    """Steps an unroll. With a process group, ranks add up gradients and metrics.
+
+    The loss of a step is the sum over its supervised slots divided by their number over all its
+    micro-batches and ranks, by depth: however a global batch is cut, its gradient is the same. So a
+    rank may have fewer micro-batches than another in a step, or none.
+    """
 
     def __init__(
         self,
@@ -65,10 +76,11 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         *,
         rate: Callable[[int], float],
-        accumulation: int,
+        accumulation: int = 1,
         max_grad_norm: float,
         lm_head: LmHeadRows | None = None,
         device: torch.device | None = None,
+        skip_non_finite: int = 0,
     ) -> None:
         self.optimizer = optimizer
         self.rate = rate
@@ -76,13 +88,11 @@ class Trainer:
         self.max_grad_norm = max_grad_norm
         self.lm_head = lm_head
         self.device = device or torch.device("cpu")
+        #: steps with a value that is not finite that may still be left out
+        self.may_skip = skip_non_finite
+        self._unroll = unroll
         self._trained = [p for p in unroll.parameters() if p.requires_grad]
         self._distributed = dist.is_initialized() and dist.get_world_size() > 1
-        self._module: nn.Module = unroll
-        if self._distributed:
-            self._module = DistributedDataParallel(
-                unroll, gradient_as_bucket_view=True, **_BUFFERS_STAY
-            )
 
     def run(
         self,
@@ -90,52 +100,95 @@ class Trainer:
         *,
         first_step: int,
         waited_s: Callable[[], float],
+        micro_batches: Callable[[int], int] | None = None,
+        total_steps: int | None = None,
     ) -> Iterator[StepMetrics]:
-        """Take ``accumulation`` batches a step until they end; yields after every step.
+        """Take the micro-batches of a step until ``batches`` end; yields after every step.
 
-        ``waited_s`` is the cumulative time that ``batches`` has waited for supervision.
+        ``micro_batches`` says how many this rank has in a step (default: ``accumulation``), and
+        ``total_steps`` when to end where a rank may have none. ``waited_s`` is the cumulative time
+        that ``batches`` has waited for supervision. Raises :class:`NonFiniteError` before a step
+        with a value that is not finite, unless it may be skipped.
         """
         iterator = staged(batches, self.device)
         step = first_step
-        while True:
+        while total_steps is None or step < total_steps:
             began, waited = time.perf_counter(), waited_s()
-            outputs, n_tokens = [], []
-            for number in range(self.accumulation):
-                batch = next(iterator, None)
-                if batch is None:
-                    return
-                last = number + 1 == self.accumulation
-                outputs.append(self._backward(batch, synchronise=last))
-                n_tokens.append(batch.attention_mask.sum())
-            norm = self._update(step)
+            wanted = self.accumulation if micro_batches is None else micro_batches(step)
+            taken = list(itertools.islice(iterator, wanted))
+            if len(taken) < wanted or (not wanted and total_steps is None):
+                return
+            counts = self._counts(taken)
+            outputs = [self._backward(batch, counts) for batch in taken]
+            norm = self._update(step, taken, outputs)
             seconds = time.perf_counter() - began
             share = (waited_s() - waited) / seconds
+            n_tokens = [batch.attention_mask.sum() for batch in taken]
             yield self._metrics(step, outputs, norm, n_tokens, seconds, share)
             step += 1
 
-    def _backward(self, batch: Eagle3TargetBatch, *, synchronise: bool) -> UnrollOutput:
-        quiet = (
-            self._module.no_sync()
-            if isinstance(self._module, DistributedDataParallel) and not synchronise
-            else contextlib.nullcontext()
-        )
-        with quiet:
-            with torch.autocast(
-                self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"
-            ):
-                output: UnrollOutput = self._module(
-                    **batch.to_trainer_inputs(), lm_head=self.lm_head
-                )
-            (output.loss / self.accumulation).backward()
+    def _counts(self, batches: Sequence[Eagle3TargetBatch]) -> Tensor:
+        """Supervised slots that each depth of this step reaches, over all ranks: int64 [depths]."""
+        zeros = torch.zeros(self._unroll.depths, dtype=torch.int64, device=self.device)
+        counts = sum((self._unroll.counts(batch) for batch in batches), zeros)
+        if self._distributed:
+            dist.all_reduce(counts)
+        return counts
+
+    def _backward(self, batch: Eagle3TargetBatch, counts: Tensor) -> UnrollOutput:
+        kind = self.device.type
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda"):
+            output: UnrollOutput = self._unroll(
+                **batch.to_trainer_inputs(), lm_head=self.lm_head, counts=counts
+            )
+        output.loss.backward()
         return output
 
-    def _update(self, step: int) -> float:
-        norm = nn.utils.clip_grad_norm_(self._trained, self.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(step)
-        self.optimizer.step()
+    def _update(
+        self, step: int, batches: Sequence[Eagle3TargetBatch], outputs: Sequence[UnrollOutput]
+    ) -> float:
+        if self._distributed:
+            self._add_up_gradients()
+        norm = float(nn.utils.clip_grad_norm_(self._trained, self.max_grad_norm))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(step)
+            self.optimizer.step()
+        else:
+            self._skip_or_raise(step, norm, batches, outputs)
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
+
+    def _add_up_gradients(self) -> None:
+        works = []
+        for parameter in self._trained:
+            if parameter.grad is None:  # this rank had no sample in the step
+                parameter.grad = torch.zeros_like(parameter)
+            works.append(dist.all_reduce(parameter.grad, async_op=True))
+        for work in works:
+            work.wait()
+
+    def _skip_or_raise(
+        self,
+        step: int,
+        norm: float,
+        batches: Sequence[Eagle3TargetBatch],
+        outputs: Sequence[UnrollOutput],
+    ) -> None:
+        """All ranks see the same norm, so all do the same."""
+        bad = [batch for batch, output in zip(batches, outputs, strict=True) if not _finite(output)]
+        origins = [origin for batch in bad or batches for origin in batch.origins]
+        shown = ", ".join(origins[:8]) or "samples of another rank"
+        if self.may_skip:
+            self.may_skip -= 1
+            fields = {"step": step + 1, "grad_norm": str(norm), "samples": shown}
+            log(_logger, "warning", "step_skipped", fields)
+            return
+        raise NonFiniteError(
+            f"step {step + 1} has a gradient of norm {norm}, from {shown}; nothing was changed, "
+            "and the last checkpoint is as it was; look at these samples and the target's values "
+            "there, or leave such steps out with --skip-non-finite N"
+        )
 
     def _metrics(
         self,
@@ -146,14 +199,16 @@ class Trainer:
         seconds: float,
         share: float,
     ) -> StepMetrics:
+        zeros = torch.zeros(self._unroll.depths, dtype=torch.int64, device=self.device)
+        none = torch.zeros((), dtype=torch.float64, device=self.device)
         loss, tokens, correct, supervised, hits, chains = self._over_ranks(
-            torch.stack([output.loss.detach() for output in outputs]).double().mean(),
-            torch.stack(n_tokens).sum(),
-            *(torch.stack([getattr(o, name) for o in outputs]).sum(0) for name in _COUNTS),
+            sum((output.loss.detach().double() for output in outputs), none),
+            sum(n_tokens, none),
+            *(sum((getattr(o, name) for o in outputs), zeros) for name in _COUNTS),
         )
         return StepMetrics(
             step=step + 1,
-            loss=float(loss) / (dist.get_world_size() if self._distributed else 1),
+            loss=float(loss),
             depth_accuracy=(correct / supervised.clamp_min(1)).tolist(),
             accept_length=simulated_accept_length(hits, chains),
             learning_rate=self.rate(step),
@@ -172,12 +227,8 @@ class Trainer:
         return list(flat.split([value.numel() for value in values]))
 
 
-_COUNTS = ("correct", "supervised", "chain_hits", "chains")
+def _finite(output: UnrollOutput) -> bool:
+    return math.isfinite(float(output.loss.detach()))
 
-#: No buffer of a draft ever changes, so none need be told again at every step; torch 2.13 renamed
-#: the option.
-_BUFFERS_STAY: dict[str, Any] = (
-    {"forward_sync_buffers": False}
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else {"broadcast_buffers": False}
-)
+
+_COUNTS = ("correct", "supervised", "chain_hits", "chains")

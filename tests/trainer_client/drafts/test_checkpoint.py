@@ -12,7 +12,7 @@ from trainer_client.drafts import checkpoint
 from trainer_client.drafts.checkpoint import CheckpointError, complete, save
 from trainer_client.drafts.export import export_checkpoint, read_draft
 from trainer_client.eagle3.draft import Eagle3Draft
-from trainer_client.errors import ExportError, TrainerClientError
+from trainer_client.errors import ExportError
 from trainer_client.training.trainer import learning_rate, make_optimizer
 
 SETTINGS = {"seed": 0}
@@ -112,16 +112,6 @@ def test_a_checkpoint_is_exported_as_the_draft_that_it_holds(tmp_path: Path) -> 
             assert torch.equal(back[name], tensor), name
     with pytest.raises(ExportError, match="neither a run with a complete"):
         export_checkpoint(tmp_path / "nothing", tmp_path / "out2")
-
-
-def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
-    from trainer_client.training.run import TrainSettings, _resume
-
-    write(tmp_path / "checkpoints", 5)
-    draft = make_draft()
-    settings = TrainSettings(data=tmp_path / "data", output=tmp_path)
-    with pytest.raises(TrainerClientError, match=r"is of another run: .*learning_rate=None there"):
-        _resume(settings, draft, make_optimizer(draft, 0.1, 0.0))
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:

@@ -121,23 +121,26 @@ def test_a_batch_is_padded_on_the_right(tmp_path: Path, tokenizer: object) -> No
 
 @given(
     samples=st.integers(1, 60),
-    batch=st.integers(1, 3),
-    accumulation=st.integers(1, 3),
-    world=st.integers(1, 4),
+    global_batch=st.integers(1, 12),
+    worlds=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3)), min_size=1, max_size=4),
     seed=st.integers(0, 5),
 )
-def test_an_epoch_trains_each_sample_once_whatever_the_ranks(
-    samples: int, batch: int, accumulation: int, world: int, seed: int
+def test_an_epoch_trains_each_sample_once_on_any_numbers_of_ranks(
+    samples: int, global_batch: int, worlds: list[tuple[int, int]], seed: int
 ) -> None:
-    schedule = Schedule(samples, batch, accumulation, world, seed)
+    """Also where a run is resumed at any step on another number of ranks."""
+    schedule = Schedule(samples, global_batch, seed)
     seen: list[int] = []
     for step in range(schedule.steps_per_epoch):
-        for rank in range(world):
-            micro_batches = schedule.micro_batches(step, rank)
-            assert [len(numbers) for numbers in micro_batches] == [batch] * accumulation
-            seen += [number for numbers in micro_batches for number in numbers]
-    assert len(seen) == len(set(seen)) == samples - schedule.dropped
-    assert schedule.dropped < schedule.samples_per_step
+        world, batch_size = worlds[step % len(worlds)]
+        of_ranks = [schedule.micro_batches(step, rank, world, batch_size) for rank in range(world)]
+        counts = [sum(map(len, mine)) for mine in of_ranks]
+        assert max(counts) - min(counts) <= 1
+        assert all(len(micro) <= batch_size for mine in of_ranks for micro in mine)
+        taken = [number for mine in of_ranks for micro in mine for number in micro]
+        assert sorted(taken) == sorted(schedule.samples(step))
+        seen += taken
+    assert sorted(seen) == list(range(samples))
 
 
 def test_the_draft_vocab_is_the_most_frequent_tokens(tmp_path: Path, tokenizer: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from trainer_client.eagle3.config import DraftConfig
 from trainer_client.eagle3.draft import Eagle3Draft
@@ -24,7 +23,7 @@ from trainer_client.training.data import Schedule
 from trainer_client.training.memory import peak_bytes
 from trainer_client.training.run import Ranks
 from trainer_client.training.staging import staged
-from trainer_client.training.trainer import StepMetrics, Trainer, make_optimizer
+from trainer_client.training.trainer import NonFiniteError, StepMetrics, Trainer, make_optimizer
 
 D, H, T = 24, 16, 9
 CPU = torch.device("cpu")
@@ -97,7 +96,7 @@ def test_each_step_says_its_peak_of_memory() -> None:
 def test_accumulated_batches_are_one_step_with_the_mean_of_their_losses() -> None:
     alone = [train(make_trainer(), [batch(seed)])[0] for seed in (0, 1)]
     (both,) = train(make_trainer(accumulation=2), [batch(0), batch(1)])
-    assert both.loss == pytest.approx(sum(step.loss for step in alone) / 2)
+    assert both.loss == pytest.approx(sum(step.loss for step in alone) / 2)  # as many slots each
     assert both.tokens_per_s * both.seconds == pytest.approx(2 * T)
 
 
@@ -111,8 +110,8 @@ def test_the_order_of_an_epoch_is_made_once(monkeypatch: pytest.MonkeyPatch) -> 
 
     data._order.cache_clear()
     monkeypatch.setattr(torch, "randperm", randperm)
-    schedule = Schedule(n_samples=40, batch_size=2, accumulation=2, world_size=1, seed=3)
-    seen = [n for step in range(10) for part in schedule.micro_batches(step, 0) for n in part]
+    schedule = Schedule(n_samples=40, global_batch=4, seed=3)
+    seen = [n for step in range(10) for part in schedule.micro_batches(step, 0, 1, 2) for n in part]
     assert sorted(seen) == list(range(40))
     assert len(made) == 1
 
@@ -132,15 +131,6 @@ def _rank(rank: int, store: str, results: str) -> None:
         timeout=timedelta(seconds=60),
     )
     trainer = make_trainer(ACCUMULATION)
-    reduced: list[int] = []
-
-    def count(group, bucket):  # type: ignore[no-untyped-def]  # torch reads the annotations
-        reduced.append(bucket.index())
-        return allreduce_hook(group, bucket)
-
-    module = trainer._module
-    assert isinstance(module, DistributedDataParallel)
-    module.register_comm_hook(None, count)
     messages: list[int] = []
     all_reduce = dist.all_reduce
 
@@ -154,8 +144,7 @@ def _rank(rank: int, store: str, results: str) -> None:
     torch.save(
         {
             "weights": [p.detach() for p in trainer._trained],
-            "buckets": reduced,
-            "messages": len(messages),
+            "messages": messages,
             "losses": [step.loss for step in steps],
         },
         os.path.join(results, f"{rank}.pt"),
@@ -176,9 +165,10 @@ def test_gradients_are_reduced_once_a_step_not_once_a_micro_batch(
     two_ranks: list[dict[str, Any]],
 ) -> None:
     for rank in two_ranks:
-        buckets = 1 + max(rank["buckets"])
-        assert len(rank["buckets"]) == STEPS * buckets
-        assert rank["messages"] == len(rank["buckets"]) + STEPS  # the metrics are one a step
+        gradients = len(rank["weights"])
+        assert len(rank["messages"]) == STEPS * (
+            1 + gradients + 1
+        )  # what is to be learned; metrics
 
 
 def test_two_ranks_learn_what_one_learns_from_their_batches(
@@ -192,3 +182,76 @@ def test_two_ranks_learn_what_one_learns_from_their_batches(
     for mine, theirs, alone in zip(one["weights"], other["weights"], trainer._trained, strict=True):
         assert torch.equal(mine, theirs)
         torch.testing.assert_close(mine, alone.detach(), atol=2e-5, rtol=1e-4)
+
+
+# -- however a global batch is cut -----------------------------------------------------------------
+
+
+def with_loss_on(seed: int, slots: int) -> Eagle3TargetBatch:
+    """A batch with supervision in so many of its slots."""
+    whole = batch(seed)
+    assert whole.position_mask is not None
+    mask = torch.arange(T).view(1, T, 1) < slots
+    return replace(whole, position_mask=mask, loss_mask=mask.squeeze(-1).long())
+
+
+def gradients(trainer: Trainer, parts: list[list[Eagle3TargetBatch]]) -> torch.Tensor:
+    """Of one global batch cut into ranks and micro-batches, as ranks would add them up."""
+    counts = sum(trainer._counts(mine) for mine in parts)
+    for mine in parts:
+        for each in mine:
+            trainer._backward(each, counts)
+    return torch.cat([p.grad.flatten() for p in trainer._trained if p.grad is not None])
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_any_cut_of_a_global_batch_has_its_gradient(dtype: torch.dtype, close: float) -> None:
+    samples = [with_loss_on(seed, slots) for seed, slots in enumerate([2, 9, 1, 7, 0, 5])]
+
+    def joined(some: list[Eagle3TargetBatch]) -> Eagle3TargetBatch:
+        names = [f.name for f in fields(some[0]) if getattr(some[0], f.name) is not None]
+        tensors = {n: torch.cat([getattr(s, n) for s in some]) for n in names if n != "origins"}
+        return Eagle3TargetBatch(**tensors)
+
+    def of(parts: list[list[list[Eagle3TargetBatch]]]) -> torch.Tensor:
+        trainer = make_trainer()
+        trainer._unroll.to(dtype)
+        return gradients(trainer, [[joined(micro) for micro in mine] for mine in parts])
+
+    whole = of([[samples]])
+    cuts = [
+        [[samples[:1], samples[1:]]],
+        [[samples[:2]], [samples[2:]]],
+        [[[one] for one in samples]],
+        [[samples[0::3]], [samples[1::3]], [samples[2::3]]],
+        [[samples], []],
+    ]
+    for cut in cuts:
+        assert float((of(cut) - whole).norm() / whole.norm()) < close
+
+
+def test_a_value_that_is_not_finite_stops_before_the_step_and_names_the_sample() -> None:
+    bad = batch(1)
+    bad.aux_hidden_states[0, 3, 0] = torch.inf
+    bad = replace(bad, origins=("chat.jsonl:7",))
+    trainer = make_trainer()
+    before = [p.detach().clone() for p in trainer._trained]
+    steps = trainer.run([bad], first_step=0, waited_s=lambda: 0.0)
+    with pytest.raises(
+        NonFiniteError, match=r"step 1 has a gradient of norm nan, from chat.jsonl:7"
+    ):
+        next(steps)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer._trained, strict=True))
+
+
+def test_so_many_steps_may_be_left_out_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    bad = batch(1)
+    bad.aux_hidden_states[0, 3, 0] = torch.nan
+    trainer = make_trainer()
+    trainer.may_skip = 1
+    steps = trainer.run([batch(0), bad, batch(2), bad], first_step=0, waited_s=lambda: 0.0)
+    assert [next(steps).step for _ in range(3)] == [1, 2, 3]
+    assert all(p.isfinite().all() for p in trainer._trained)
+    assert caplog.messages == ["step_skipped"]
+    with pytest.raises(NonFiniteError):
+        next(steps)

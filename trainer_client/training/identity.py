@@ -1,0 +1,158 @@
+"""What makes a training run the one that it is, written down at its start: ``run.json``.
+
+A run that is resumed must be the same run: the same samples, vocabulary, target and settings, or
+its draft is neither the one nor the other. What may differ is listed; everything else is refused by
+name. The ranks of a run agree on it before the first request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from trainer_client.errors import TrainerClientError
+
+T = TypeVar("T")
+FILE = "run.json"
+#: What may be another when a run is resumed: where things lie, how fast they go, when it ends.
+FREE = (
+    "output",
+    "resume",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "prefetch",
+    "prefetch_mib",
+    "data",
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "accumulation",
+    "skip_non_finite",
+)
+#: What is written down for people, and compared by nobody.
+_TOLD = ("versions", "ranks", "files")
+
+
+class RunError(TrainerClientError):
+    """This is not the run that lies in the output directory, or ranks do not train the same."""
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    names = ("draftmq", "torch", "transformers")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def read(output: Path) -> dict[str, Any] | None:
+    """The identity of the run in a directory; None where there is none. Raises RunError."""
+    try:
+        said = json.loads((output / FILE).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{output / FILE} cannot be read: {error}") from error
+    if not isinstance(said, dict):
+        raise RunError(f"{output / FILE} is no JSON object; it was not written by draftmq")
+    return said
+
+
+def write(output: Path, identity: Mapping[str, Any]) -> None:
+    """Write ``run.json``, whole or not at all."""
+    output.mkdir(parents=True, exist_ok=True)
+    unfinished = output / f".{FILE}.{os.getpid()}"
+    unfinished.write_text(json.dumps(dict(identity), indent=1, default=str) + "\n")
+    unfinished.replace(output / FILE)
+
+
+def check_place(output: Path, *, resume: bool) -> dict[str, Any] | None:
+    """What run lies there, for a resumed one; None where a new one may begin.
+
+    Raises :class:`RunError` where a new run would mix with an old one's checkpoints and curves.
+    """
+    there = read(output)
+    checkpoints = any((output / "checkpoints").glob("step-*"))
+    if not resume and (there is not None or checkpoints):
+        raise RunError(
+            f"{output} has a run in it; go on with it (--resume), or choose another --output"
+        )
+    if resume and there is None and checkpoints:
+        raise RunError(
+            f"the checkpoints in {output} are of an older draftmq, which did not write down what "
+            "run they are of; export them (draftmq export), and begin a run in another --output"
+        )
+    return there if resume else None
+
+
+def compare(there: Mapping[str, Any], here: Mapping[str, Any], output: Path) -> None:
+    """Raise :class:`RunError` that names what differs between the run there and the one wanted."""
+    differing = [
+        f"{name} is {_shown(there.get(name))} there and {_shown(here[name])} here"
+        for name in here
+        if name not in _TOLD and there.get(name) != here[name]
+    ]
+    if differing:
+        raise RunError(
+            f"{output} is another run: {'; '.join(differing)}; resume with what it began with, or "
+            "choose another --output"
+        )
+
+
+def agree(
+    rank: int, world: int, make: Callable[[], T], shown: Callable[[T], Mapping[str, Any]]
+) -> T:
+    """Have every rank make its own, and see that all made the same before anything is asked.
+
+    Raises what ``make`` raised here, and :class:`RunError` where another rank failed or differs.
+    """
+    made, error = None, None
+    try:
+        made = make()
+    except Exception as raised:
+        error = raised
+    if world > 1:
+        mine = {"error": str(error) if error else "", "made": dict(shown(made)) if made else {}}
+        everyone: list[Any] = [None] * world
+        dist.all_gather_object(everyone, mine)
+        if error is None:
+            _refuse_others(rank, everyone)
+    if error is not None:
+        raise error
+    assert made is not None
+    return made
+
+
+def _refuse_others(rank: int, everyone: list[dict[str, Any]]) -> None:
+    for other, theirs in enumerate(everyone):
+        if theirs["error"]:
+            raise RunError(f"rank {other} cannot train: {theirs['error']}")
+    first = everyone[0]["made"]
+    for other, theirs in enumerate(everyone):
+        differing = [name for name in first if theirs["made"].get(name) != first[name]]
+        if differing:
+            said = "; ".join(
+                f"{name} is {_shown(first[name])} on rank 0 and "
+                f"{_shown(theirs['made'].get(name))} on rank {other}"
+                for name in differing
+            )
+            raise RunError(f"the ranks would not train the same: {said}; give all the same files")
+
+
+def content_hash(path: Path) -> str:
+    """A hash of a file's bytes."""
+    content = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
