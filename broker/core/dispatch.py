@@ -14,6 +14,14 @@ from broker.core.state import Entry, WorkerSession
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
 
+#: What a request is expected to take while no worker of the pool has answered anything: a first
+#: forward may compile for as long.
+_UNKNOWN_S = 20.0
+#: Where nothing is hedged, a request is overdue after so many times its expected time.
+_LATE = 3.0
+#: A queue that waits for a better worker is looked at again at least this often.
+_LOOK_S = 5.0
+
 
 class Dispatcher:
     """Keeps the requests of each pool where they have to wait, and gives them to workers.
@@ -40,18 +48,47 @@ class Dispatcher:
 
     def dispatch(self, pool: Pool, now: float) -> None:
         """Give queued requests to workers with free credits."""
-        queue, choice = pool.queue, pool.choice
-        while len(queue) and len(choice.free()):
-            entry = cast(Entry, queue.at(0))
-            worker = choice.choose(entry.n_tokens, now, entry.avoid)
-            if worker is None and (later := choice.choose_for_later(entry.n_tokens, now)):
-                worker, place = later
-                entry = cast(Entry, queue.at(place))
-            if worker is None or entry is None:
+        while len(pool.queue) and len(pool.choice.free()):
+            chosen = self._choose(pool, now)
+            if chosen is None:
                 return
+            entry, worker, is_trial = chosen
             if not self._must_wait(entry, pool, now):
-                queue.take(entry)
-                self._assign(entry, worker, now)
+                pool.queue.take(entry)
+                self._assign(entry, worker, now, is_trial=is_trial)
+
+    def _choose(self, pool: Pool, now: float) -> tuple[Entry, WorkerSession, bool] | None:
+        """The next request, who gets it, and whether that is a trial of a worker that looks slow.
+
+        None: the requests wait for a better worker, and a timer is set to look again.
+        """
+        queue, choice = pool.queue, pool.choice
+        entry = cast(Entry, queue.at(0))
+        worker = choice.choose(entry.n_tokens, now, entry.avoid)
+        if worker is not None:
+            return entry, worker, False
+        if later := choice.choose_for_later(entry.n_tokens, now, entry.avoid):
+            worker, place = later
+            late = cast("Entry | None", queue.at(place))
+            if late is not None and worker.id not in late.avoid:
+                return late, worker, False
+        worker, due = choice.choose_for_trial(entry.n_tokens, now, entry.avoid)
+        if worker is None:
+            self._look_again(pool, min(due, now + _LOOK_S))
+            return None
+        last = cast(Entry, queue.last())  # the one that can best be late
+        return entry if worker.id in last.avoid else last, worker, True
+
+    def _look_again(self, pool: Pool, due: float) -> None:
+        """Have the pool's queue looked at then, even if nothing happens until then."""
+        if due < pool.looks_at:
+            pool.looks_at = due
+            self._ledger.at(due, lambda now: self._look_at_pool(pool, due, now))
+
+    def _look_at_pool(self, pool: Pool, due: float, now: float) -> None:
+        if pool.looks_at == due:
+            pool.looks_at = math.inf
+        self.dispatch(pool, now)
 
     def _must_wait(self, entry: Entry, pool: Pool, now: float) -> bool:
         """Whether a queued entry cannot run yet; then it has left the queue."""
@@ -96,7 +133,13 @@ class Dispatcher:
         self._looks_at = math.inf  # the requests are looked at after every event
 
     def _assign(
-        self, entry: Entry, worker: WorkerSession, now: float, packet: Packet | None = None
+        self,
+        entry: Entry,
+        worker: WorkerSession,
+        now: float,
+        packet: Packet | None = None,
+        *,
+        is_trial: bool = False,
     ) -> None:
         """Give the entry to a worker; ``packet`` in place of the entry's own."""
         ledger = self._ledger
@@ -116,27 +159,46 @@ class Dispatcher:
         entry.workers.add(worker.id)
         ledger.counters["assignments"] += 1
         ledger.forward(Side.WORKER, worker.connection, packet)
-        if not entry.hedge:
-            self.watch(entry, worker, now)
+        self.watch(entry, worker, now, unsure=is_trial)
 
-    def watch(self, entry: Entry, worker: WorkerSession, now: float) -> None:
-        """Have another worker try as well when this one has had the entry for far too long."""
+    def watch(
+        self, entry: Entry, worker: WorkerSession, now: float, *, unsure: bool = False
+    ) -> None:
+        """The worker has the entry from now on: notice when that takes far too long, by its own
+        speed, or by its pool's if it is ``unsure``.
+        """
+        config = self._ledger.config
+        expected_s = worker.busy_until - now
+        if worker.seconds_per_token is None or unsure:
+            typical = self._ledger.pools[worker.offer].choice.typical_seconds_per_token()
+            has = [self._ledger.entries.get(request_id) for request_id in worker.running]
+            n_tokens = sum(each.n_tokens for each in has if each is not None)
+            expected_s = _UNKNOWN_S if typical is None else typical * n_tokens
+        late_s = (config.hedge_after or _LATE) * expected_s
+        due = now + max(late_s, config.hedge_floor_s)
+        self._ledger.at(due, lambda due: self._overdue(entry, worker, now, due))
+
+    def _overdue(self, entry: Entry, worker: WorkerSession, since: float, now: float) -> None:
+        """The worker has had the entry since then, which is far too long: it gets nothing else
+        until it has answered.
+        """
         ledger = self._ledger
-        if worker.seconds_per_token is not None and ledger.config.hedge_after:
-            late_s = ledger.config.hedge_after * (worker.busy_until - now)
-            due = now + max(late_s, ledger.config.hedge_floor_s)
-            ledger.at(due, lambda now: self._hedge(entry, worker, now))
+        if ledger.workers.get(worker.id) is worker and worker.running.get(entry.id) == since:
+            worker.overdue.add(entry.id)
+            ledger.pools[worker.offer].choice.put(worker)
+            if ledger.config.hedge_after and not entry.hedge:
+                self._hedge(entry, worker, now)
 
     def _hedge(self, entry: Entry, worker: WorkerSession, now: float) -> None:
-        """The worker has had the entry for far too long: have another one try as well."""
+        """Have another worker try as well."""
         ledger = self._ledger
         alone = ledger.entries.get(entry.id) is entry and entry.workers == {worker.id}
         if not alone or worker.running.get(entry.id) is None or entry.packet is None:
             return
         pool = ledger.pools[worker.offer]
-        other = pool.choice.choose(entry.n_tokens, now, {*entry.avoid, worker.id})
-        running = sum(len(each.running) for each in pool.workers.values())
-        if other in (None, worker) or not self._may_hedge(entry, running):
+        avoid = {*entry.avoid, worker.id}
+        other = pool.choice.free().choose(entry.n_tokens, now, avoid)
+        if other is None or not self._may_hedge(entry, pool):
             ledger.at(
                 now + ledger.config.hedge_floor_s, lambda now: self._hedge(entry, worker, now)
             )
@@ -147,11 +209,14 @@ class Dispatcher:
         ledger.hedged.add(entry.id)
         self._assign(entry, other, now, _by_wire(entry.packet))
 
-    def _may_hedge(self, entry: Entry, running: int) -> bool:
+    def _may_hedge(self, entry: Entry, pool: Pool) -> bool:
+        """Whether another may learn its mapping, and its pool does not run too much twice."""
         ledger = self._ledger
         mapping = entry.request.mapping_id
         can_be_told = not mapping or mapping in ledger.mappings
-        return can_be_told and len(ledger.hedged) < max(1, ledger.config.hedge_share * running)
+        running = sum(len(each.running) for each in pool.workers.values())
+        hedged = sum(ledger.entries[request_id].pool == entry.pool for request_id in ledger.hedged)
+        return can_be_told and hedged < max(1, ledger.config.hedge_share * running)
 
 
 def _by_wire(packet: Packet) -> Packet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from operator import attrgetter
@@ -30,6 +31,10 @@ def validate(core: BrokerCore) -> None:
         pool.queue.validate()
         free = {worker for worker in pool.workers.values() if worker.free}
         assert set(pool.choice.free()) == free
+        if len(pool.queue) and any(not worker.running for worker in free):
+            # liveness: who waits beside an idle worker waits for a better one, and for so long
+            assert core.next_timer is not None
+            assert core.next_timer <= pool.looks_at < math.inf
         assert all(core.workers[worker.id] is worker for worker in pool.workers.values())
     for worker in core.workers.values():
         assert core.pools[worker.offer].workers[worker.id] is worker

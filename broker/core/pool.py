@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from broker.core.queue import FairQueue
@@ -19,3 +20,5 @@ class Pool:
     #: the same workers, to choose one from
     choice: Choice = field(default_factory=Choice)
     queue: FairQueue = field(default_factory=FairQueue)
+    #: when a timer will have the queue looked at
+    looks_at: float = math.inf

@@ -97,6 +97,11 @@ class FairQueue:
             del self._jobs[name]
         return None
 
+    def last(self) -> Queueable | None:
+        """The entry of the job that is next which will be served last."""
+        entry = self.at(0)
+        return None if entry is None else self._jobs[self._order[0][-1]].items[0][-1]
+
     def take(self, entry: Queueable) -> None:
         """Serve an entry of the job that is next, which is charged for it."""
         virtual_tokens, _, name = self._order[0]

@@ -224,6 +224,7 @@ class Requests:
                 entry.pool = worker.offer
                 entry.workers.add(worker.id)
                 entry.adopted = True
+                self._dispatcher.watch(entry, worker, now, unsure=True)
 
     def _may_adopt(self, entry: Entry, worker: WorkerSession) -> bool:
         """Whether a worker that says that it has this request could be right."""
@@ -260,7 +261,10 @@ class Requests:
         if isinstance(message, m.Reply):
             if not entry.adopted:  # nobody here knows since when it had that
                 computed_s = min(message.compute_s, now - since)
-                learn_speed(worker, entry.n_tokens, computed_s)
+                choice = ledger.pools[worker.offer].choice
+                is_first = worker.seconds_per_token is None
+                typical = choice.typical_seconds_per_token() if is_first else None
+                learn_speed(worker, entry.n_tokens, computed_s, typical)
             ledger.pools[worker.offer].choice.put(worker)
             ledger.counters["hedges_won"] += entry.hedge == worker.id
             if message.parts:

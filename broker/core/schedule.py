@@ -2,7 +2,8 @@
 
 A busy worker gets more in advance, so that it need not wait for the network. But nobody gets what
 another, that has no credit just now, would finish much sooner: a slow worker must not hold what the
-training waits for. While it is idle it gets one that is not wanted soon.
+training waits for. While it is idle it gets one that is not wanted soon, and after some seconds one
+in any case: what looked slow may have been a pause, or a forward that compiled.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from collections.abc import Callable, Collection, Iterator
 
 from broker.core.state import WorkerSession
 
-#: Weight of the newest answer in a worker's learned speed: a handful of answers decide.
-_NEWEST = 0.3
+#: Answers of which the median is a worker's speed: one or two that paused do not matter, and five
+#: answers after a change it is known.
+_LAST_ANSWERS = 5
 #: Workers whose speeds differ by less than this factor count as equally fast.
 _SAME_SPEED = 2**0.25
 #: A request goes to a worker that takes no longer for it, by this factor, than one without credit.
 _PATIENCE = 1.5
 #: What takes no longer takes no time: rates have bounds.
 _NO_TIME_S = 1e-9
-#: A worker that was too slow gets the next request after so many times what one takes it: it may
-#: have become faster.
-_FORGIVEN_AFTER = 8
+#: A worker that looks too slow is tried with one request after so many times what one takes it, and
+#: after so many seconds at the latest: it may have become faster.
+_TRIED_AFTER, _TRIED_AFTER_S = 10, 5.0
 
 
 class Candidates:
@@ -88,6 +90,11 @@ class Candidates:
                 if self._newest.get(worker) == number:
                     del self._newest[worker]
 
+    def first_until(self) -> float:
+        """When the first of them should have finished all that it has; infinity without one."""
+        tops = [self._first(heap, ()) for heap in self._classes.values()]
+        return min((worker.busy_until for worker in tops if worker is not None), default=math.inf)
+
     def _first(
         self, heap: list[tuple[float, int, WorkerSession]], avoid: Collection[str]
     ) -> WorkerSession | None:
@@ -138,7 +145,9 @@ class Choice:
         self._changed: dict[WorkerSession, None] = {}
         self._free = Candidates(lambda worker: worker.free > 0)
         self._idle = Candidates(lambda worker: worker.free > 0 and not worker.running)
-        self._full = Candidates(lambda worker: not worker.free and not worker.draining)
+        self._full = Candidates(
+            lambda worker: not (worker.free or worker.draining or worker.overdue)
+        )
         #: worker -> its tokens per second, and how many requests it has; and their sums
         self._counted: dict[WorkerSession, tuple[float, int]] = {}
         self._tokens_per_s = 0.0
@@ -181,20 +190,47 @@ class Choice:
         takes_s = expected_finish(worker, n_tokens, now) - now
         return worker if takes_s <= _PATIENCE * wait_s else None
 
-    def choose_for_later(self, n_tokens: int, now: float) -> tuple[WorkerSession, int] | None:
+    def choose_for_trial(
+        self, n_tokens: int, now: float, avoid: Collection[str] = ()
+    ) -> tuple[WorkerSession | None, float]:
+        """An idle worker that is too slow for the request by what is known of it, when it has been
+        idle for long enough to be tried in any case. With it, or without one, the time at which
+        this, or the wait for a better worker, must be looked at again; infinity without a reason.
+        """
+        due = self._full.first_until()
+        for worker in self._idle:
+            if worker.id in avoid:
+                continue
+            takes_s = (worker.seconds_per_token or 0.0) * n_tokens
+            tried_at = worker.idle_since + min(_TRIED_AFTER_S, _TRIED_AFTER * takes_s)
+            if tried_at <= now:
+                return worker, now
+            due = min(due, tried_at)
+        return None, due
+
+    def choose_for_later(
+        self, n_tokens: int, now: float, avoid: Collection[str] = ()
+    ) -> tuple[WorkerSession, int] | None:
         """An idle worker that is too slow for the next request; and how many requests the others
         will have taken before it would be done with one.
         """
-        worker = self._idle.choose(n_tokens, now)
+        worker = self._idle.choose(n_tokens, now, avoid)
         if worker is None:
             return None
         takes_s = (worker.seconds_per_token or 0.0) * n_tokens
-        if now > worker.busy_until + _FORGIVEN_AFTER * takes_s:
-            return worker, 0
         others_per_s = self._tokens_per_s - _tokens_per_s(worker)
         return worker, max(
             0, math.ceil(takes_s * others_per_s / max(1, n_tokens)) - self._n_running
         )
+
+    def typical_seconds_per_token(self) -> float | None:
+        """The median of the workers that have answered."""
+        speeds = sorted(
+            worker.seconds_per_token
+            for worker in self._counted
+            if worker.seconds_per_token is not None
+        )
+        return speeds[(len(speeds) - 1) // 2] if speeds else None
 
     def _count(self, worker: WorkerSession, counted: tuple[float, int]) -> None:
         per_s, running = self._counted.get(worker, (0.0, 0))
@@ -227,10 +263,21 @@ def expected_finish(worker: WorkerSession, n_tokens: int, now: float) -> float:
     return max(now, worker.busy_until) + (worker.seconds_per_token or 0.0) * n_tokens
 
 
-def learn_speed(worker: WorkerSession, n_tokens: int, compute_s: float) -> None:
-    """Take one answer into the worker's learned seconds per token."""
+def learn_speed(
+    worker: WorkerSession, n_tokens: int, compute_s: float, typical: float | None = None
+) -> None:
+    """Take one answer into the worker's learned seconds per token: the median of the last few.
+
+    The first answer of a life is not one of them, since its forward may have compiled, tuned or
+    loaded: until the second it stands for the worker's speed, but makes no worker look slower than
+    is ``typical`` of its pool.
+    """
     if n_tokens <= 0:
         return
-    measured = (compute_s if compute_s > _NO_TIME_S else 0.0) / n_tokens
-    known = worker.seconds_per_token
-    worker.seconds_per_token = measured if known is None else known + _NEWEST * (measured - known)
+    measured = max(0.0, compute_s) / n_tokens
+    if worker.seconds_per_token is None:
+        worker.seconds_per_token = measured if typical is None else min(measured, typical)
+        return
+    last = (*worker.last_seconds_per_token, measured)[-_LAST_ANSWERS:]
+    worker.last_seconds_per_token = last
+    worker.seconds_per_token = sorted(last)[(len(last) - 1) // 2]

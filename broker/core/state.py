@@ -57,6 +57,12 @@ class WorkerSession:
     draining: bool = False
     #: seconds for one token, learned from answers; None until the first
     seconds_per_token: float | None = None
+    #: of the last few answers but the first of its life
+    last_seconds_per_token: tuple[float, ...] = ()
+    #: requests that it has had for far longer than expected; it gets no other until they are over
+    overdue: set[RequestId] = field(default_factory=set)
+    #: since when it has had nothing to do, if it has nothing
+    idle_since: float = 0.0
     #: when it should have finished all that it has
     busy_until: float = 0.0
     answered: int = 0
@@ -68,7 +74,7 @@ class WorkerSession:
     @property
     def free(self) -> int:
         """Requests it may still be given."""
-        return 0 if self.draining else max(0, self.credits - len(self.running))
+        return 0 if self.draining or self.overdue else max(0, self.credits - len(self.running))
 
 
 @dataclass(eq=False)

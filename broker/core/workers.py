@@ -49,8 +49,10 @@ class Workers:
             hello.credits,
             now,
         )
-        if before is not None:
+        worker.idle_since = now
+        if before is not None and before.incarnation == worker.incarnation:
             worker.seconds_per_token = before.seconds_per_token
+            worker.last_seconds_per_token = before.last_seconds_per_token
         self._ledger.workers[worker.id] = pool.workers[worker.id] = worker
         self._ledger.worker_connections[connection] = worker
         self._ledger.welcome(Side.WORKER, connection)
@@ -119,8 +121,10 @@ class Workers:
         """It finishes what it has, and takes no more; what it was given went before our answer."""
         worker.draining = True
         self._ledger.send(Side.WORKER, worker.connection, m.Draining())
-        self._ledger.pools[worker.offer].choice.put(worker)
+        pool = self._ledger.pools[worker.offer]
+        pool.choice.put(worker)
         self._ledger.log("info", "worker_draining", worker=worker.id, running=len(worker.running))
+        self._dispatcher.dispatch(pool, now)  # a request may have waited for this one
 
     def reply(self, worker: WorkerSession, packet: Packet, now: float) -> None:
         """A reply or a failure came: the worker has a credit again, the client its answer."""
@@ -131,6 +135,7 @@ class Workers:
             self._ledger.log("warning", "unasked_answer", worker=worker.id, request=str(message.id))
             return
         worker.answered += 1
+        worker.overdue.discard(message.id)
         pool = self._ledger.pools[worker.offer]
         self._reckon(worker, now)
         entry = self._ledger.entries.get(message.id)
@@ -161,6 +166,7 @@ class Workers:
         entries = map(self._ledger.entries.get, worker.running)
         n_tokens = sum(entry.n_tokens for entry in entries if entry is not None)
         worker.busy_until = now + (worker.seconds_per_token or 0.0) * n_tokens
+        worker.idle_since = now
         self._ledger.pools[worker.offer].choice.put(worker)
 
     def _watch(self, worker: WorkerSession) -> None:
@@ -202,6 +208,7 @@ class Workers:
             self._requests.retry(
                 entry, "" if blame is Blame.NONE else worker.id, "lost_workers", now
             )
+        self._dispatcher.dispatch(pool, now)  # a request may have waited for this worker
         self._close_pool(pool, now)
 
     def _close_pool(self, pool: Pool, now: float) -> None:

@@ -23,7 +23,7 @@ def reply(rig: Rig, worker: str, request_id: m.RequestId, nbytes: int = SIZE) ->
 
 def with_room(client_bytes: int = 3000, total_bytes: int = 100_000) -> Rig:
     """A worker with credits for all, and a client ``c`` whose replies have about 1,000 bytes."""
-    rig = Rig(max_client_bytes=client_bytes, max_total_bytes=total_bytes)
+    rig = Rig(max_client_bytes=client_bytes, max_total_bytes=total_bytes, hedge_floor_s=1e3)
     rig.client("c")
     rig.worker("w", credits=16)
     reply(rig, "w", rig.ask("c", 1))
