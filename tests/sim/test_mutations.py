@@ -11,7 +11,7 @@ from tests.sim.replay import play
 from tests.sim.schedule import make
 
 #: The rarest needs a twin, a failover or a cancel at the right moment.
-_SCHEDULES = 400
+_SCHEDULES = 1000
 
 
 def test_there_are_planted_bugs_in_every_core() -> None:
