@@ -176,7 +176,8 @@ class Dispatcher:
             expected_s = _UNKNOWN_S if typical is None else typical * n_tokens
         late_s = (config.hedge_after or _LATE) * expected_s
         due = now + max(late_s, config.hedge_floor_s)
-        self._ledger.at(due, lambda due: self._overdue(entry, worker, now, due))
+        since = worker.running[entry.id]
+        self._ledger.at(due, lambda now: self._overdue(entry, worker, since, now))
 
     def _overdue(self, entry: Entry, worker: WorkerSession, since: float, now: float) -> None:
         """The worker has had the entry since then, which is far too long: it gets nothing else

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Sequence
 from typing import cast
 
@@ -218,13 +219,23 @@ class Requests:
                 unknown -= 1
             if entry is None and request_id not in ledger.answers:
                 request = m.Request(request_id, "generate", worker.model, 0, 0, "", "", 0.0, ())
-                entry = ledger.entries[request_id] = Entry(request, None, "", now, now)
+                entry = ledger.entries[request_id] = Entry(request, None, "", now, math.inf)
+                self._drop_unasked(entry, now + ledger.config.held_answer_s)
             if entry is not None and entry.passing is None:
                 self._dispatcher.unqueue(entry)
                 entry.pool = worker.offer
                 entry.workers.add(worker.id)
                 entry.adopted = True
                 self._dispatcher.watch(entry, worker, now, unsure=True)
+
+    def _drop_unasked(self, entry: Entry, due: float) -> None:
+        """Have a request forgotten that a worker brought along and that nobody asks for by then."""
+
+        def check(now: float) -> None:
+            if self._ledger.entries.get(entry.id) is entry and entry.expires_at == math.inf:
+                self.drop(entry, cancel=True)
+
+        self._ledger.at(due, check)
 
     def _may_adopt(self, entry: Entry, worker: WorkerSession) -> bool:
         """Whether a worker that says that it has this request could be right."""
@@ -244,9 +255,10 @@ class Requests:
         )
         for worker_id in sorted(entry.workers):
             if fits:
-                self._dispatcher.watch(entry, ledger.workers[worker_id], now)
+                self._dispatcher.watch(entry, ledger.workers[worker_id], now, unsure=True)
             else:
                 del ledger.workers[worker_id].running[entry.id]
+                ledger.workers[worker_id].overdue.discard(entry.id)
                 ledger.pools[entry.pool].choice.put(ledger.workers[worker_id])
                 entry.workers.discard(worker_id)
         if not fits:
@@ -276,9 +288,9 @@ class Requests:
         failure = cast(m.Failure, message)
         if failure.code == "unknown_mapping":  # its store is bounded too: tell it again
             worker.mappings.discard(entry.request.mapping_id)
-            self._queue_again(entry, now)
+            self._given_back(entry, worker, failure, now)
         elif failure.code == "cancelled":  # before its client came back and asked again
-            self._queue_again(entry, now)
+            self._given_back(entry, worker, failure, now)
         elif failure.code == "target_failed":
             entry.story.append(f"worker {worker.id} after {now - since:.1f} s: {failure.text}")
             self.retry(entry, worker.id, failure.code, now)
@@ -333,7 +345,7 @@ class Requests:
         """
         if wrong := passing.take(packet):
             self._ledger.counters["bad_messages"] += 1
-            self.break_off(entry, wrong, now)
+            self.break_off(entry, wrong, now, blamed=True)
             return
         client = self._ledger.clients[entry.client]
         self._ledger.forward(Side.CLIENT, client.connection, packet)
@@ -357,18 +369,35 @@ class Requests:
             due = worker.moved_at + self._ledger.config.part_s
             if now >= due:
                 why = f"no part of it came for {now - worker.moved_at:.1f} s"
-                self.break_off(entry, why, now)
+                self.break_off(entry, why, now, blamed=True)
             else:
                 self._ledger.at(due, check)
 
         self._ledger.at(now + self._ledger.config.part_s, check)
 
-    def break_off(self, entry: Entry, why: str, now: float) -> None:
-        """The rest of a reply does not come: the request runs again."""
+    def _given_back(
+        self, entry: Entry, worker: WorkerSession, failure: m.Failure, now: float
+    ) -> None:
+        """A worker has not tried: others are tried first, and not for ever."""
+        entry.given_back_by.append(worker.id)
+        entry.story.append(f"worker {worker.id} gave it back: {failure.code} {failure.text}")
+        if len(entry.given_back_by) < 2 * self._ledger.config.max_losses or entry.workers:
+            self._queue_again(entry, now)
+        else:
+            self._give_up(entry, failure.code, now)
+
+    def break_off(self, entry: Entry, why: str, now: float, *, blamed: bool = False) -> None:
+        """The rest of a reply does not come: the request runs again. Where the worker is to be
+        ``blamed`` for what it sent, that counts as an attempt that failed.
+        """
         assert entry.passing is not None
+        worker_id = entry.passing.worker
         entry.story.append(f"the reply of worker {entry.passing.worker} broke off: {why}")
         self._end_passing(entry)
-        self._queue_again(entry, now)
+        if blamed:
+            self.retry(entry, worker_id, "lost_workers", now)
+        else:
+            self._queue_again(entry, now)
 
     def end_passing(self, client: ClientSession) -> None:
         """Its connection is gone, with the parts that it had: it will ask again."""
@@ -426,7 +455,10 @@ class Requests:
                 self._queue_again(entry, now)
 
     def _give_up(self, entry: Entry, code: str, now: float) -> None:
-        story = f"given up after {len(entry.failed_on)} attempts: " + "; ".join(entry.story)
+        story = (
+            f"given up after {len(entry.failed_on) + len(entry.given_back_by)} attempts: "
+            + "; ".join(entry.story)
+        )
         self.finish(entry, encode(m.Failure(entry.id, code, story)), now)
 
     def _queue_again(self, entry: Entry, now: float) -> None:

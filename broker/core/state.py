@@ -145,6 +145,8 @@ class Entry:
     #: those of them, with their incarnations, that fell silent or lost their connection; who comes
     #: back in the same life was not taken down
     suspects: dict[str, int] = field(default_factory=dict)
+    #: workers that gave it back without having tried; others are tried first
+    given_back_by: list[str] = field(default_factory=list)
     #: since when it has waited for room, while it does
     room_since: float | None = None
     story: list[str] = field(default_factory=list)
@@ -180,7 +182,7 @@ class Entry:
     @property
     def avoid(self) -> set[str]:
         """Workers that others are tried before."""
-        return {*self.failed_on, self.request.avoid} - {""}
+        return {*self.failed_on, *self.given_back_by, self.request.avoid} - {""}
 
 
 class Blame(enum.Enum):

@@ -159,13 +159,15 @@ class Answers:
         self._ledger.waiting.move_to_end(asked, last=False)
 
     def _failed(self, link: Link, ticket: Ticket, failure: m.Failure, now: float) -> None:
-        if failure.code == "damaged":
+        if ticket.endpoint != link.endpoint:  # the broker that has it now will answer
+            self._ledger.counters["duplicates"] += 1
+        elif failure.code == "damaged":
             self._ledger.counters["damaged"] += 1
             ticket.story.append(f"the request was damaged on its way: {failure.text}")
             ticket.resend_at = now
         elif failure.code != "over_window":
             self._ledger.fail(failure.id, failure.code, failure.text)
-        elif ticket.endpoint == link.endpoint:
+        else:
             ticket.story.append(f"broker {link.broker}: {failure.text}")
             ticket.resend_at = now + link.heartbeat_s
 

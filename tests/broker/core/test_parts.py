@@ -253,3 +253,45 @@ def test_a_worker_that_comes_back_with_a_reply_is_heard_before_its_client_asks_a
         rig.from_worker("w2", packet)
     assert [type(message) for message in of_reply(rig)] == [m.Reply, m.Part, m.Part, m.Part]
     rig.cut(Side.CLIENT, "c")
+
+
+def test_replies_that_break_off_again_and_again_end_their_request() -> None:
+    rig = Rig()
+    rig.client("c")
+    rig.worker("w1")
+    asked = rig.ask("c", 1)
+    for _ in range(20):
+        if asked in rig.core.workers["w1"].running:
+            header, _, second, _ = answer(rig)
+            rig.from_worker("w1", header)
+            rig.from_worker("w1", second)  # and the first never came
+    (failure,) = rig.got("c", m.Failure)
+    assert failure.code == "lost_workers"  # type: ignore[union-attr]
+    assert "broke off" in failure.text  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("code", ["cancelled", "unknown_mapping"])
+def test_a_request_that_is_given_back_goes_to_another_and_not_for_ever(code: str) -> None:
+    rig = Rig()
+    rig.client("c")
+    rig.worker("w1")
+    asked = rig.ask("c", 1)
+    rig.worker("w2")
+    rig.got("w1")
+    rig.fail("w1", asked, code)
+    assert rig.requests("w2") == [str(asked)]
+    for _ in range(20):
+        for name in ("w1", "w2"):
+            if asked in rig.core.workers[name].running:
+                rig.fail(name, asked, code)
+    (failure,) = rig.got("c", m.Failure)
+    assert failure.code == code  # type: ignore[union-attr]
+
+
+def test_what_a_worker_brought_along_and_nobody_asks_for_is_forgotten() -> None:
+    rig = Rig()
+    rig.client("c")
+    rig.worker("w1", held=(rig.id("c", 1),))
+    assert len(rig.core.entries) == 1
+    rig.pass_time(70.0, (Side.CLIENT, "c"), (Side.WORKER, "w1"))
+    assert rig.core.entries == {}

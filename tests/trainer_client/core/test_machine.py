@@ -322,6 +322,21 @@ def test_what_another_try_can_mend_is_tried_again_and_no_error(code: str) -> Non
     assert rig.requests() == [1]
 
 
+def test_a_failure_of_a_broker_that_no_longer_has_the_request_does_not_end_it() -> None:
+    rig = Rig(A, B)
+    rig.welcome(A, broker="a")
+    request = rig.submit(1)
+    assert isinstance(request.message, m.Request)
+    rig.handle(Disconnected(A))
+    rig.welcome(B, broker="b")
+    assert rig.requests(B) == [1]
+    rig.welcome(A, broker="a")
+    rig.arrive(m.Failure(request.message.id, "lost_workers", "given up"), A)
+    assert not rig.ended
+    rig.arrive(m.Failure(request.message.id, "target_failed", "no"), B)
+    assert len(rig.ended) == 1
+
+
 def test_a_wanted_mapping_is_offered() -> None:
     rig = Rig()
     rig.welcome()
