@@ -15,7 +15,7 @@ from broker import logs
 from broker.keys import operators
 from trainer_client.eagle3.draft import Attention
 from trainer_client.errors import TrainerClientError
-from trainer_client.training.run import Plan, Ranks, TrainSettings
+from trainer_client.training.run import Plan, Ranks, TrainSettings, Turns
 from trainer_client.training.run import train as run_training
 from trainer_client.training.stopping import Stop
 from trainer_client.training.trainer import StepMetrics
@@ -23,7 +23,7 @@ from worker.direct import options as direct_options
 from worker.direct.config import DirectConfig
 
 _HELP = {
-    "data": "JSONL with 'text' or 'messages', or plain text; .gz and .xz too.",
+    "data": "JSON lines or an array: text, messages, conversations, ...; or plain text.",
     "output": "Directory of the run: metrics, curves, checkpoints, the draft.",
     "epochs": "Passes over the data.",
     "max_steps": "End after so many steps (0: after the epochs).",
@@ -32,6 +32,8 @@ _HELP = {
     "global_batch": "Samples of a step over all ranks (0: batch size x accumulation x ranks).",
     "skip_non_finite": "Steps with a gradient that is not finite that may be left out.",
     "max_length": "Tokens of a sample; what is longer is cut, and counted.",
+    "loss_on": "Assistant turns that have loss: all of them, or each conversation's last.",
+    "skip_bad_lines": "Leave out records that cannot be used, and count them by reason.",
     "draft_vocab_size": "Tokens that the draft can emit: the most frequent in the data.",
     "draft_intermediate_size": "Width of the draft's MLP (0: like the target's).",
     "ttt_depths": "Depths of the training-time test.",
@@ -65,6 +67,7 @@ _TYPES = {
     "float": float,
     "bool": bool,
     "Depth": _Depth(),
+    "Turns": click.Choice(get_args(Turns)),
     "Attention": click.Choice(get_args(Attention)),
 }
 
@@ -109,6 +112,7 @@ Example:
     default="auto",
     help="What workers send; auto takes 'hidden' where it is offered; 'topk' is lossy.",
 )
+@click.option("--trust-remote-code", is_flag=True, help="Run code of the tokenizer's own.")
 @click.option("--tokenizer", help="Name or path (default: the target's own).")
 @click.option("--device", default="", help="cpu, cuda, ... (default: a GPU if there is one).")
 @click.option("--job", default="", help="Groups ranks in the broker (default: the output path).")
@@ -136,6 +140,7 @@ def train(
     model: str,
     encoding: str,
     tokenizer: str | None,
+    trust_remote_code: bool,
     device: str,
     job: str,
     timeout_s: float,
@@ -194,7 +199,7 @@ def train(
             summary = run_training(
                 settings,
                 target,
-                AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False),
+                AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code),
                 ranks=ranks,
                 device=torch.device(device),
                 on_plan=progress.plan,
@@ -279,7 +284,9 @@ class _Progress:
         dataset = plan.dataset
         self._say(
             f"{len(dataset.samples)} samples, {dataset.n_tokens} tokens "
-            f"({dataset.truncated} samples cut, {dataset.without_loss} without loss left out); "
+            f"({dataset.truncated} samples cut, {dataset.without_loss} without loss left out"
+            + "".join(f", {count} {reason}" for reason, count in dataset.left_out.items())
+            + "); "
             f"{plan.schedule.global_batch} a step, {plan.total_steps} steps; draft vocab "
             f"{plan.mapping.draft_vocab_size} covers {plan.coverage:.1%}"
         )

@@ -1,30 +1,25 @@
-"""Training data: JSONL with ``text`` or ``messages``, or plain text; also ``.gz`` and ``.xz``.
-
-Every sample says where it came from, and what cannot be used is an error with file and line.
-"""
+"""A data set of a run: its samples, each of which says where it came from, and their order."""
 
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
-import json
-import lzma
 import math
-import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer_client.data.files import BadLine, Record, read_records
+from trainer_client.data.records import Chat, Tokens, understand
+from trainer_client.data.rendering import Renderer, Spans
+from trainer_client.data.tokens import Encoder
 from trainer_client.errors import DataError
-
-_OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}
-_ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,8 @@ class Dataset:
     samples: list[Sample]
     truncated: int
     without_loss: int
+    #: records that were left out, by reason
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:
@@ -69,127 +66,92 @@ class MicroBatch:
     origins: tuple[str, ...]
 
 
-def read_dataset(path: Path, tokenizer: Any, max_length: int) -> Dataset:
-    """Read and tokenize a data file. Raises :class:`DataError` with the line that is wrong."""
+def read_dataset(
+    path: Path,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    skip_bad_lines: bool = False,
+    loss_on: str = "all",
+    template_options: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """Read and tokenize a data file, whatever its format (:mod:`trainer_client.data.files`).
+
+    Raises :class:`DataError` with the first line that is wrong; with ``skip_bad_lines`` what is
+    wrong is left out, and counted by reason.
+    """
+    reader = _Reader(tokenizer, max_length, loss_on, template_options)
     samples, truncated, without_loss = [], 0, 0
-    for sample in _samples(path, tokenizer, max_length):
-        if len(sample.input_ids) > max_length:
-            truncated += 1
-            ids, mask = sample.input_ids[:max_length], sample.loss_mask[:max_length]
-            sample = Sample(ids, mask, sample.origin)
-        if any(sample.loss_mask[1:]):  # the first token is never predicted
-            samples.append(sample)
-        else:
-            without_loss += 1
+    left_out: Counter[str] = Counter()
+    for record in read_records(path):
+        try:
+            if isinstance(record, BadLine):
+                raise record
+            found = reader.samples(record)
+        except BadLine as error:
+            if not skip_bad_lines:
+                raise
+            left_out[error.reason] += 1
+            continue
+        for sample in found:
+            if len(sample.input_ids) > max_length:
+                truncated += 1
+                ids, mask = sample.input_ids[:max_length], sample.loss_mask[:max_length]
+                sample = Sample(ids, mask, sample.origin)
+            if any(sample.loss_mask[1:]):  # the first token is never predicted
+                samples.append(sample)
+            else:
+                without_loss += 1
     if not samples:
+        said = "".join(f", {count} {reason}" for reason, count in left_out.items())
         raise DataError(
             f"{path} has no sample with anything to learn from ({without_loss} had no loss within "
-            f"{max_length} tokens); give more data or a larger --max-length"
+            f"{max_length} tokens{said}); give more data or a larger --max-length"
         )
-    return Dataset(samples, truncated, without_loss)
+    return Dataset(samples, truncated, without_loss, dict(left_out))
 
 
-def _samples(path: Path, tokenizer: Any, max_length: int) -> Iterator[Sample]:
-    name = path.name
-    for suffix in _OPENERS:
-        name = name.removesuffix(suffix)
-    if name.endswith(".jsonl"):
-        for number, line in _lines(path):
-            if line.strip():
-                yield _from_json(f"{path}:{number}", line, tokenizer)
-    else:
-        text = "".join(line for _, line in _lines(path))
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for at in range(0, len(ids) - 1, max_length):
-            part = tuple(ids[at : at + max_length])
-            yield Sample(part, (1,) * len(part), f"{path}:token {at}")
+class _Reader:
+    """Records to samples, for one tokenizer."""
 
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        loss_on: str,
+        template_options: Mapping[str, Any] | None,
+    ) -> None:
+        self._encoder = Encoder(tokenizer)
+        self._renderer = Renderer(tokenizer, loss_on=loss_on, options=template_options)
+        self._max_length = max_length
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    number = 0
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number + 1} is not UTF-8: {error.reason}; convert it") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
+    def samples(self, record: Record) -> list[Sample]:
+        """What a record has to train on. Raises :class:`BadLine`."""
+        origin, known = record.origin, understand(record)
+        if isinstance(known, Tokens):
+            return [Sample(known.input_ids, known.loss_mask, origin)]
+        if isinstance(known, Chat):
+            rendered = self._renderer.samples(origin, known)
+            return [Sample(*self._encoder.spans(each), origin) for each in rendered]
+        if isinstance(record.value, str):
+            return self._cut(origin, known.text)
+        if known.loss_from:  # in pieces, as it is served: what was asked, then the rest
+            spans = Spans(known.text, ((known.loss_from, len(known.text)),))
+            ids, mask = self._encoder.pieces(spans)
+            begins = self._encoder.missing(ids)
+            return [Sample((*begins, *ids), (*(0 for _ in begins), *mask), origin)]
+        ids = tuple(self._encoder.text(known.text))
+        return [Sample(ids, (1,) * len(ids), origin)]
 
-
-def _from_json(origin: str, line: str, tokenizer: Any) -> Sample:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{origin} is not JSON: {error}; one object a line is wanted") from None
-    if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
-        raise DataError(f'{origin} wants an object with either "text" or "messages"')
-    if "text" in record:
-        text = record["text"]
-        if not isinstance(text, str) or not text:
-            raise DataError(f'{origin}: "text" must be a string that is not empty')
-        _check_text(origin, text)
-        ids = tuple(tokenizer(text, verbose=False)["input_ids"])
-        return Sample(ids, (1,) * len(ids), origin)
-    return _from_messages(origin, record["messages"], tokenizer)
-
-
-def _from_messages(origin: str, messages: Any, tokenizer: Any) -> Sample:
-    """Tokens of a conversation, with loss on what the assistant says."""
-    _check_messages(origin, messages)
-    text = _render(origin, messages, tokenizer)
-    _check_text(origin, text)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _render(origin, messages[:index], tokenizer, add_generation_prompt=True)
-            after = _render(origin, messages[: index + 1], tokenizer)
-            if not (text.startswith(before) and text.startswith(after)):
-                raise DataError(
-                    f"{origin}: the chat template renders message {index + 1} differently when "
-                    "more follow, so its tokens cannot be told; train on one assistant turn a line"
-                )
-            spans.append((len(before), len(after)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    mask = tuple(
-        int(any(begin < last and first < end for first, last in spans))
-        for begin, end in encoded["offset_mapping"]
-    )
-    return Sample(tuple(encoded["input_ids"]), mask, origin)
-
-
-def _check_text(origin: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(text[error.start])
-        raise DataError(f"{origin} has {half}, half of a surrogate pair; repair the text") from None
-
-
-def _render(origin: str, messages: Sequence[Any], tokenizer: Any, **options: Any) -> str:
-    if not messages:
-        return ""
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except Exception as error:  # jinja's errors, and what templates raise on purpose
-        raise DataError(f"{origin}: the chat template does not take this: {error}") from None
-
-
-def _check_messages(origin: str, messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f'{origin}: "messages" must be a list that is not empty')
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise DataError(f"{origin}: message {number} is not an object")
-        if message.get("role") not in _ROLES:
-            raise DataError(
-                f"{origin}: message {number} has the role {message.get('role')!r}; roles are "
-                f"{', '.join(_ROLES)}"
-            )
-        if not isinstance(message.get("content"), str):
-            raise DataError(f"{origin}: message {number} has no content that is a string")
-    if all(message["role"] != "assistant" for message in messages):
-        raise DataError(f"{origin} has no assistant turn, so there is nothing to learn from")
+    def _cut(self, origin: str, text: str) -> list[Sample]:
+        """Running text in samples of full length, each with the beginning of sequence."""
+        begins, ids = self._encoder.begins, self._encoder.plain(text)
+        size = max(1, self._max_length - len(begins))
+        parts = [(*begins, *ids[at : at + size]) for at in range(0, len(ids) - 1, size)]
+        return [
+            Sample(part, (1,) * len(part), f"{origin}:token {number * size}")
+            for number, part in enumerate(parts)
+        ]
 
 
 def collate(samples: Sequence[Sample]) -> MicroBatch:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,10 @@ from trainer_client.training.data import Dataset, MicroBatch, Schedule, collate,
 from trainer_client.training.prefetch import Depth, Prefetcher
 from trainer_client.training.stopping import Stop, Stopped
 from trainer_client.training.trainer import StepMetrics, Trainer, learning_rate, make_optimizer
-from trainer_client.training.vocab import frequent_tokens, token_counts
+from trainer_client.training.vocab import always_known, frequent_tokens, token_counts
 from worker.supervision.mapping import VocabMapping
+
+Turns = Literal["all", "last"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class TrainSettings:
     global_batch: int = 0
     #: SpecForge's default for chat data.
     max_length: int = 2048
+    #: Which assistant turns have loss: all, or the last of each conversation.
+    loss_on: Turns = "all"
+    #: Leave out records that cannot be used, and count them by reason; else the first is an error.
+    skip_bad_lines: bool = False
     #: What EAGLE-3's authors and most published drafts use.
     draft_vocab_size: int = 32000
     #: 0: like a layer of the target.
@@ -174,9 +180,17 @@ def make_plan(
     """
     info = backend.model_info()
     limit = info["max_position_embeddings"] or settings.max_length
-    dataset = read_dataset(settings.data, tokenizer, min(settings.max_length, limit))
+    dataset = read_dataset(
+        settings.data,
+        tokenizer,
+        min(settings.max_length, limit),
+        skip_bad_lines=settings.skip_bad_lines,
+        loss_on=settings.loss_on,
+    )
     counts = token_counts(dataset.samples, info["vocab_size"])
-    mapping, coverage = frequent_tokens(counts, settings.draft_vocab_size)
+    mapping, coverage = frequent_tokens(
+        counts, settings.draft_vocab_size, always_known(tokenizer, info["vocab_size"])
+    )
     began = settings.batch_size * settings.accumulation * ranks.world_size
     if there is not None:
         began = there.get("global_batch", began)
@@ -351,6 +365,7 @@ def _finish(
         "samples": len(plan.dataset.samples),
         "samples_truncated": plan.dataset.truncated,
         "samples_without_loss": plan.dataset.without_loss,
+        "records_left_out": dict(plan.dataset.left_out),
         "global_batch": plan.schedule.global_batch,
         "draft_vocab_size": plan.mapping.draft_vocab_size,
         "draft_vocab_coverage": plan.coverage,

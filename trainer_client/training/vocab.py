@@ -2,31 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
+from trainer_client.errors import DataError
 from trainer_client.training.data import Sample
 from worker.supervision.mapping import VocabMapping
 
+#: A tokenizer with more special tokens keeps some for its users.
+_MANY = 64
+
 
 def token_counts(samples: Iterable[Sample], vocab_size: int) -> torch.Tensor:
-    """How often each token is to be predicted; int64 [V]."""
+    """How often each token is to be predicted; int64 [V].
+
+    A draft that has read a token with loss learns the one after it, so that is what counts: the
+    stop token too, where it stands behind the loss. Raises :class:`DataError` for an id that the
+    target does not have.
+    """
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for sample in samples:
+        ids = torch.tensor(sample.input_ids)
+        if len(ids) and int(ids.max()) >= vocab_size:
+            raise DataError(
+                f"{sample.origin} has the token {int(ids.max())}, and the target's vocabulary has "
+                f"{vocab_size} tokens; was the data made with another tokenizer?"
+            )
         mask = torch.tensor(sample.loss_mask, dtype=torch.bool)
-        counts += torch.bincount(torch.tensor(sample.input_ids)[mask], minlength=vocab_size)
+        counts += torch.bincount(ids[1:][mask[:-1]], minlength=vocab_size)
     return counts
 
 
-def frequent_tokens(counts: torch.Tensor, draft_vocab_size: int) -> tuple[VocabMapping, float]:
+def always_known(tokenizer: Any, vocab_size: int) -> list[int]:
+    """Tokens that the target may emit whatever the data says: its special ones, few as they are."""
+    ids = {getattr(tokenizer, "eos_token_id", None), *getattr(tokenizer, "all_special_ids", ())}
+    return sorted(each for each in ids if isinstance(each, int) and 0 <= each < vocab_size)[:_MANY]
+
+
+def frequent_tokens(
+    counts: torch.Tensor, draft_vocab_size: int, known: Sequence[int] = ()
+) -> tuple[VocabMapping, float]:
     """The mapping to the D most frequent tokens, and the share of all occurrences they cover.
 
-    Of equally frequent tokens the lower ids are taken. A size of V or more takes them all.
+    Of equally frequent tokens the lower ids are taken; those of ``known`` come first. A size of V
+    or more takes them all.
     """
     vocab_size = counts.numel()
     size = min(draft_vocab_size, vocab_size)
-    order = torch.argsort(counts, descending=True, stable=True)
+    ranked = counts.clone()
+    ranked[list(known)] = torch.iinfo(torch.int64).max
+    order = torch.argsort(ranked, descending=True, stable=True)
     chosen = order[:size].sort().values
     coverage = float(counts[chosen].sum() / counts.sum().clamp_min(1))
     return VocabMapping(chosen, vocab_size), coverage
