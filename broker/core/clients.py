@@ -45,7 +45,7 @@ class Clients:
         client.connection = connection
         client.last_seen = now
         self._ledger.client_connections[connection] = client
-        self._lose_sent(client)
+        self._lose_sent(client, now)
         self._ledger.welcome(Side.CLIENT, connection)
         self._requests.ask_again(client)
 
@@ -55,20 +55,20 @@ class Clients:
         del self._ledger.client_connections[client.connection]
         client.connection = None
         client.last_seen = now
-        self._lose_sent(client)
+        self._lose_sent(client, now)
         self._ledger.log(
             "info", "client_disconnected", client=client.id, requests=len(client.requests)
         )
 
-    def _lose_sent(self, client: ClientSession) -> None:
+    def _lose_sent(self, client: ClientSession, now: float) -> None:
         """What was on its connection is gone with it."""
-        self._requests.end_passing(client)
+        self._requests.end_passing(client, now)
         self._ledger.reply_room.free_sent(client.id, client.requests)
 
     def heartbeat(self, client: ClientSession, packet: Packet, now: float) -> None:
         """It is still there; tell it whether anybody works for it."""
         client.direct = cast(m.Heartbeat, packet.message).direct
-        waits = any(request_id in self._ledger.poolless for request_id in client.requests)
+        waits = any(request_id in self._ledger.waiting_for_pool for request_id in client.requests)
         n_workers = 0 if waits else len(self._ledger.workers)
         beat = heartbeat(n_workers, self._ledger.offers())
         self._ledger.forward(Side.CLIENT, client.connection, beat)
@@ -94,7 +94,7 @@ class Clients:
         if client.connection is not None:
             del self._ledger.client_connections[client.connection]
         for request_id in list(client.requests):
-            self._requests.drop(self._ledger.entries[request_id], cancel=True)
+            self._requests.drop(self._ledger.entries[request_id], now, cancel=True)
         self._ledger.reply_room.forget(client.id)
         self._ledger.log("info", "client_left", client=client.id, reason=reason)
 
@@ -107,7 +107,7 @@ class Clients:
         self._ledger.reply_room.free(request_id)
         entry = self._ledger.entries.get(request_id)
         if entry is not None:
-            self._requests.drop(entry, cancel=True)
+            self._requests.drop(entry, now, cancel=True)
 
     def acknowledged(self, client: ClientSession, packet: Packet, now: float) -> None:
         """It has these answers, so nobody asks for them again."""
@@ -117,7 +117,7 @@ class Clients:
                 self._ledger.reply_room.free(request_id)
                 entry = self._ledger.entries.get(request_id)
                 if entry is not None and entry.passing is not None:
-                    self._requests.drop(entry, cancel=False)
+                    self._requests.drop(entry, now, cancel=False)
 
     def mapping_offer(self, client: ClientSession, packet: Packet, now: float) -> None:
         """The content of a mapping that requests wait for."""
@@ -130,7 +130,7 @@ class Clients:
             )
             return
         self._ledger.mappings.put(offer.mapping_id, packet, now)
-        for entry in self._ledger.mappingless.pop(offer.mapping_id, {}).values():
+        for entry in list(self._ledger.waiting_for_mapping.get(offer.mapping_id, {}).values()):
             if offer.mapping_id in self._ledger.mappings:
                 self._requests.route(entry, now)
             else:  # asking for it again would never end

@@ -8,6 +8,7 @@ from typing import cast
 
 from broker.core.events import Side
 from broker.core.ledger import Ledger
+from broker.core.places import Place
 from broker.core.pool import Pool
 from broker.core.schedule import expected_finish
 from broker.core.state import Entry, WorkerSession
@@ -39,11 +40,12 @@ class Dispatcher:
         entry.pool = pool.description.offer
         mapping = entry.request.mapping_id
         if mapping and mapping not in self._ledger.mappings:
-            self._ledger.mappingless.setdefault(mapping, {})[entry.id] = entry
+            why = f"vocab mapping {mapping} has not come from any trainer"
+            self._ledger.places.move(entry, Place.MAPPING, why, now)
             if (client := self._ledger.clients.get(entry.client)) is not None:
                 self._ledger.answer(client, m.MappingWanted(mapping))
             return
-        pool.queue.push(entry, again=again)
+        self._ledger.places.move(entry, Place.QUEUED, "", now, again=again)
         self.dispatch(pool, now)
 
     def dispatch(self, pool: Pool, now: float) -> None:
@@ -63,7 +65,8 @@ class Dispatcher:
         None: the requests wait for a better worker, and a timer is set to look again.
         """
         queue, choice = pool.queue, pool.choice
-        entry = cast(Entry, queue.at(0))
+        patience_s = self._ledger.config.patience_s
+        entry = cast(Entry, queue.passed_over(now - patience_s) or queue.at(0))
         worker = choice.choose(entry.n_tokens, now, entry.avoid)
         if worker is not None:
             return entry, worker, False
@@ -95,30 +98,12 @@ class Dispatcher:
         ledger = self._ledger
         mapping = entry.request.mapping_id
         if mapping and mapping not in ledger.mappings:  # evicted while it waited
-            pool.queue.remove(entry)
             self.take(entry, pool, now, again=True)
-        elif ledger.waiting_for_reply_room.must_wait(entry, now):
-            pool.queue.remove(entry)
+        elif why := ledger.waiting_for_reply_room.why_wait(entry, now):
+            ledger.places.move(entry, Place.REPLY_ROOM, why, now)
         else:
             return False
         return True
-
-    def unqueue(self, entry: Entry) -> None:
-        """Take a request from wherever it waits."""
-        ledger = self._ledger
-        ledger.poolless.pop(entry.id, None)
-        ledger.suspected.pop(entry.id, None)
-        ledger.waiting_for_reply_room.discard(entry)
-        ledger.waiting_for_request_room.discard(entry)
-        if ledger.recalled.pop(entry.id, None):
-            ledger.request_room.free(entry.id)
-        mapping = entry.request.mapping_id
-        if waiting := ledger.mappingless.get(mapping):
-            waiting.pop(entry.id, None)
-            if not waiting:
-                del ledger.mappingless[mapping]
-        if entry.pool:
-            ledger.pools[entry.pool].queue.remove(entry)
 
     def use_room(self, now: float) -> None:
         """Where replies have made room, serve who waited for it before all new ones."""
@@ -156,6 +141,8 @@ class Dispatcher:
         worker.running[entry.id] = now
         ledger.pools[worker.offer].choice.put(worker)
         ledger.reply_room.expect(entry)
+        if not entry.workers:
+            ledger.places.move(entry, Place.RUNNING, f"on worker {worker.id}", now)
         entry.workers.add(worker.id)
         ledger.counters["assignments"] += 1
         ledger.forward(Side.WORKER, worker.connection, packet)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from broker.core.places import COUNTED
 from broker.core.warnings import warnings
 
 if TYPE_CHECKING:
@@ -44,27 +45,15 @@ def validate(core: BrokerCore) -> None:
     for request_id, entry in core.entries.items():
         assert entry.id == request_id
         assert request_id not in core.answers
-        queue = core.pools[entry.pool].queue if entry.pool else ()
-        places = {
-            "running": bool(entry.workers),
-            "passing": entry.passing is not None,
-            "without a pool": request_id in core.poolless,
-            "suspected": request_id in core.suspected,
-            "without its mapping": request_id in core.mappingless.get(entry.request.mapping_id, {}),
-            "queued": entry in queue,
-            "waiting for room for its reply": entry in core.waiting_for_reply_room,
-            "waiting for room": entry in core.waiting_for_request_room,
-            "recalled": request_id in core.recalled,
-        }
-        assert sum(places.values()) == 1, f"{entry} is in these places: {places}"
         assert all(request_id in core.workers[worker].running for worker in entry.workers)
         if (passing := entry.passing) is not None:
             assert passing.complete or request_id in core.workers[passing.worker].passing
             assert core.clients[entry.client].connection is not None
             assert request_id in core.clients[entry.client].requests
-    assert {id_ for id_, e in core.entries.items() if e.suspects} <= set(core.bereft)
-    assert core.bereft.items() <= core.entries.items()
-    assert core.suspected.keys() <= core.bereft.keys()
+    assert {id_ for id_, e in core.entries.items() if e.suspects} <= set(core.orphaned)
+    assert core.orphaned.items() <= core.entries.items()
+    assert core.suspected.keys() <= core.orphaned.keys()
+    core.places.validate()
     assert core.hedged == {id_ for id_, entry in core.entries.items() if entry.hedge}
     for each in (
         core.request_room,
@@ -93,9 +82,10 @@ def snapshot(core: BrokerCore, now: float) -> dict[str, Any]:
         "requests": {
             "running": running.total(),
             "queued": sum(len(pool.queue) for pool in core.pools.values()),
-            "without_worker": len(core.poolless),
-            "without_mapping": sum(len(waiting) for waiting in core.mappingless.values()),
+            "without_worker": len(core.waiting_for_pool),
+            "without_mapping": sum(len(waiting) for waiting in core.waiting_for_mapping.values()),
         },
+        "places": {place.name.lower(): core.places.counts[place] for place in COUNTED},
         "models": dict(sorted(_models(core, running))),
         "measures": {name: _measured(of) for name, of in sorted(core.measures.models.items())},
         "workers": [_worker(worker, now) for _, worker in sorted(core.workers.items())],

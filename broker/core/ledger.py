@@ -14,6 +14,7 @@ from typing import Any
 from broker.core.config import BrokerConfig
 from broker.core.events import Action, Log, Send, Side
 from broker.core.measures import Measures
+from broker.core.places import Places
 from broker.core.pool import Pool
 from broker.core.room import ReplyRoom, Room, Waiting
 from broker.core.state import ClientSession, Entry, PacketStore, WorkerSession
@@ -38,13 +39,13 @@ class Ledger:
         #: every accepted request that is not answered yet
         self.entries: dict[m.RequestId, Entry] = {}
         #: requests that no pool can take yet, in order of arrival
-        self.poolless: dict[m.RequestId, Entry] = {}
+        self.waiting_for_pool: dict[m.RequestId, Entry] = {}
         #: requests that have lost a worker which may come back
-        self.bereft: dict[m.RequestId, Entry] = {}
+        self.orphaned: dict[m.RequestId, Entry] = {}
         #: requests that may have taken down too many workers -> when these had time to return
         self.suspected: dict[m.RequestId, float] = {}
         #: mapping -> requests that wait for its content
-        self.mappingless: dict[str, dict[m.RequestId, Entry]] = {}
+        self.waiting_for_mapping: dict[str, dict[m.RequestId, Entry]] = {}
         self.mappings: PacketStore[str] = PacketStore(config.held_mapping_bytes)
         self.answers: PacketStore[m.RequestId] = PacketStore(config.held_answer_bytes)
         #: requests that run a second time
@@ -63,6 +64,8 @@ class Ledger:
         self.waiting_for_reply_room = Waiting(
             self.reply_room, self.reply_room.expected_bytes, config.patience_s, one_each=True
         )
+        #: moves requests from one of these to another
+        self.places = Places(self)
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._timer_numbers = itertools.count()
         self._actions: list[Action] = []

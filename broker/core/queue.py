@@ -3,7 +3,8 @@
 Synchronous training is as slow as its slowest rank, so within a job the earliest step comes first,
 and of equal steps the first request of every rank before the second of any. Step numbers of
 different jobs mean nothing to each other; jobs share by tokens served (start-time fair queueing,
-Goyal et al., SIGCOMM 1996).
+Goyal et al., SIGCOMM 1996). Who has been passed over for too long is next in its job, whatever its
+step: two runs that share the name of a job have steps that mean nothing to each other, too.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class _Job:
     items: list[_Item] = field(default_factory=list)
     #: step -> client -> how many requests it has brought for that step; no steps that are over
     turns: dict[int, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
+    #: by the id() of the entry, in order of arrival: the entry, and since when it is here
+    arrived: dict[int, tuple[float, Queueable]] = field(default_factory=dict)
 
 
 class FairQueue:
@@ -71,7 +74,7 @@ class FairQueue:
         for job in self._jobs.values():
             yield from (item[-1] for item in reversed(job.items))
 
-    def push(self, entry: Queueable, *, again: bool = False) -> None:
+    def push(self, entry: Queueable, *, again: bool = False, now: float = 0.0) -> None:
         """Add an entry; ``again`` puts one that was lost on its way before all new ones."""
         job = self._jobs.get(entry.job)
         if job is None:
@@ -82,6 +85,7 @@ class FairQueue:
         item = (again, -entry.step, -turn, -next(self._arrivals), entry)
         bisect.insort(job.items, item)
         self._there[id(entry)] = item
+        job.arrived[id(entry)] = (now, entry)
 
     def at(self, place: int) -> Queueable | None:
         """The entry that will be served about so many places after the next one, if there is one.
@@ -96,6 +100,13 @@ class FairQueue:
             heapq.heappop(self._order)
             del self._jobs[name]
         return None
+
+    def passed_over(self, since: float) -> Queueable | None:
+        """The first entry of the job that is next, if it is here since then or longer."""
+        if self.at(0) is None:
+            return None
+        arrived_at, entry = next(iter(self._jobs[self._order[0][-1]].arrived.values()))
+        return entry if arrived_at <= since else None
 
     def last(self) -> Queueable | None:
         """The entry of the job that is next which will be served last."""
@@ -118,6 +129,7 @@ class FairQueue:
         if item is None:
             return
         job = self._jobs[entry.job]
+        del job.arrived[id(entry)]
         del job.items[bisect.bisect_left(job.items, item)]
         if not self._there:  # who had how much does not matter any more
             self._jobs.clear()
@@ -133,3 +145,5 @@ class FairQueue:
         assert {id(item[-1]): item for item in items} == self._there
         assert len(items) == len(self._there)
         assert all(job.items == sorted(job.items) for job in self._jobs.values())
+        for job in self._jobs.values():
+            assert {id(item[-1]) for item in job.items} == set(job.arrived)

@@ -9,6 +9,7 @@ from typing import cast
 from broker.core.dispatch import Dispatcher
 from broker.core.events import Side
 from broker.core.ledger import Ledger
+from broker.core.places import Place, spent
 from broker.core.pool import Pool
 from broker.core.schedule import learn_speed
 from broker.core.state import ClientSession, Entry, Passing, WorkerSession
@@ -28,7 +29,7 @@ class Requests:
         self._ledger = ledger
         self._dispatcher = dispatcher
         #: whether a timer for these two is set
-        self._watches_answers = self._watches_poolless = False
+        self._watches_answers = self._watches_pools = False
 
     def accept(self, client: ClientSession, packet: Packet, now: float) -> None:
         """A request came: a new one, or one that was asked before."""
@@ -84,7 +85,7 @@ class Requests:
             self._check_adopted(entry, now)
         if entry.packet is None and self._keep(entry, packet, now) and not entry.under_way:
             self.route(entry, now)
-        if entry.id in self._ledger.mappingless.get(request.mapping_id, {}):
+        if entry.id in self._ledger.waiting_for_mapping.get(request.mapping_id, {}):
             self._ledger.answer(client, m.MappingWanted(request.mapping_id))
 
     def _keep(self, entry: Entry, packet: Packet, now: float) -> bool:
@@ -94,13 +95,10 @@ class Requests:
         """
         ledger = self._ledger
         entry.nbytes = packet.nbytes
-        ledger.waiting_for_request_room.discard(entry)
-        asked_for = ledger.recalled.pop(entry.id, None) is not None
-        if (
-            not asked_for
-            and not entry.under_way
-            and ledger.waiting_for_request_room.must_wait(entry, now)
-        ):
+        has_room = entry.place is Place.RECALLED or entry.under_way
+        if not has_room and (why := ledger.waiting_for_request_room.why_wait(entry, now)):
+            if entry.place is not Place.REQUEST_ROOM:
+                ledger.places.move(entry, Place.REQUEST_ROOM, why, now)
             return False
         ledger.request_room.put(entry.id, entry.nbytes)
         entry.packet = packet
@@ -110,10 +108,12 @@ class Requests:
         """Where requests have made room, ask for those that were let go."""
         ledger = self._ledger
         for entry in ledger.waiting_for_request_room.take_ready(now):
-            if ledger.waiting_for_request_room.must_wait(entry, now):
+            if ledger.waiting_for_request_room.why_wait(entry, now):
+                ledger.waiting_for_request_room.discard(entry)
+                ledger.waiting_for_request_room.add(entry, now)
                 continue  # the client has room for it, and all together have not
             ledger.request_room.put(entry.id, entry.nbytes)
-            ledger.recalled[entry.id] = entry
+            ledger.places.move(entry, Place.RECALLED, "its client has not sent it yet", now)
             ledger.counters["recalls"] += 1
             ledger.answer(ledger.clients[entry.client], m.RequestWanted(entry.id))
 
@@ -129,17 +129,17 @@ class Requests:
         if pool is not None:
             self._dispatcher.take(entry, pool, now, again=again)
             return
-        entry.poolless_since = now
-        self._ledger.poolless[entry.id] = entry
+        wanted = entry.request.offer or entry.request.model
+        why = f"no worker serves {wanted}" if wanted else "it names no model, and several are here"
+        self._ledger.places.move(entry, Place.POOL, why, now)
         if entry.request.offer:
             return  # its client says how long it waits for its own
-        self._watch_poolless(now + self._ledger.config.model_grace_s)
+        self._watch_pools(now + self._ledger.config.model_grace_s)
 
-    def route_poolless(self, now: float) -> None:
+    def route_waiting(self, now: float) -> None:
         """There is a new worker, perhaps for those that wait for one."""
-        for entry in list(self._ledger.poolless.values()):
+        for entry in list(self._ledger.waiting_for_pool.values()):
             if self._pool_of(entry) is not None:
-                del self._ledger.poolless[entry.id]
                 self.route(entry, now)
 
     def _pool_of(self, entry: Entry) -> Pool | None:
@@ -153,26 +153,28 @@ class Requests:
         found = served or named
         return found[0] if len(found) == 1 else None
 
-    def _watch_poolless(self, when: float) -> None:
+    def _watch_pools(self, when: float) -> None:
         """One timer for all, so that requests that come and are cancelled leave none behind."""
-        if not self._watches_poolless:
-            self._watches_poolless = True
-            self._ledger.at(when, self._still_poolless)
+        if not self._watches_pools:
+            self._watches_pools = True
+            self._ledger.at(when, self._still_without_pool)
 
-    def _still_poolless(self, now: float) -> None:
+    def _still_without_pool(self, now: float) -> None:
         """Where there are workers, but for long none for a request, its model is an error."""
-        self._watches_poolless = False
+        self._watches_pools = False
         grace_s = self._ledger.config.model_grace_s
         if self._ledger.pools:
-            for entry in [e for e in self._unnamed() if e.poolless_since + grace_s <= now]:
+            for entry in [e for e in self._unnamed() if e.place_since + grace_s <= now]:
                 self._fail_unknown_model(entry, now)
         if unnamed := self._unnamed():
-            first = min(entry.poolless_since for entry in unnamed)
-            self._watch_poolless(first + grace_s if first + grace_s > now else now + grace_s)
+            first = min(entry.place_since for entry in unnamed)
+            self._watch_pools(first + grace_s if first + grace_s > now else now + grace_s)
 
     def _unnamed(self) -> list[Entry]:
         """Requests without a pool that name no offer; who names one waits for it."""
-        return [entry for entry in self._ledger.poolless.values() if not entry.request.offer]
+        return [
+            entry for entry in self._ledger.waiting_for_pool.values() if not entry.request.offer
+        ]
 
     def _fail_unknown_model(self, entry: Entry, now: float) -> None:
         wanted = entry.request.model
@@ -190,7 +192,7 @@ class Requests:
             if now >= entry.expires_at:
                 self._ledger.counters["expired"] += 1
                 waited = f"nobody answered within {now - entry.accepted_at:.1f} s"
-                story = "; ".join([waited, *entry.story])
+                story = "; ".join([waited, *entry.story, spent(entry, now)])
                 self.finish(entry, encode(m.Failure(entry.id, "expired", story)), now)
 
     def adopt(
@@ -222,7 +224,10 @@ class Requests:
                 entry = ledger.entries[request_id] = Entry(request, None, "", now, math.inf)
                 self._drop_unasked(entry, now + ledger.config.held_answer_s)
             if entry is not None and entry.passing is None:
-                self._dispatcher.unqueue(entry)
+                if entry.place is not Place.RUNNING:
+                    ledger.places.move(entry, Place.RUNNING, f"on worker {worker.id}", now)
+                if entry.packet is None:
+                    ledger.request_room.free(entry.id)
                 entry.pool = worker.offer
                 entry.workers.add(worker.id)
                 entry.adopted = True
@@ -233,7 +238,7 @@ class Requests:
 
         def check(now: float) -> None:
             if self._ledger.entries.get(entry.id) is entry and entry.expires_at == math.inf:
-                self.drop(entry, cancel=True)
+                self.drop(entry, now, cancel=True)
 
         self._ledger.at(due, check)
 
@@ -321,12 +326,13 @@ class Requests:
         ledger = self._ledger
         client = ledger.clients.get(entry.client)
         if client is None or not self._takes(client, entry):
-            self.drop(entry, cancel=True)
+            self.drop(entry, now, cancel=True)
             return
         client.requests.add(entry.id)
         self._withdraw(entry)
         ledger.hedged.discard(entry.id)
         entry.hedge, entry.passing = "", passing
+        ledger.places.move(entry, Place.PASSING, f"from worker {passing.worker}", now)
         ledger.workers[passing.worker].passing.add(entry.id)
         ledger.reply_room.put(entry.id, passing.reply.tensor_bytes)
         self._watch_parts(entry, passing, now)
@@ -399,11 +405,11 @@ class Requests:
         else:
             self._queue_again(entry, now)
 
-    def end_passing(self, client: ClientSession) -> None:
+    def end_passing(self, client: ClientSession, now: float) -> None:
         """Its connection is gone, with the parts that it had: it will ask again."""
         for entry in [self._ledger.entries[request_id] for request_id in client.requests]:
             if entry.passing is not None:
-                self.drop(entry, cancel=False)
+                self.drop(entry, now, cancel=False)
 
     def _end_passing(self, entry: Entry) -> None:
         if entry.passing is not None:
@@ -431,7 +437,9 @@ class Requests:
         if entry.workers or entry.packet is None or not self._failed_too_often(entry):
             self._queue_again(entry, now)
         elif entry.suspects:
-            due = self._ledger.suspected[entry.id] = now + self._ledger.config.liveness_s
+            why = f"workers {', '.join(sorted(entry.suspects))} may come back"
+            self._ledger.places.move(entry, Place.SUSPECTED, why, now)
+            due = self._ledger.suspected[entry.id]
             self._ledger.at(due, lambda now: self._judge(entry, due, code, now))
         else:
             self._give_up(entry, code, now)
@@ -444,20 +452,19 @@ class Requests:
         if self._ledger.suspected.get(entry.id) == due:
             self._give_up(entry, code, now)
 
-    def acquit(self, worker: WorkerSession, now: float) -> None:
+    def clear_suspicion(self, worker: WorkerSession, now: float) -> None:
         """The worker is back in the same life, so no request has taken it down."""
-        for entry in list(self._ledger.bereft.values()):
+        for entry in list(self._ledger.orphaned.values()):
             if entry.suspects.pop(worker.id, None) != worker.incarnation:
                 continue
             entry.failed_on.remove(worker.id)
             if entry.id in self._ledger.suspected and not self._failed_too_often(entry):
-                del self._ledger.suspected[entry.id]
                 self._queue_again(entry, now)
 
     def _give_up(self, entry: Entry, code: str, now: float) -> None:
         story = (
             f"given up after {len(entry.failed_on) + len(entry.given_back_by)} attempts: "
-            + "; ".join(entry.story)
+            + "; ".join([*entry.story, spent(entry, now)])
         )
         self.finish(entry, encode(m.Failure(entry.id, code, story)), now)
 
@@ -469,7 +476,7 @@ class Requests:
         self._ledger.hedged.discard(entry.id)
         self._ledger.reply_room.free(entry.id)
         if entry.packet is None:  # from before a restart: its client has it, if it is there
-            self.drop(entry, cancel=False)
+            self.drop(entry, now, cancel=False)
             if (client := self._ledger.clients.get(entry.client)) is not None:
                 self._ledger.answer(client, m.RequestWanted(entry.id))
         else:
@@ -483,7 +490,7 @@ class Requests:
             told = {"request": str(entry.id), "code": failure.code, "text": failure.text}
             self._ledger.log("warning", "request_failed", **told)
         client = self._ledger.clients.get(entry.client)
-        self.drop(entry, cancel=True)
+        self.drop(entry, now, cancel=True)
         if client is not None and client.incarnation != entry.id.incarnation:
             return
         asked = entry.packet is not None or isinstance(answer.message, m.Reply)
@@ -518,14 +525,14 @@ class Requests:
         if len(ledger.answers) or ledger.reply_room.awaits_acknowledgements:
             self._watch_answers(now)
 
-    def drop(self, entry: Entry, *, cancel: bool) -> None:
+    def drop(self, entry: Entry, now: float, *, cancel: bool) -> None:
         """Forget a request wherever it is; workers that run it are told if ``cancel``."""
         del self._ledger.entries[entry.id]
-        self._ledger.bereft.pop(entry.id, None)
+        self._ledger.orphaned.pop(entry.id, None)
         self._ledger.request_room.free(entry.id)
         self._ledger.hedged.discard(entry.id)
         self._ledger.reply_room.free(entry.id)
-        self._dispatcher.unqueue(entry)
+        self._ledger.places.move(entry, Place.ENDED, "", now)
         self._end_passing(entry)
         if (client := self._ledger.clients.get(entry.client)) is not None:
             client.requests.discard(entry.id)

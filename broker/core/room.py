@@ -205,26 +205,30 @@ class Waiting:
         """When :meth:`take_ready` may find something although nothing was freed."""
         return self._look_at
 
-    def must_wait(self, entry: Entry, now: float) -> bool:
-        """Whether there is no room for it; then it is here now."""
+    def why_wait(self, entry: Entry, now: float) -> str:
+        """Why there is no room for it; nothing where there is."""
         nbytes = self._size(entry)
-        parked = self._parked.get(entry.client, {})
-        if not self._room.fits_client(entry.client, nbytes) or self._comes_first(
-            parked, entry, now
-        ):
-            waiting = self._parked.setdefault(entry.client, {})
-        elif self._fits_all(entry, nbytes, now) and not self._comes_first(
-            self._crowded, entry, now
-        ):
+        if self._has_client_full(entry, nbytes, now):
+            return f"client {entry.client} has enough, {nbytes} bytes more are over its limit"
+        if self._fits_all(entry, nbytes, now) and not self._comes_first(self._crowded, entry, now):
             entry.room_since = None
-            return False
-        else:
-            waiting = self._crowded
-            self._look_at = min(self._look_at, max(now, self._due(entry, now)))
+            return ""
+        return f"all clients together have enough, {nbytes} bytes more are over their limit"
+
+    def _has_client_full(self, entry: Entry, nbytes: int, now: float) -> bool:
+        parked = self._parked.get(entry.client, {})
+        fits = self._room.fits_client(entry.client, nbytes)
+        return not fits or self._comes_first(parked, entry, now)
+
+    def add(self, entry: Entry, now: float) -> None:
+        """It waits, until :meth:`take_ready` gives it and it is discarded."""
         if entry.room_since is None:
             entry.room_since = now
-        waiting[entry.id] = entry
-        return True
+        if self._has_client_full(entry, self._size(entry), now):
+            self._parked.setdefault(entry.client, {})[entry.id] = entry
+        else:
+            self._crowded[entry.id] = entry
+            self._look_at = min(self._look_at, max(now, self._due(entry, now)))
 
     def _due(self, entry: Entry, now: float) -> float:
         return (now if entry.room_since is None else entry.room_since) + self._patience_s
@@ -251,7 +255,9 @@ class Waiting:
                 del self._parked[entry.client]
 
     def take_ready(self, now: float) -> Iterator[Entry]:
-        """Those for which there is room now; what the caller does with one counts for the next."""
+        """Those for which there is room now; what the caller does with one counts for the next, and
+        it moves each.
+        """
         freed = self._room.take_freed()
         for client in freed:
             yield from self._take(
@@ -276,7 +282,6 @@ class Waiting:
             if waiting.get(entry.id) is not entry:
                 continue
             if fits(entry):
-                self.discard(entry)
                 yield entry
             elif self._due(entry, now) <= now:
                 return

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
 
+from broker.core.places import Place
 from broker.protocol.messages import Part, Reply, Request, RequestId
 from broker.protocol.wire import Packet
 
@@ -133,8 +134,12 @@ class Entry:
     pool: str = ""
     #: whether a worker had it before its client asked for it here: nobody knows since when
     adopted: bool = False
-    #: since when it has waited for one
-    poolless_since: float = 0.0
+    #: where it is, since when, and why; only :meth:`broker.core.places.Places.move` writes these
+    place: Place = Place.NEW
+    place_since: float = 0.0
+    why: str = ""
+    #: seconds in the places where it has been
+    spent_s: dict[Place, float] = field(default_factory=dict)
     workers: set[str] = field(default_factory=set)
     #: its reply, while the parts of it come
     passing: Passing | None = None
@@ -154,6 +159,7 @@ class Entry:
     n_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.place_since = self.accepted_at
         self.ask(self.request)
 
     def ask(self, request: Request) -> None:

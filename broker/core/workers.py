@@ -60,11 +60,11 @@ class Workers:
             "info", "worker_joined", worker=worker.id, model=worker.model, credits=worker.credits
         )
         had = self._had(before if same else None, hello)
-        self._requests.acquit(worker, now)
+        self._requests.clear_suspicion(worker, now)
         self._requests.adopt(worker, hello.held, had, now)
         pool.choice.put(worker)
         self._watch(worker)
-        self._requests.route_poolless(now)
+        self._requests.route_waiting(now)
         self._dispatcher.dispatch(pool, now)
 
     def _had(self, before: WorkerSession | None, hello: m.WorkerHello) -> set[m.RequestId]:
@@ -204,7 +204,7 @@ class Workers:
             entry.story.append(f"worker {worker.id} had it for {now - since:.1f} s: {reason}")
             if blame is Blame.SUSPECT:
                 entry.suspects[worker.id] = worker.incarnation
-                self._ledger.bereft[entry.id] = entry
+                self._ledger.orphaned[entry.id] = entry
             self._requests.retry(
                 entry, "" if blame is Blame.NONE else worker.id, "lost_workers", now
             )

@@ -84,6 +84,11 @@ def _waiting(snapshot: Snapshot) -> Iterator[Sample]:
         yield (what,), snapshot["requests"][what]
 
 
+def _places(snapshot: Snapshot) -> Iterator[Sample]:
+    for place, count in snapshot["places"].items():
+        yield (place,), count
+
+
 def _bytes(direction: str) -> Callable[[Snapshot], Iterator[Sample]]:
     def read(snapshot: Snapshot) -> Iterator[Sample]:
         for side, counts in snapshot["bytes"].items():
@@ -112,6 +117,13 @@ _METRICS = (
         "Requests that workers have.",
         _of_models("running"),
         ("model",),
+    ),
+    Metric(
+        "draftmq_broker_requests_by_place",
+        "gauge",
+        "Requests by where they are; each is in exactly one place (docs/scheduling.md).",
+        _places,
+        ("place",),
     ),
     Metric(
         "draftmq_broker_stuck_requests",

@@ -45,6 +45,11 @@ def _numbers(shown: Values, rates: Values | None) -> Text:
         for name in ("without_worker", "without_mapping")
         if requests[name]
     ]
+    facts += [
+        f"{count} {place.replace('_', ' ')}"
+        for place, count in shown.get("places", {}).items()
+        if count and place not in ("queued", "running", "pool", "mapping")
+    ]
     facts.append(f"{shown['held_answers']} answers held ({size(shown['held_answer_bytes'])})")
     lines = [", ".join(facts)]
     if rates is not None:

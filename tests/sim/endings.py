@@ -92,7 +92,7 @@ def restless(world: World) -> str:
     """What is still there of requests that have all ended, or nothing."""
     for broker in world.brokers.values():
         core = broker.core
-        if core.entries or core.poolless or core.mappingless:
+        if core.entries or core.waiting_for_pool or core.waiting_for_mapping:
             return f"{broker} still has {list(map(str, core.entries))}"
         if any(worker.running for worker in core.workers.values()):
             return f"{broker} counts requests as running on {core.workers.values()}"
