@@ -24,6 +24,7 @@ from worker.direct.sender import Plan, Sender
 from worker.errors import BadRequest
 from worker.staging import Mark, Staging, staging_for
 from worker.supervision.batching import Tokens, compute_together
+from worker.supervision.checks import check_sizes, name_unsound, soundness
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.supervision import (
     compute_supervision,
@@ -65,6 +66,8 @@ class Work:
     tokens: Tokens | None = None
     #: the result, on the target's device
     tensors: dict[str, Tensor] | None = None
+    #: whether all its values are numbers, there when the tensors are; bool [1]
+    sound: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.bool))
     info_json: str = ""
     failure: Packet | None = None
     #: where on the device's time line its forward begins and ends
@@ -136,6 +139,9 @@ class Answerer:
             for work in good:
                 with _failing(work), torch.inference_mode():
                     self._compute(work)
+        for work in good:
+            with _failing(work), torch.inference_mode():
+                self._check(work)
         done = self._staging.mark(
             tensor for work in good if work.tensors for tensor in work.tensors.values()
         )
@@ -200,6 +206,22 @@ class Answerer:
                 encoding=request.encoding,
             )
 
+    def _check(self, work: Work) -> None:
+        """Look at sizes now, and ask whether the values are numbers; the answer is waited for
+        where the tensors are.
+        """
+        if work.tensors is None or work.failure is not None:
+            return
+        if work.tokens is not None:
+            check_sizes(
+                work.tensors,
+                work.tokens["input_ids"].shape,
+                hidden_size=self.facts.hidden_size,
+                aux_layer_ids=self.facts.aux_layer_ids,
+                draft_vocab_size=self._mapping(work.request).draft_vocab_size,
+            )
+        work.sound = soundness(work.tensors)
+
     def _mapping(self, request: m.Request) -> VocabMapping:
         mapping = self.mappings.get(request.mapping_id)
         if mapping is None:
@@ -221,7 +243,10 @@ class Answerer:
         if work.failure is None:
             with _failing(work):
                 assert work.tensors is not None
-                with self._staging.after(work.done, work.tensors.values()):
+                with self._staging.after(work.done, (*work.tensors.values(), work.sound)):
+                    if not bool(work.sound):
+                        layers = self.facts.aux_layer_ids
+                        name_unsound(work.tensors, self.facts.hidden_size, layers)
                     return self._reply(work, work.tensors, limits)
         assert work.failure is not None
         return (work.failure,)
@@ -273,12 +298,12 @@ def _failing(work: Work) -> Iterator[None]:
         work.failure = _failure(work.request, "damaged", error)
     except LocalProtocolError as error:
         work.failure = _failure(work.request, "too_large", error)
-    except Exception as error:
+    except BaseException as error:  # a target's SystemExit is a failure, not our end
         fields = {"request": str(work.request.id)}
         _logger.exception("target_failed", extra={"fields": fields})
         work.failure = _failure(work.request, "target_failed", error)
 
 
-def _failure(request: m.Request, code: str, error: Exception) -> Packet:
+def _failure(request: m.Request, code: str, error: BaseException) -> Packet:
     text = str(error) if code != "target_failed" else f"{type(error).__name__}: {error}"
     return encode(m.Failure(request.id, code, plain_text(text)))

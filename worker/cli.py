@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from worker.targets.contract import Target
 
 
+#: Beyond its drain time, a worker has so long to be gone.
+_GRACE_S = 5.0
+
+
 class _Layers(click.ParamType[tuple[int, ...]]):
     name = "I,J,K"
 
@@ -145,10 +149,16 @@ def worker(
     )
 
     def leave(number: int, frame: object) -> None:
+        """Drain, or leave at once; a target that hangs does not keep the process: the kernel ends
+        it by its alarm, whose default action needs nothing of Python.
+        """
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         if number == signal.SIGTERM and not service.leaving:
+            signal.setitimer(signal.ITIMER_REAL, drain_s + _GRACE_S)
             notify("STOPPING=1")
             service.drain("SIGTERM")
         else:
+            signal.setitimer(signal.ITIMER_REAL, _GRACE_S)
             service.leave_now()
 
     signal.signal(signal.SIGTERM, leave)

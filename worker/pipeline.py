@@ -34,7 +34,7 @@ class Pipeline:
         measures: Measures,
         limits: Callable[[], Limits],
         post: Callable[[TargetFree | Computed], None],
-        failed: Callable[[Exception], None],
+        failed: Callable[[BaseException], None],
     ) -> None:
         self._answerer = answerer
         self._measures = measures
@@ -67,7 +67,7 @@ class Pipeline:
     def _run(self, name: str, loop: Callable[[], None]) -> None:
         try:
             loop()
-        except Exception as error:
+        except BaseException as error:
             _logger.exception("thread_failed", extra={"fields": {"thread": name}})
             self._failed(error)
         finally:

@@ -201,7 +201,7 @@ class Worker:
         else:
             self._pipeline.do(action)
 
-    def _thread_failed(self, error: Exception) -> None:
+    def _thread_failed(self, error: BaseException) -> None:
         self._error = f"a thread of the worker broke: {error!r}"
         self._left.set()
 

@@ -298,7 +298,11 @@ class Requests:
             self._given_back(entry, worker, failure, now)
         elif failure.code == "target_failed":
             entry.story.append(f"worker {worker.id} after {now - since:.1f} s: {failure.text}")
-            self.retry(entry, worker.id, failure.code, now)
+            entry.failed_on.append(worker.id)
+            if self._all_failed(entry, worker):
+                self._give_up(entry, failure.code, now)
+            else:
+                self._queue_again(entry, now)
         else:
             self.finish(entry, packet, now)
 
@@ -443,6 +447,13 @@ class Requests:
             self._ledger.at(due, lambda now: self._judge(entry, due, code, now))
         else:
             self._give_up(entry, code, now)
+
+    def _all_failed(self, entry: Entry, worker: WorkerSession) -> bool:
+        """Whether its target raised on so many workers, or on all that there are: it will again."""
+        if entry.workers:
+            return False
+        there = self._ledger.pools[worker.offer].workers.keys()
+        return self._failed_too_often(entry) or there <= set(entry.failed_on)
 
     def _failed_too_often(self, entry: Entry) -> bool:
         return len(entry.failed_on) >= self._ledger.config.max_losses
