@@ -39,14 +39,18 @@ class Dispatcher:
         """Have this pool serve the request; ``again`` puts it before all new ones."""
         entry.pool = pool.description.offer
         mapping = entry.request.mapping_id
-        if mapping and mapping not in self._ledger.mappings:
-            why = f"vocab mapping {mapping} has not come from any trainer"
-            self._ledger.places.move(entry, Place.MAPPING, why, now)
-            if (client := self._ledger.clients.get(entry.client)) is not None:
-                self._ledger.answer(client, m.MappingWanted(mapping))
+        if mapping and not self._can_tell(mapping, pool):
+            self._want_mapping(entry, now)
             return
         self._ledger.places.move(entry, Place.QUEUED, "", now, again=again)
         self.dispatch(pool, now)
+
+    def _want_mapping(self, entry: Entry, now: float) -> None:
+        mapping = entry.request.mapping_id
+        why = f"vocab mapping {mapping} has not come from any trainer"
+        self._ledger.places.move(entry, Place.MAPPING, why, now)
+        if (client := self._ledger.clients.get(entry.client)) is not None:
+            self._ledger.answer(client, m.MappingWanted(mapping))
 
     def dispatch(self, pool: Pool, now: float) -> None:
         """Give queued requests to workers with free credits."""
@@ -55,7 +59,7 @@ class Dispatcher:
             if chosen is None:
                 return
             entry, worker, is_trial = chosen
-            if not self._must_wait(entry, pool, now):
+            if not self._must_wait(entry, worker, pool, now):
                 pool.queue.take(entry)
                 self._assign(entry, worker, now, is_trial=is_trial)
 
@@ -93,12 +97,21 @@ class Dispatcher:
             pool.looks_at = math.inf
         self.dispatch(pool, now)
 
-    def _must_wait(self, entry: Entry, pool: Pool, now: float) -> bool:
-        """Whether a queued entry cannot run yet; then it has left the queue."""
+    def _can_tell(self, mapping: str, pool: Pool) -> bool:
+        """Whether the mapping is here, or at least at a worker: the store may be too small for all
+        that are in use, and must not be fought for by requests whose worker has theirs.
+        """
+        return mapping in self._ledger.mappings or any(
+            mapping in worker.mappings for worker in pool.workers.values()
+        )
+
+    def _must_wait(self, entry: Entry, worker: WorkerSession, pool: Pool, now: float) -> bool:
+        """Whether a queued entry cannot run on that worker yet; then it has left the queue."""
         ledger = self._ledger
         mapping = entry.request.mapping_id
-        if mapping and mapping not in ledger.mappings:  # evicted while it waited
-            self.take(entry, pool, now, again=True)
+        known = not mapping or mapping in ledger.mappings or mapping in worker.mappings
+        if not known:  # evicted while it waited
+            self._want_mapping(entry, now)
         elif why := ledger.waiting_for_reply_room.why_wait(entry, now):
             ledger.places.move(entry, Place.REPLY_ROOM, why, now)
         else:

@@ -321,7 +321,8 @@ class Requests:
         ledger.counters["replies"] += 1
         ledger.counters["direct_replies"] += reply.transfer is not None
         ledger.counters["reply_bytes"] += nbytes
-        ledger.reply_room.learn(entry, nbytes)
+        if entry.client in ledger.clients:  # what is learned of one is forgotten with it
+            ledger.reply_room.learn(entry, nbytes)
 
     def _begin_passing(self, entry: Entry, passing: Passing, now: float) -> None:
         """A reply comes in parts, so nobody else needs to compute it. Where nobody is there to take

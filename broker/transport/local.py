@@ -15,7 +15,7 @@ _KIND = "ipc://"
 _OWNER_ONLY = 0o177
 
 
-class Place:
+class LocalPath:
     """Where a port listens; makes a path as safe as a TCP port is.
 
     libzmq removes whatever lies at the path that it binds, and leaves its own socket there when it

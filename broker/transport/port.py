@@ -12,7 +12,7 @@ from broker.core import BadBytes, BrokerConfig, ConnectionLost, Event, Moving, R
 from broker.errors import BrokerError
 from broker.protocol import RemoteProtocolError, VersionMismatchError, decode
 from broker.transport.connections import Allowance, Connection, Connections, cut
-from broker.transport.local import Place
+from broker.transport.local import LocalPath
 from broker.transport.sockets import HANDSHAKE_FAILED, Curve, Monitor, configure, receive
 
 #: Messages taken from one socket before the other gets a turn.
@@ -59,11 +59,11 @@ class Port:
         self.monitor = Monitor(
             self.socket, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
         )
-        self._place = Place(address)
+        self._path = LocalPath(address)
         self.received_bytes = 0
         self.sent_bytes = 0
         try:
-            with self._place.taken():
+            with self._path.taken():
                 self.socket.bind(address)
         except BrokerError:
             self.close()
@@ -191,7 +191,7 @@ class Port:
         return True
 
     def close(self) -> None:
-        self._place.leave()
+        self._path.leave()
         self.monitor.close()
         self.socket.close(linger=int(1000 * _LINGER_S))
 

@@ -10,7 +10,7 @@ from broker.core.events import Side
 from broker.core.inspect import snapshot
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
-from tests.broker.core.rig import Rig
+from tests.broker.core.rig import Rig, mapping_offer
 
 
 def serve(rig: Rig, seconds: float, after: Callable[[m.RequestId], None]) -> dict[str, int]:
@@ -89,6 +89,36 @@ def test_jobs_share_by_the_tokens_of_their_tensors() -> None:
             ask(name)
     got = serve(rig, 20.0, lambda asked: ask(asked.client))
     assert abs(got["liar"] - got["honest"]) <= 2
+
+
+def test_two_jobs_share_equally_where_the_store_keeps_one_mapping() -> None:
+    offers = {"a": mapping_offer(1, 2, 3), "b": mapping_offer(4, 5, 6)}
+    rig = Rig(held_mapping_bytes=offers["a"].nbytes + 10)
+    rig.worker("w")
+    numbers = iter(range(1, 10_000))
+
+    def ask(client: str) -> None:
+        offer = offers[client].message
+        assert isinstance(offer, m.MappingOffer)
+        rig.ask(client, next(numbers), step=0, ttl_s=500.0, mapping_id=offer.mapping_id)
+
+    def tell() -> None:
+        for client, offer in offers.items():
+            if rig.got(client, m.MappingWanted):
+                rig.from_client(client, offer)
+
+    for name in offers:
+        rig.client(name, job=name)
+        for _ in range(4 if name == "a" else 1):
+            ask(name)
+        tell()
+
+    def after(asked: m.RequestId) -> None:
+        tell()  # what was wanted before this: an offer takes its time
+        ask(asked.client)
+
+    got = serve(rig, 40.0, after)
+    assert abs(got["a"] - got["b"]) <= 0.2 * got["a"]
 
 
 def _with_payload(request: m.Request) -> Packet:
