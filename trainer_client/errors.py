@@ -21,7 +21,7 @@ class ClientClosedError(TrainerClientError):
     """The client was closed, or belongs to another process."""
 
 
-class RequestError(TrainerClientError):
+class RequestError(TrainerClientError, RuntimeError):
     """A request ended without a result. ``code`` says which kind of end it was."""
 
     def __init__(self, code: str, text: str) -> None:

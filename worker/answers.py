@@ -137,7 +137,10 @@ class Answerer:
         began = self._staging.mark()
         if len(good) < 2 or not self._computed_together(good):
             for work in good:
-                with _failing(work), torch.inference_mode():
+                # what is spread over devices cannot be gathered in inference mode
+                runs = work.request.operation == "generate"
+                mode = torch.inference_mode() if runs else torch.no_grad()
+                with _failing(work), mode:
                     self._compute(work)
         for work in good:
             with _failing(work), torch.inference_mode():

@@ -33,7 +33,8 @@ from worker.direct.sender import Sender
 from worker.errors import WorkerError
 from worker.metrics import METRICS, Measures
 from worker.pipeline import Pipeline
-from worker.targets.contract import Target, describe
+from worker.targets import as_target
+from worker.targets.contract import ColocatedContract, Target, describe
 
 _logger = logging.getLogger("draftmq.worker")
 #: For what is on its way when a worker leaves at once.
@@ -44,6 +45,8 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 class Worker:
     """A worker in threads of this process, serving ``target`` to one or several brokers.
 
+    ``target`` is one of ours, or any object with the co-located contract
+    (:class:`worker.targets.contract.ColocatedContract`).
     ``credits`` is how many requests a broker may give it at once: with 2 the next one is already
     here when one ends. ``coalesce_tokens`` lets requests that wait run in one forward of at most
     so many tokens (B*T, padded), which may change last bits; give credits for as many as should.
@@ -59,7 +62,7 @@ class Worker:
 
     def __init__(
         self,
-        target: Target,
+        target: Target | ColocatedContract,
         broker: str | Sequence[str],
         *,
         model: str = "",
@@ -75,6 +78,7 @@ class Worker:
     ) -> None:
         if credits < 1:
             raise ValueError(f"credits must be at least 1, got {credits}")
+        target = as_target(target, name=model)
         if coalesce_tokens and not getattr(target, "batchable", False):
             raise WorkerError(
                 f"target {target.name!r} cannot run several requests in one forward; leave "

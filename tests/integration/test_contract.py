@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+from typing import Any
 
 import pytest
 import torch
 
 from broker.protocol import messages as m
+from broker.service import Broker
 from tests.integration.conftest import LENGTH, VOCAB, Cluster, make_target, tokens
 from tests.vocab import shuffled
 from trainer_client import Prefetcher, RemoteEagle3TargetModel
-from trainer_client.errors import BadRequestError, ClientClosedError
+from trainer_client.errors import BadRequestError, ClientClosedError, DeadlineError
 from trainer_client.targets.batch import Eagle3TargetBatch
+from worker.service import Worker
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.supervision import compute_supervision
 from worker.targets.huggingface import HuggingFaceTarget
+from worker.targets.stub import StubTarget
 
 
 def assert_is_supervision(
@@ -229,3 +233,37 @@ def test_a_failure_code_has_an_exception_of_its_kind() -> None:
         assert isinstance(error, RequestError)
         assert (error.code, str(error)) == (code, "why")
     assert isinstance(request_error("bad_request", ""), BadRequestError)
+
+
+class Colocated:
+    """NeMo AutoModel's side of the contract, and nothing else."""
+
+    def __init__(self, inner: StubTarget) -> None:
+        self._inner = inner
+        self.model, self.aux_layer_ids = inner.model, list(inner.aux_layer_ids)
+
+    def get_input_embeddings(self) -> Any:
+        return self._inner.get_input_embeddings()
+
+    def generate_batch(self, *, input_ids: Any, attention_mask: Any, loss_mask: Any) -> Any:
+        return self._inner.generate_batch(input_ids, attention_mask, loss_mask)
+
+
+def test_a_worker_serves_any_object_with_the_colocated_contract() -> None:
+    inner = StubTarget()
+    ids = torch.arange(12).view(2, 6)
+    with Broker() as broker, Worker(Colocated(inner), broker.worker_endpoint, model="theirs"):
+        url = broker.client_endpoint
+        with RemoteEagle3TargetModel.from_urls([url], device="cpu", timeout=20) as remote:
+            assert remote.model_info()["model"] == "theirs"
+            assert remote.num_remote_servers >= 1
+            mapping = VocabMapping(shuffled(torch.arange(0, 64, 2)), 64)
+            remote.set_vocab_mapping(mapping.selected_token_ids, mapping.selected_token_mask)
+            got = remote.generate_batch(ids, torch.ones_like(ids), torch.ones_like(ids))
+            outputs = inner.forward(ids, torch.ones_like(ids), torch.ones_like(ids))
+            assert torch.equal(got.aux_hidden_states, outputs.aux_hidden_states)
+
+
+def test_errors_when_retries_are_over_are_what_nemo_expects() -> None:
+    assert issubclass(DeadlineError, RuntimeError)
+    assert issubclass(DeadlineError, TimeoutError)

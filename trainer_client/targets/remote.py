@@ -264,6 +264,11 @@ class RemoteEagle3TargetModel:
         """How many requests the brokers take without an answer, all together; 0: not known yet."""
         return self._client.window
 
+    @property
+    def num_remote_servers(self) -> int:
+        """What NeMo AutoModel caps its prefetch by: the window, since brokers share workers."""
+        return max(1, self.window)
+
     def counters(self) -> dict[str, int]:
         """Requests, replies, resends and the like of this client."""
         return self._client.counters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from broker.logs import log
 from worker.errors import TargetError
 from worker.targets.contract import (
     ColocatedContract,
@@ -20,6 +22,7 @@ from worker.targets.contract import (
 )
 from worker.targets.fingerprint import weights_fingerprint
 
+_logger = logging.getLogger("draftmq.worker")
 #: The members of the co-located contract.
 CONTRACT = ("generate_batch", "get_input_embeddings", "aux_layer_ids", "model")
 #: What a worker's own targets have beside it.
@@ -116,7 +119,12 @@ class ForeignTarget:
             )
 
     def _weights(self) -> Any:
-        return self.model if hasattr(self.model, "state_dict") else _Embeddings(self)
+        if hasattr(self.model, "state_dict"):
+            return self.model
+        why = "its model has no state_dict: a fine-tune of its inner layers would count as the same"
+        fields = {"target": self.name, "why": why + "; give the wrapper a fingerprint"}
+        log(_logger, "warning", "fingerprint_is_weak", fields)
+        return _Embeddings(self)
 
     def __repr__(self) -> str:
         return f"<ForeignTarget {self.name} {type(self._inner).__name__}>"
@@ -127,7 +135,9 @@ class _Embeddings:
 
     def __init__(self, target: ForeignTarget) -> None:
         self.config = target.model.config
-        self._weight = target.get_input_embeddings().weight
+        self._weights = {"input_embeddings": target.get_input_embeddings().weight}
+        if (head := target.get_output_embeddings()) is not None:
+            self._weights["output_embeddings"] = head.weight
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"input_embeddings": self._weight}
+        return self._weights
