@@ -8,12 +8,13 @@ from typing import cast
 
 from broker.core.dispatch import Dispatcher
 from broker.core.events import Side
+from broker.core.held import HeldAnswers, answers
 from broker.core.ledger import Ledger
 from broker.core.places import Place, spent
 from broker.core.pool import Pool
 from broker.core.schedule import learn_speed
 from broker.core.state import ClientSession, Entry, Passing, WorkerSession
-from broker.protocol import Packet, encode, payload_hash
+from broker.protocol import Packet, encode
 from broker.protocol import messages as m
 
 #: Peers that were there before a restart are back after so many times the liveness limit.
@@ -28,8 +29,9 @@ class Requests:
     def __init__(self, ledger: Ledger, dispatcher: Dispatcher) -> None:
         self._ledger = ledger
         self._dispatcher = dispatcher
-        #: whether a timer for these two is set
-        self._watches_answers = self._watches_pools = False
+        #: whether a timer for those without a pool is set
+        self._watches_pools = False
+        self._held = HeldAnswers(ledger)
 
     def accept(self, client: ClientSession, packet: Packet, now: float) -> None:
         """A request came: a new one, or one that was asked before."""
@@ -37,9 +39,9 @@ class Requests:
         request = cast(m.Request, packet.message)
         if (request.id.client, request.id.incarnation) != (client.id, client.incarnation):
             ledger.log("warning", "foreign_request", client=client.id, request=str(request.id))
-        elif (held := self._held(packet)) is not None:
+        elif (held := self._held.find(packet)) is not None:
             ledger.counters["answered_again"] += 1
-            self._reply_sent(request.id, held.nbytes, now)
+            self._held.sent(request.id, held.nbytes, now)
             ledger.forward(Side.CLIENT, client.connection, held)
         elif (entry := ledger.entries.get(request.id)) is not None:
             self._asked_again(entry, packet, client, now)
@@ -55,22 +57,9 @@ class Requests:
             if self._keep(entry, packet, now):
                 self.route(entry, now)
 
-    def _held(self, packet: Packet) -> Packet | None:
-        """The answer that is kept for a request, if it is one to this request: a worker may have
-        said it before its client asked here.
-        """
-        request = cast(m.Request, packet.message)
-        held = self._ledger.answers.get(request.id)
-        if held is None or isinstance(held.message, m.Failure):
-            return held
-        if _answers(cast(m.Reply, held.message), packet):
-            return held
-        self._ledger.answers.discard(request.id)
-        return None
-
     def is_answer(self, reply: m.Reply, entry: Entry) -> bool:
         """Whether a reply from a worker that was not asked, or no longer, is to this request."""
-        return entry.packet is not None and _answers(reply, entry.packet)
+        return entry.packet is not None and answers(reply, entry.packet)
 
     def _asked_again(self, entry: Entry, packet: Packet, client: ClientSession, now: float) -> None:
         request = cast(m.Request, packet.message)
@@ -367,7 +356,7 @@ class Requests:
             client.answered += 1
             worker.passing.discard(entry.id)
             passing.awaited_until = now + self._ledger.config.liveness_s
-            self._reply_sent(entry.id, passing.reply.tensor_bytes, now)
+            self._held.sent(entry.id, passing.reply.tensor_bytes, now)
 
     def _watch_parts(self, entry: Entry, passing: Passing, now: float) -> None:
         """Break the reply off when its worker sends nothing of any reply for too long."""
@@ -507,35 +496,12 @@ class Requests:
             return
         asked = entry.packet is not None or isinstance(answer.message, m.Reply)
         if asked and not m.comes_directly(answer.message):  # a transfer is not made twice
-            self._hold(entry.id, answer, now)
+            self._held.keep(entry.id, answer, now)
         if client is not None:
             client.answered += 1
             if client.connection is not None and isinstance(answer.message, m.Reply):
-                self._reply_sent(entry.id, answer.nbytes, now)
+                self._held.sent(entry.id, answer.nbytes, now)
             self._ledger.forward(Side.CLIENT, client.connection, answer)
-
-    def _hold(self, request_id: m.RequestId, answer: Packet, now: float) -> None:
-        self._ledger.answers.put(request_id, answer, now)
-        self._watch_answers(now)
-
-    def _reply_sent(self, request_id: m.RequestId, nbytes: int, now: float) -> None:
-        """It lies here until its client says that it has it, but not for ever."""
-        self._ledger.reply_room.sent(request_id, nbytes, now)
-        self._watch_answers(now)
-
-    def _watch_answers(self, now: float) -> None:
-        if not self._watches_answers:
-            self._watches_answers = True
-            self._ledger.at(now + self._ledger.config.held_answer_s, self._let_go)
-
-    def _let_go(self, now: float) -> None:
-        """Forget answers that nobody will ask for any more."""
-        ledger = self._ledger
-        ledger.answers.discard_older(now - ledger.config.held_answer_s)
-        ledger.reply_room.free_unacknowledged(now - ledger.config.held_answer_s)
-        self._watches_answers = False
-        if len(ledger.answers) or ledger.reply_room.awaits_acknowledgements:
-            self._watch_answers(now)
 
     def drop(self, entry: Entry, now: float, *, cancel: bool) -> None:
         """Forget a request wherever it is; workers that run it are told if ``cancel``."""
@@ -557,11 +523,3 @@ class Requests:
             worker = self._ledger.workers[worker_id]
             self._ledger.send(Side.WORKER, worker.connection, m.Cancel(entry.id))
         entry.workers.clear()
-
-
-def _answers(reply: m.Reply, packet: Packet) -> bool:
-    """Whether a reply says that it is the one to this request."""
-    request = cast(m.Request, packet.message)
-    named = request.offer in ("", reply.offer) and request.model in ("", reply.model)
-    told = (reply.mapping_id, reply.encoding, reply.tokens_hash)
-    return named and told == (request.mapping_id, request.encoding, payload_hash(packet))
