@@ -14,6 +14,7 @@ from broker.protocol import Packet, RemoteProtocolError, payload_hash
 from broker.protocol import messages as m
 from trainer_client.core.events import Deliver, JoinChannel, Received, ReceiveDirectly
 from trainer_client.core.ledger import Arriving, Ledger, Ticket
+from trainer_client.core.places import Place
 
 
 class Answers:
@@ -59,6 +60,7 @@ class Answers:
             self._ledger.send(link.endpoint, m.Cancel(reply.id))
         else:
             ticket.arriving = Arriving(packet, Assembly(reply.manifest))
+            self._ledger.move(ticket, Place.ARRIVING)
             ticket.resend_at = max(ticket.resend_at, now + self._ledger.config.resend_s)
 
     def part(self, link: Link, packet: Packet, now: float) -> None:
@@ -71,7 +73,7 @@ class Answers:
         arriving = ticket.arriving
         ticket.resend_at = max(ticket.resend_at, now + self._ledger.config.resend_s)
         if not self._placed(ticket, arriving, packet, now):
-            ticket.arriving = None
+            self._ledger.move(ticket, Place.IN_FLIGHT)
             self._ledger.send(link.endpoint, m.Cancel(part.id))  # the broker thinks all is well
         elif arriving.taken == arriving.reply.parts:
             self._ledger.send(link.endpoint, m.Received((part.id,)))
@@ -122,10 +124,8 @@ class Answers:
 
     def _await_tensors(self, ticket: Ticket, packet: Packet) -> None:
         """The broker is done with the request; what is missing comes from the worker."""
-        request_id = ticket.request.id
-        self._ledger.let_go(request_id, ticket)
-        self._ledger.receiving.add(request_id)
-        ticket.endpoint, ticket.reply = None, packet
+        self._ledger.move(ticket, Place.RECEIVING)
+        ticket.reply = packet
 
     def received(self, event: Received, now: float) -> None:
         """A direct transfer ended, well or not."""
@@ -151,12 +151,12 @@ class Answers:
             "warning", "direct_failed", request=str(request_id), worker=worker, why=why
         )
         ticket.story.append(f"the direct transfer from worker {worker} failed: {why}")
-        self._ledger.finish(request_id)
+        del self._ledger.tickets[request_id]
+        self._ledger.move(ticket, Place.NEW)
         asked, ticket.reply = self._ledger.new_id(), None
         ticket.take_the_wire(id=asked, avoid=worker)
         self._ledger.tickets[asked] = ticket
-        self._ledger.waiting[asked] = None
-        self._ledger.waiting.move_to_end(asked, last=False)
+        self._ledger.move(ticket, Place.WAITING, first=True)
 
     def _failed(self, link: Link, ticket: Ticket, failure: m.Failure, now: float) -> None:
         if ticket.endpoint != link.endpoint:  # the broker that has it now will answer

@@ -14,6 +14,7 @@ from broker.protocol import Packet, encode
 from broker.protocol import messages as m
 from trainer_client.core.config import ClientConfig
 from trainer_client.core.events import Action, Fail, Log
+from trainer_client.core.places import TRANSITIONS, IllegalMoveError, Place
 
 
 @dataclass(eq=False)
@@ -40,6 +41,8 @@ class Ticket:
     packet: Packet
     submitted_at: float
     deadline: float
+    #: only :meth:`Ledger.move` writes it
+    place: Place = Place.NEW
     #: which broker has it; None while it waits for a window
     endpoint: str | None = None
     sent_at: float = 0.0
@@ -138,16 +141,40 @@ class Ledger:
         """Take a request out of the books, if it is still there."""
         ticket = self.tickets.pop(request_id, None)
         if ticket is not None:
-            self.let_go(request_id, ticket)
+            self.move(ticket, Place.ENDED)
         return ticket
 
-    def let_go(self, request_id: m.RequestId, ticket: Ticket) -> None:
-        """Take a ticket out of wherever it stands."""
+    def move(
+        self, ticket: Ticket, to: Place, *, endpoint: str | None = None, first: bool = False
+    ) -> None:
+        """Take a ticket from its place to the next, the only writer of the containers below.
+
+        ``endpoint`` is the broker that has it from now on; ``first`` puts it before all that wait.
+        Raises :class:`IllegalMoveError` where the table has no such transition.
+        """
+        request_id = ticket.request.id
+        if to not in TRANSITIONS[ticket.place]:
+            raise IllegalMoveError(
+                f"{request_id} cannot go from {ticket.place.name} to {to.name}; "
+                + "; ".join(ticket.story)
+            )
         self.waiting.pop(request_id, None)
         self.receiving.discard(request_id)
-        ticket.arriving = None
-        if ticket.endpoint is not None:
+        stays = to in (Place.IN_FLIGHT, Place.ARRIVING) and endpoint is None
+        if ticket.endpoint is not None and not stays:
             self.in_flight[ticket.endpoint].discard(request_id)
+        if to is not Place.ARRIVING:
+            ticket.arriving = None
+        if to is Place.WAITING:
+            self.waiting[request_id] = None
+            self.waiting.move_to_end(request_id, last=not first)
+        elif to is Place.RECEIVING:
+            self.receiving.add(request_id)
+        elif endpoint is not None:
+            self.in_flight[endpoint].add(request_id)
+        if to in (Place.WAITING, Place.RECEIVING):
+            ticket.endpoint = None
+        ticket.place = to
 
     # -- what is said -----------------------------------------------------------------------------
 
@@ -188,6 +215,13 @@ class Ledger:
         for request_id, ticket in self.tickets.items():
             assert ticket.request.id == request_id
             assert (ticket.reply is not None) == (request_id in self.receiving)
+            place = {
+                request_id in self.waiting: Place.WAITING,
+                request_id in self.receiving: Place.RECEIVING,
+                request_id in flying_ids and ticket.arriving is None: Place.IN_FLIGHT,
+                ticket.arriving is not None: Place.ARRIVING,
+            }[True]
+            assert ticket.place is place, f"{request_id} is {place}, it says {ticket.place}"
             if (arriving := ticket.arriving) is not None:
                 assert ticket.endpoint is not None
                 assert arriving.taken < arriving.reply.parts

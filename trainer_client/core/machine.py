@@ -16,6 +16,7 @@ from trainer_client.core.answers import Answers
 from trainer_client.core.config import ClientConfig
 from trainer_client.core.events import Action, CancelRequest, Event, KeepMapping, Received, Submit
 from trainer_client.core.ledger import Ledger, Ticket
+from trainer_client.core.places import Place
 from trainer_client.core.sending import Sending
 from trainer_client.core.trouble import trouble
 
@@ -92,7 +93,7 @@ class ClientCore(Ledger):
         if not self.tickets:
             self.noticed_at = now
         self.tickets[ticket.id] = ticket
-        self.waiting[ticket.id] = None
+        self.move(ticket, Place.WAITING)
         self.counters["requests"] += 1
         self.fail_if_refused()
 
@@ -125,7 +126,9 @@ class ClientCore(Ledger):
             self.log("debug", "welcomed", endpoint=link.endpoint, broker=link.broker)
             for request_id in self.in_flight[link.endpoint]:
                 ticket = self.tickets[request_id]  # the new connection knows nothing of it
-                ticket.resend_at, ticket.arriving = now, None
+                ticket.resend_at = now
+                if ticket.place is Place.ARRIVING:
+                    self.move(ticket, Place.IN_FLIGHT)
 
     def _offer(self, link: Link, mapping_id: str) -> None:
         packet = self.mappings.get(mapping_id)

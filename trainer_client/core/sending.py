@@ -5,6 +5,7 @@ from __future__ import annotations
 from broker.peer.link import LinkState, SendTo
 from broker.protocol import messages as m
 from trainer_client.core.ledger import Ledger, Ticket
+from trainer_client.core.places import Place
 from trainer_client.core.trouble import trouble
 
 
@@ -29,11 +30,8 @@ class Sending:
             ):
                 ticket = self._ledger.tickets[request_id]
                 ticket.take_the_wire()
-                ticket.endpoint = ticket.arriving = None
                 ticket.story.append(f"lost the broker at {endpoint}")
-                self._ledger.waiting[request_id] = None
-                self._ledger.waiting.move_to_end(request_id, last=False)
-            self._ledger.in_flight[endpoint].clear()
+                self._ledger.move(ticket, Place.WAITING, first=True)
 
     def resend_overdue(self, now: float) -> None:
         """Send again what has no answer for long; end what is past its deadline."""
@@ -64,8 +62,7 @@ class Sending:
             endpoint = max(fitting, key=lambda endpoint: room[endpoint], default=None)
             if endpoint is None:
                 continue
-            del ledger.waiting[request_id]
-            ledger.in_flight[endpoint].add(request_id)
+            ledger.move(ticket, Place.IN_FLIGHT, endpoint=endpoint)
             self._dispatch(ticket, endpoint, now)
             room[endpoint] -= 1
             if not room[endpoint]:
