@@ -8,6 +8,7 @@ from typing import Any
 
 from broker.core import BrokerCore
 from broker.core.clients import Clients
+from broker.core.held import HeldAnswers
 from broker.core.requests import Requests
 from broker.peer.link import Link
 from broker.protocol import encode
@@ -112,7 +113,7 @@ def broker_never_drops_a_held_answer() -> Iterator[None]:
 
     with (
         hearing(BrokerCore, deaf),
-        instead(Requests, "_let_go", lambda _: lambda self, now: None),
+        instead(HeldAnswers, "_let_go", lambda _: lambda self, now: None),
     ):
         yield
 
@@ -290,7 +291,7 @@ def client_does_not_acknowledge_answers() -> Iterator[None]:
 
     with (
         saying(ClientCore, silent),
-        instead(Requests, "_let_go", lambda _: lambda self, now: None),
+        instead(HeldAnswers, "_let_go", lambda _: lambda self, now: None),
     ):
         yield
 
