@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from broker.keys.addresses import AddressError
 from broker.protocol.errors import DraftmqError
 
 
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         cli.main([*arguments, *sys.argv[1:]], prog_name="draftmq")
     except DraftmqError as error:
         click.echo(f"draftmq: {error}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, AddressError) else 1)  # 2 is wrong usage
 
 
 if __name__ == "__main__":

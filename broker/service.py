@@ -30,6 +30,7 @@ from broker.core import (
 )
 from broker.core.inspect import snapshot, validate
 from broker.errors import BrokerError
+from broker.keys import addresses
 from broker.keys.access import REREAD_S, Access, max_connections
 from broker.keys.operators import door
 from broker.keys.zap import ZapHandler
@@ -73,6 +74,10 @@ class Broker:
         self._insecure = insecure
         self._http_token = http_token
         self._access = Access(key, allow, insecure=insecure)
+        for address in (clients, workers):
+            addresses.listening(address)
+        if http is not None:
+            addresses.http(http)
         self._addresses = {Side.CLIENT: clients, Side.WORKER: workers}
         self._http_address = http
         self.core = BrokerCore(uuid.uuid4().hex[:12], config)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from broker import logs
-from broker.keys import operators
+from broker.keys import addresses, operators
 from worker.direct import options as direct_options
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def worker(
     from worker.service import Worker
     from worker.targets import compile_target, load_factory, load_target
 
+    for endpoint in broker:  # before a model is loaded
+        addresses.connecting(endpoint)
     if (target is None) == (target_factory is None):
         raise click.UsageError("give either --target or --target-factory")
     if threads is not None:

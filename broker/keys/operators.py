@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from broker.errors import BrokerError
-from broker.keys.addresses import is_local
+from broker.keys.addresses import http
 from broker.keys.files import KeyFileError, create, read_secret_text
 
 #: What a token may be: long enough not to be guessed, and plain in an HTTP header.
@@ -59,7 +59,7 @@ def door(
     if insecure or token == NOBODY_ASKED:
         return None
     if token is None:
-        if is_local(f"tcp://{address}"):
+        if http(address).local:
             return None
         raise BrokerError(
             f"'{address}' can be reached from other machines, and anyone could look; give "

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from broker.errors import BrokerError
-from broker.keys.addresses import is_local
+from broker.keys.addresses import connecting, is_local
 from broker.keys.files import KeyFileError, PublicKey, Role, read_public, read_secret, require_curve
 from broker.transport.sockets import Curve
 
@@ -39,6 +39,8 @@ def credentials(
     strangers are kept out is decided where the broker listens, and there it had to be said aloud.
     Raises :class:`KeyFileError`.
     """
+    for endpoint in endpoints:
+        connecting(endpoint)
     prefix = f"DRAFTMQ_{_COMMANDS[role]}"
     key = key or os.environ.get(f"{prefix}_KEY")
     broker_key = broker_key or os.environ.get(f"{prefix}_BROKER_KEY", "").split()

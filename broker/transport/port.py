@@ -55,6 +55,7 @@ class Port:
         self.socket = context.socket(zmq.ROUTER)
         configure(self.socket, config.limits, curve)
         self.socket.router_mandatory = True
+        self.socket.ipv6 = "[" in address
         self.socket.backlog = 4096
         self.monitor = Monitor(
             self.socket, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
@@ -72,7 +73,8 @@ class Port:
             self.close()
             raise BrokerError(
                 f"cannot listen for {side.value}s on {address!r}: {error}; "
-                f"is another broker there? choose another with --{side.value}s"
+                + ("is another broker there? " if error.errno == zmq.EADDRINUSE else "")
+                + f"choose another with --{side.value}s"
             ) from error
         self.endpoint = self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._own_port = _port_of_endpoint(self.endpoint)

@@ -143,6 +143,7 @@ class Dealer:
         sock = self._context.socket(zmq.DEALER)
         try:
             configure(sock, Limits(), self._curve)
+            sock.ipv6 = "[" in self.endpoint  # else a name's IPv6 addresses would come first
             sock.reconnect_ivl = 50  # ms: a restarted broker is found again in no time
             sock.reconnect_ivl_max = 400  # however long it was away: full rate in a second
             monitor = Monitor(sock)

@@ -99,7 +99,7 @@ class HttpServer(WsgiServer):
             super().__init__(address, self._application, "draftmq-http", max_request_body_size=0)
         except (OSError, ValueError) as error:
             raise BrokerError(
-                f"cannot serve HTTP on {address!r}: {error}; give another --http HOST:PORT, or none"
+                f"cannot serve HTTP on {address!r}: {error}; give another --http HOST:PORT, or off"
             ) from error
 
     def _application(self, environ: dict[str, Any], start: StartResponse) -> Iterable[bytes]:

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from broker.keys.addresses import connecting
 from broker.peer.credentials import KeyLike
 from broker.peer.tensors import to_frames
 from broker.protocol import encode
@@ -98,6 +99,8 @@ class RemoteEagle3TargetModel:
                 f"timeout must be above 0 and max_retries at least 0, got {timeout}, {max_retries}"
             )
         urls = list(urls)
+        for url in urls:
+            connecting(url)
         if isinstance(direct, str):
             direct = DirectConfig(mode=direct)
         self._client = Client(

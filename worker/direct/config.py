@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import ipaddress
 import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from broker.keys.addresses import is_loopback
 from broker.protocol.limits import GIB, MIB
 from worker.direct.channel import Channel, ChannelConfig, ChannelState
 
@@ -130,22 +130,15 @@ def _address(config: DirectConfig, endpoints: Sequence[str]) -> tuple[str, str]:
     if config.address and config.address != "auto":
         return config.address, f"--direct-address {config.address}"
     hosts = [urlsplit(endpoint).hostname for endpoint in endpoints]
-    if all(host is None or _is_loopback(host) for host in hosts):  # ipc:// has no host
+    if all(host is None or is_loopback(host) for host in hosts):  # ipc:// has no host
         return "127.0.0.1", "brokers on this machine"
-    host = next(host for host in hosts if host is not None and not _is_loopback(host))
+    host = next(host for host in hosts if host is not None and not is_loopback(host))
     if not config.address:
         return "", (
             f"the broker at {host} is on a network, where tensors would travel in the clear; "
             "--direct-address auto, or an address, allows it"
         )
     return _towards(host), f"the interface that reaches {host}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _towards(host: str) -> str:
