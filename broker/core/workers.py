@@ -61,7 +61,7 @@ class Workers:
         )
         had = self._had(before if same else None, hello)
         self._requests.clear_suspicion(worker, now)
-        self._requests.adopt(worker, hello.held, had, now)
+        self._requests.adoption.adopt(worker, hello.held, had, now)
         pool.choice.put(worker)
         self._watch(worker)
         self._requests.route_waiting(now)

@@ -1,0 +1,108 @@
+"""What workers bring along from before a reconnect, or a restart of this broker."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Sequence
+
+from broker.core.dispatch import Dispatcher
+from broker.core.ledger import Ledger
+from broker.core.places import Place
+from broker.core.pool import Pool
+from broker.core.state import Entry, WorkerSession
+from broker.protocol import messages as m
+
+#: Peers that were there before a restart are back after so many times the liveness limit.
+_RETURN_LIVENESSES = 6
+#: Requests that a worker can be believed to hold.
+_MAX_HELD = 4096
+
+
+class Adoption:
+    """Takes over requests that run already, within what can be believed of a worker."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        dispatcher: Dispatcher,
+        pool_of: Callable[[Entry], Pool | None],
+        drop: Callable[..., None],
+    ) -> None:
+        self._ledger = ledger
+        self._dispatcher = dispatcher
+        self._pool_of = pool_of
+        self._drop = drop
+
+    def adopt(
+        self,
+        worker: WorkerSession,
+        held: Sequence[m.RequestId],
+        had: Container[m.RequestId],
+        now: float,
+    ) -> None:
+        """Take over what a worker still works on from before a reconnect or a restart of ours.
+
+        What it says is believed where this broker gave it that (``had``), and within its credits
+        for as long after a beginning of ours as peers take to come back. Of the rest its answers
+        are not awaited.
+        """
+        ledger = self._ledger
+        assert ledger.began_at is not None
+        new = now - ledger.began_at <= _RETURN_LIVENESSES * ledger.config.liveness_s
+        unknown = worker.credits if new else 0
+        for request_id in held[:_MAX_HELD]:
+            entry = ledger.entries.get(request_id)
+            worker.running[request_id] = now  # its own credits are what it costs
+            if request_id not in had:
+                if not unknown or (entry is not None and not self._may_adopt(entry, worker)):
+                    continue
+                unknown -= 1
+            if entry is None and request_id not in ledger.answers:
+                request = m.Request(request_id, "generate", worker.model, 0, 0, "", "", 0.0, ())
+                entry = ledger.entries[request_id] = Entry(request, None, "", now, math.inf)
+                self._drop_unasked(entry, now + ledger.config.held_answer_s)
+            if entry is not None and entry.passing is None:
+                if entry.place is not Place.RUNNING:
+                    ledger.places.move(entry, Place.RUNNING, f"on worker {worker.id}", now)
+                if entry.packet is None:
+                    ledger.request_room.free(entry.id)
+                entry.pool = worker.offer
+                entry.workers.add(worker.id)
+                entry.adopted = True
+                self._dispatcher.watch(entry, worker, now, unsure=True)
+
+    def _drop_unasked(self, entry: Entry, due: float) -> None:
+        """Have a request forgotten that a worker brought along and that nobody asks for by then."""
+
+        def check(now: float) -> None:
+            if self._ledger.entries.get(entry.id) is entry and entry.expires_at == math.inf:
+                self._drop(entry, now, cancel=True)
+
+        self._ledger.at(due, check)
+
+    def _may_adopt(self, entry: Entry, worker: WorkerSession) -> bool:
+        """Whether a worker that says that it has this request could be right."""
+        if entry.under_way or entry.packet is None:
+            return False
+        pool = self._pool_of(entry)
+        return pool is not None and pool.description.offer == worker.offer
+
+    def check(self, entry: Entry, now: float) -> None:
+        """Its client has asked: a worker that cannot serve it has said that it has it, or one has
+        it indeed and may never answer.
+        """
+        ledger, request = self._ledger, entry.request
+        offered = ledger.pools.get(entry.pool)
+        fits = offered is not None and (
+            request.offer in ("", entry.pool) and request.model in ("", offered.description.model)
+        )
+        for worker_id in sorted(entry.workers):
+            if fits:
+                self._dispatcher.watch(entry, ledger.workers[worker_id], now, unsure=True)
+            else:
+                del ledger.workers[worker_id].running[entry.id]
+                ledger.workers[worker_id].overdue.discard(entry.id)
+                ledger.pools[entry.pool].choice.put(ledger.workers[worker_id])
+                entry.workers.discard(worker_id)
+        if not fits:
+            entry.pool = ""
