@@ -384,9 +384,9 @@ class Requests:
                 self._queue_again(entry, now)
 
     def _give_up(self, entry: Entry, code: str, now: float) -> None:
-        story = (
-            f"given up after {len(entry.failed_on) + len(entry.given_back_by)} attempts: "
-            + "; ".join([*entry.story, spent(entry, now)])
+        attempts = len(entry.failed_on) + len(entry.given_back_by)
+        story = f"given up after {attempts} attempt{'s' if attempts != 1 else ''}: " + "; ".join(
+            [*entry.story, spent(entry, now)]
         )
         self.finish(entry, encode(m.Failure(entry.id, code, story)), now)
 

@@ -139,7 +139,7 @@ def test_a_target_that_raises_is_told_with_its_story(
 
     monkeypatch.setattr(target, "forward", forward)
     cluster.worker(target, name="w1")
-    with pytest.raises(TargetFailedError, match=r"3 attempts: worker w1 .*out of memory"):
+    with pytest.raises(TargetFailedError, match=r"1 attempt: worker w1 .*out of memory"):
         cluster.trainer(mapping).generate_batch(*tokens())
 
 
