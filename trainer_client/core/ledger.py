@@ -107,6 +107,9 @@ class Ledger:
         #: those that no broker has, to be sent in order; a subset of the tickets
         self.waiting: OrderedDict[m.RequestId, None] = OrderedDict()
         self.in_flight: dict[str, set[m.RequestId]] = {endpoint: set() for endpoint in self.links}
+        #: broker -> requests that it had when it was lost, and that went elsewhere; it is told so
+        #: when it is back, since they may still wait there and take room
+        self.moved_away: dict[str, set[m.RequestId]] = {endpoint: set() for endpoint in self.links}
         #: those that are answered and whose tensors are coming directly; a subset of the tickets
         self.receiving: set[m.RequestId] = set()
         self.mappings: dict[str, Packet] = {}

@@ -124,6 +124,9 @@ class ClientCore(Ledger):
             self.fail_if_refused()
         if link.ready and not was_ready:
             self.log("debug", "welcomed", endpoint=link.endpoint, broker=link.broker)
+            for request_id in sorted(self.moved_away[link.endpoint], key=lambda i: i.number):
+                self.send(link.endpoint, m.Cancel(request_id))
+            self.moved_away[link.endpoint].clear()
             for request_id in self.in_flight[link.endpoint]:
                 ticket = self.tickets[request_id]  # the new connection knows nothing of it
                 ticket.resend_at = now

@@ -31,6 +31,7 @@ class Sending:
                 ticket = self._ledger.tickets[request_id]
                 ticket.take_the_wire()
                 ticket.story.append(f"lost the broker at {endpoint}")
+                self._ledger.moved_away[endpoint].add(request_id)
                 self._ledger.move(ticket, Place.WAITING, first=True)
 
     def resend_overdue(self, now: float) -> None:

@@ -189,6 +189,19 @@ def test_requests_spread_over_brokers_and_fail_over() -> None:
     assert rig.requests(B) == at_a
 
 
+def test_a_broker_that_is_back_is_told_what_went_elsewhere() -> None:
+    rig = Rig(A, B)
+    rig.welcome(A, broker="a")
+    request = rig.submit(1)
+    assert isinstance(request.message, m.Request)
+    rig.handle(Disconnected(A))
+    rig.welcome(B, broker="b")
+    assert rig.requests(B) == [1]
+    rig.welcome(A, broker="a")
+    assert (A, m.Cancel(request.message.id)) in rig.sent
+    assert (B, m.Cancel(request.message.id)) not in rig.sent
+
+
 def test_with_one_broker_its_requests_wait_for_its_return() -> None:
     rig = Rig(A, B)
     rig.welcome(A)
