@@ -13,9 +13,10 @@ import click
 
 from broker import logs
 from broker.keys import operators
+from trainer_client.commands.progress import Progress
 from trainer_client.eagle3.draft import Attention
 from trainer_client.errors import TrainerClientError
-from trainer_client.training.run import Plan, Ranks, TrainSettings, Turns
+from trainer_client.training.run import Ranks, TrainSettings, Turns
 from trainer_client.training.run import train as run_training
 from trainer_client.training.stopping import Stop
 from trainer_client.training.trainer import StepMetrics
@@ -186,7 +187,7 @@ def train(
     )
     try:
         stop = Stop()
-        progress = _Progress(ranks, quiet=as_json)
+        progress = Progress(ranks, quiet=as_json)
         with stop.listening(), target, observed.of(target), progress:
 
             def on_step(step: StepMetrics) -> None:
@@ -248,57 +249,3 @@ def _finish_summary(output: Path, summary: dict[str, Any], as_json: bool) -> Non
             f"waited for supervision: {summary['waiting_share']:.1%} of the time; "
             f"peak memory: {(summary['peak_memory_bytes'] or 0) / 2**20:,.0f} MiB"
         )
-
-
-class _Progress:
-    """A progress bar on rank 0; nothing elsewhere."""
-
-    def __init__(self, ranks: Ranks, *, quiet: bool) -> None:
-        self._quiet = quiet or not ranks.first
-
-    def __enter__(self) -> _Progress:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-            disable=self._quiet,
-        )
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def plan(self, plan: Plan) -> None:
-        self._task = self._bar.add_task("", total=plan.total_steps, shown="")
-        dataset = plan.dataset
-        self._say(
-            f"{len(dataset.samples)} samples, {dataset.n_tokens} tokens "
-            f"({dataset.truncated} samples cut, {dataset.without_loss} without loss left out"
-            + "".join(f", {count} {reason}" for reason, count in dataset.left_out.items())
-            + "); "
-            f"{plan.schedule.global_batch} a step, {plan.total_steps} steps; draft vocab "
-            f"{plan.mapping.draft_vocab_size} covers {plan.coverage:.1%}"
-        )
-
-    def step(self, step: StepMetrics) -> None:
-        shown = (
-            f"loss {step.loss:.3f}  accept {step.accept_length:.2f}  "
-            f"{step.tokens_per_s:.0f} tokens/s  waiting {step.waiting_share:.0%} "
-            f"(prefetch {step.prefetch})"
-        )
-        self._bar.update(self._task, completed=step.step, shown=shown)
-
-    def _say(self, text: str) -> None:
-        if not self._quiet:
-            self._bar.console.print(text)
