@@ -112,6 +112,7 @@ def worker(
 
     from broker.notify import notify
     from broker.signals import wait_until
+    from worker.last_resort import LastResort
     from worker.service import Worker
     from worker.targets import compile_target, load_factory, load_target
 
@@ -151,20 +152,14 @@ def worker(
     )
 
     def leave(number: int, frame: object) -> None:
-        """Drain, or leave at once; a target that hangs does not keep the process: the kernel ends
-        it by its alarm, whose default action needs nothing of Python.
-        """
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         if number == signal.SIGTERM and not service.leaving:
-            signal.setitimer(signal.ITIMER_REAL, drain_s + _GRACE_S)
             notify("STOPPING=1")
             service.drain("SIGTERM")
         else:
-            signal.setitimer(signal.ITIMER_REAL, _GRACE_S)
             service.leave_now()
 
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, leave)
-    with service:
+    with LastResort(drain_s + _GRACE_S), service:
         notify("READY=1")
         wait_until(service.wait)
