@@ -64,10 +64,37 @@ class PendingReply(concurrent.futures.Future[Answer]):
     request ended without a result.
     """
 
-    def __init__(self, request_id: m.RequestId, on_cancel: Callable[[m.RequestId], None]) -> None:
+    def __init__(
+        self,
+        request_id: m.RequestId,
+        on_cancel: Callable[[m.RequestId], None],
+        bringer: int | None = None,
+    ) -> None:
         super().__init__()
         self.request_id = request_id
         self._on_cancel = on_cancel
+        #: the I/O thread's ident, which must not wait for what only it can bring
+        self._bringer = bringer
+
+    def result(self, timeout: float | None = None) -> Answer:
+        """The answer; raises ``RuntimeError`` in a callback, where waiting would never end."""
+        if threading.get_ident() == self._bringer and not self.done():
+            raise RuntimeError(
+                f"result() of request {self.request_id} was called in a callback, in the thread "
+                "that would bring it; wait in a thread of your own"
+            )
+        return super().result(timeout)
+
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        """Have ``fn`` called when it has ended; what ``fn`` raises is logged, `sys.exit()` too."""
+
+        def guarded(future: Any) -> None:
+            try:
+                fn(future)
+            except BaseException:
+                _logger.exception("a callback of request %s raised", self.request_id)
+
+        super().add_done_callback(guarded)
 
     def cancel(self) -> bool:
         """Give the request up; False when it has already ended."""
@@ -174,7 +201,7 @@ class Client:
             offer=offer,
         )
         packet = encode(request, payload, self._limits())
-        pending = PendingReply(request_id, self._cancel)
+        pending = PendingReply(request_id, self._cancel, self._loop.ident)
         with self._lock:
             self._raise_if_closed()
             self._pending[request_id] = pending
@@ -236,6 +263,11 @@ class Client:
     def __repr__(self) -> str:
         return repr(self.core)
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a client has sockets and a thread and cannot be pickled; make one in each process"
+        )
+
     # -- inside ---------------------------------------------------------------------------------
 
     def _limits(self) -> Limits:
@@ -286,10 +318,23 @@ class Client:
         if isinstance(action, Fail):
             pending.set_exception(request_error(action.code, f"request {action.id}: {action.text}"))
         else:
-            pending.set_result(_answer(action))
+            try:
+                answer = _answer(action)
+            except Exception as error:
+                text = f"request {action.id}: its reply cannot be read here: {error!r}"
+                pending.set_exception(request_error("identity", text))
+                return
+            pending.set_result(answer)
             self.reply_s.observe(action.arrived_at - action.submitted_at)
             if self._trace is not None:
-                self._trace.delivered(action, time.monotonic())
+                self._write_trace(self._trace, action)
+
+    def _write_trace(self, trace: Trace, action: Deliver) -> None:
+        try:
+            trace.delivered(action, time.monotonic())
+        except OSError as error:
+            _logger.warning("the trace ends here, since it cannot be written: %s", error)
+            self._trace = None
 
     def _fail_all(self, error: Exception) -> None:
         self._end(f"this client's I/O thread broke: {error!r}; make a new client")

@@ -80,6 +80,11 @@ class PeerLoop:
         self._waiter = self._new_waiter()
         self._thread.start()
 
+    @property
+    def ident(self) -> int | None:
+        """The ident of the thread that runs this loop."""
+        return self._thread.ident
+
     def post(self, event: Any) -> None:
         """Hand an event to the core, from any thread."""
         self._posted.append(event)
