@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import concurrent.futures
 import logging
@@ -11,7 +12,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,9 @@ class PendingReply(concurrent.futures.Future[Answer]):
                 _logger.exception("a callback of request %s raised", self.request_id)
 
         super().add_done_callback(guarded)
+
+    def __await__(self) -> Generator[Any, None, Answer]:
+        return asyncio.wrap_future(self).__await__()
 
     def cancel(self) -> bool:
         """Give the request up; False when it has already ended."""

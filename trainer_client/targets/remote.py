@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
 
@@ -44,6 +44,12 @@ class RemoteHandle(Generic[T]):
     def result(self, timeout: float | None = None) -> T:
         """Wait for it. Raises what :class:`PendingReply` raises."""
         return self._convert(self._pending.result(timeout))
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._converted().__await__()
+
+    async def _converted(self) -> T:
+        return self._convert(await self._pending)
 
     def cancel(self) -> bool:
         """Give it up; False when it has already come."""
