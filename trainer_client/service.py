@@ -87,13 +87,18 @@ class PendingReply(concurrent.futures.Future[Answer]):
         return super().result(timeout)
 
     def add_done_callback(self, fn: Callable[[Any], object]) -> None:
-        """Have ``fn`` called when it has ended; what ``fn`` raises is logged, `sys.exit()` too."""
+        """Have ``fn`` called when it has ended. In the I/O thread, which has others' answers to
+        deliver, what ``fn`` raises is logged, ``SystemExit`` too.
+        """
 
         def guarded(future: Any) -> None:
             try:
                 fn(future)
             except BaseException:
-                _logger.exception("a callback of request %s raised", self.request_id)
+                if threading.get_ident() != self._bringer:
+                    raise
+                fields = {"request": str(self.request_id)}
+                _logger.exception("callback_failed", extra={"fields": fields})
 
         super().add_done_callback(guarded)
 
@@ -325,22 +330,15 @@ class Client:
             try:
                 answer = _answer(action)
             except Exception as error:
-                text = f"request {action.id}: its reply cannot be read here: {error!r}"
-                pending.set_exception(request_error("identity", text))
+                text = f"request {action.id}: its answer came and cannot be used: {error!r}"
+                pending.set_exception(request_error("unusable", text))
                 return
             pending.set_result(answer)
             self.reply_s.observe(action.arrived_at - action.submitted_at)
             if self._trace is not None:
-                self._write_trace(self._trace, action)
+                self._trace.delivered(action, time.monotonic())
 
-    def _write_trace(self, trace: Trace, action: Deliver) -> None:
-        try:
-            trace.delivered(action, time.monotonic())
-        except OSError as error:
-            _logger.warning("the trace ends here, since it cannot be written: %s", error)
-            self._trace = None
-
-    def _fail_all(self, error: Exception) -> None:
+    def _fail_all(self, error: BaseException) -> None:
         self._end(f"this client's I/O thread broke: {error!r}; make a new client")
 
     def _end(self, why: str) -> None:

@@ -58,7 +58,7 @@ class PeerLoop:
         name: str,
         core: PeerCore,
         perform: Callable[[Any], None],
-        failed: Callable[[Exception], None],
+        failed: Callable[[BaseException], None],
         logger: logging.Logger,
         curves: Mapping[str, Curve] | None = None,
     ) -> None:
@@ -119,7 +119,7 @@ class PeerLoop:
                 if self._stopping:
                     self._act(self.core.goodbye())
                     return
-        except Exception as error:
+        except BaseException as error:  # whatever ends this thread ends what waits for it
             self._logger.exception("loop_failed")
             self._failed(error)
         finally:

@@ -88,4 +88,7 @@ class Observed:
                 seen.append(fetch(address, "/trace", token))
             except BrokerError as error:
                 log(_logger, "warning", "trace_without_broker", {"error": str(error)})
-        self.trace.write(self._path, seen)
+        try:
+            self.trace.write(self._path, seen)
+        except OSError as error:  # the run is worth more than its trace
+            log(_logger, "warning", "trace_not_written", {"error": str(error)})
