@@ -50,7 +50,7 @@ Example:
 @click.option("--target-factory", help="package.module:callable that makes the target instead.")
 @click.option("--model-name", default="", help="The name that trainers ask for (default: TARGET).")
 @click.option("--aux-layers", type=_Layers(), help="Layers whose outputs are taken [1,n/2-1,n-4].")
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--device", default="", help="cpu, cuda, ... (default: a GPU if there is one).")
 @click.option("--dtype", help="float32, bfloat16, ... (default: the checkpoint's).")
 @click.option("--revision", help="Revision of the model on the hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
@@ -126,7 +126,7 @@ def worker(
     if target is not None:
         served = load_target(
             target,
-            device=device,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             dtype=dtype,
             aux_layer_ids=aux_layers,
             trust_remote_code=trust_remote_code,

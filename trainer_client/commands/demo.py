@@ -165,6 +165,7 @@ def _train(
     say(f"watch it live: http://{listening['http']}/")
     for number in range(workers):
         arguments = ["worker", "--broker", listening["workers"], "--target", "embedded"]
+        arguments += ["--device", "cpu"]
         processes.start(f"worker{number}", [*arguments, "--threads", 1, "--name", f"w{number}"])
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     options = {

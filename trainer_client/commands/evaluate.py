@@ -35,7 +35,7 @@ Example:
 @click.option(
     "--draft-tokens", type=_AT_LEAST_1, default=5, help="Tokens that the draft guesses at a time."
 )
-@click.option("--device", default="cpu")
+@click.option("--device", default="", help="cpu, cuda, ... (default: a GPU if there is one).")
 @click.option("--dtype", help="float32, bfloat16, ... (default: the checkpoint's).")
 @click.option("--aux-layers", help="Where not the draft's own: I,J,K.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -56,6 +56,7 @@ def evaluate(
 
     Exits 1 when the text is not that of plain greedy decoding.
     """
+    import torch
     from rich.progress import track
 
     from trainer_client.evaluation.decoding import evaluate as run_evaluation
@@ -63,6 +64,7 @@ def evaluate(
     from worker.targets import load_target
 
     layers = tuple(map(int, aux_layers.split(","))) if aux_layers else aux_layer_ids(draft)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_target(target, device=device, dtype=dtype, aux_layer_ids=layers)
     tokens = load_prompts(loaded.tokenizer, target, prompts, count, prompt_tokens)
     draft_model = read_draft(draft, loaded.get_input_embeddings().weight)

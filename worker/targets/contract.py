@@ -160,7 +160,7 @@ def choose_aux_layer_ids(requested: Sequence[int] | None, num_layers: int) -> tu
     """Three distinct layers, by default EAGLE-3's low, middle and high: 1, n/2-1 and n-4.
 
     Raises :class:`TargetError` when the target is too shallow, or the request is not three
-    distinct layers of it.
+    distinct layers of it, ascending.
     """
     if requested is None:
         usual = (1, num_layers // 2 - 1, num_layers - 4)
@@ -175,6 +175,9 @@ def choose_aux_layer_ids(requested: Sequence[int] | None, num_layers: int) -> tu
         raise TargetError(
             f"aux layers must be three distinct layers from 0 to {num_layers - 1}, got {list(ids)}"
         )
+    if list(ids) != sorted(ids):  # vLLM and SGLang sort them, and read another network then
+        written = ",".join(map(str, sorted(ids)))
+        raise TargetError(f"aux layers must ascend, as engines read them; say {written}")
     return ids
 
 

@@ -24,6 +24,7 @@ from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.errors import ExportError
 from trainer_client.evaluation.prompts import aux_layer_ids
 
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 INFO: dict[str, Any] = {
     "vocab_size": 60,
     "hidden_size": 16,
@@ -100,6 +101,14 @@ def test_a_full_vocabulary_has_no_d2t(tmp_path: Path) -> None:
     assert not [found for found in check_draft(tmp_path / "draft") if found.severity == "error"]
 
 
+def test_layers_that_do_not_ascend_are_an_error(exported: Path) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    config[LAYER_IDS], config["eagle_config"][LAYER_IDS] = [9, 2, 6], [8, 1, 5]
+    (exported / "config.json").write_text(json.dumps(config))
+    found = [finding.text for finding in check_draft(exported) if finding.severity == "error"]
+    assert any("aux layers [8, 1, 5] do not ascend" in text for text in found)
+
+
 @pytest.mark.parametrize("size", [24, 60])
 def test_ids_in_any_order_survive_the_disk(tmp_path: Path, size: int) -> None:
     ids = shuffled(torch.arange(60))[:size]
@@ -122,9 +131,6 @@ def test_ids_in_any_order_in_place_of_offsets_are_found(tmp_path: Path, with_mas
 
 def test_a_good_draft_has_no_findings(exported: Path) -> None:
     assert check_draft(exported) == []
-
-
-LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 def change_config(**changes: Any) -> Callable[[dict, dict], None]:

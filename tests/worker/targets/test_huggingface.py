@@ -209,3 +209,8 @@ def test_facts_are_plain_and_of_the_text_model() -> None:
     assert facts.max_position_embeddings == 64
     assert facts.encodings == ("probs", "hidden", "topk")
     assert json.loads(json.dumps(facts.config))["num_key_value_heads"] == 2
+
+
+def test_aux_layers_that_do_not_ascend_are_refused_with_what_to_say() -> None:
+    with pytest.raises(TargetError, match="say 1,5,7"):
+        HuggingFaceTarget(make("llama"), name="a", aux_layer_ids=(7, 1, 5))

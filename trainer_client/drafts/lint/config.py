@@ -126,6 +126,11 @@ def _layer_id_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
     for ids, lowest in ((vllm, 1), (sglang, 0)):
         if ids is not None and (len(set(ids)) != 3 or min(ids) < lowest):
             yield error(f"aux layers {ids} are not three distinct layers; write the trained ones")
+        elif ids is not None and ids != sorted(ids):
+            yield error(
+                f"aux layers {ids} do not ascend: engines sort them, and read another network than "
+                "was trained; train with them in order"
+            )
 
 
 def _rope_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
