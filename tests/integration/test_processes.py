@@ -20,7 +20,8 @@ from tests.integration.conftest import eventually
 from trainer_client.commands.demo import Processes
 from trainer_client.targets.colocated import ColocatedTarget
 from trainer_client.training import metrics
-from trainer_client.training.run import TrainSettings, train
+from trainer_client.training.run import train
+from trainer_client.training.settings import TrainSettings
 from worker.service import Worker
 from worker.targets import EMBEDDED, load_target
 from worker.targets.embedded import heldout

@@ -20,7 +20,10 @@ from trainer_client.errors import TrainerClientError
 from trainer_client.targets.colocated import ColocatedTarget
 from trainer_client.training import identity, metrics
 from trainer_client.training.identity import RunError, agree
-from trainer_client.training.run import Ranks, TrainSettings, make_plan, train
+from trainer_client.training.plan import make_plan
+from trainer_client.training.ranks import Ranks
+from trainer_client.training.run import train
+from trainer_client.training.settings import TrainSettings
 from trainer_client.training.stopping import Stop
 from trainer_client.training.trainer import NonFiniteError, StepMetrics
 

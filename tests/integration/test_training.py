@@ -16,7 +16,8 @@ from trainer_client.drafts.export import read_draft
 from trainer_client.targets.batch import TargetBackend
 from trainer_client.targets.colocated import ColocatedTarget
 from trainer_client.training import metrics
-from trainer_client.training.run import TrainSettings, train
+from trainer_client.training.run import train
+from trainer_client.training.settings import TrainSettings
 from trainer_client.training.trainer import StepMetrics
 from worker.direct.config import DirectConfig
 

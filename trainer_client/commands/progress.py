@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 
 from broker.logs import log
-from trainer_client.training.run import Plan, Ranks
+from trainer_client.training.plan import Plan
+from trainer_client.training.ranks import Ranks
 from trainer_client.training.trainer import StepMetrics
 
 _logger = logging.getLogger("draftmq.train")

@@ -16,8 +16,9 @@ from broker.keys import operators
 from trainer_client.commands.progress import Progress
 from trainer_client.eagle3.draft import Attention
 from trainer_client.errors import TrainerClientError
-from trainer_client.training.run import Ranks, TrainSettings, Turns
+from trainer_client.training.ranks import Ranks
 from trainer_client.training.run import train as run_training
+from trainer_client.training.settings import TrainSettings, Turns
 from trainer_client.training.stopping import Stop
 from trainer_client.training.trainer import StepMetrics
 from worker.direct import options as direct_options

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from trainer_client.commands.train import own_device
-from trainer_client.training import run
-from trainer_client.training.run import Ranks
+from trainer_client.training import ranks
+from trainer_client.training.ranks import Ranks
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def test_ranks_of_a_gpu_host_can_reduce_tensors_of_both_kinds(
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr(run.dist, "init_process_group", lambda kind, **_: asked.append(kind))
-    monkeypatch.setattr(run.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(run.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda kind, **_: asked.append(kind))
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 1)
     Ranks.from_environment()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Ranks.from_environment()

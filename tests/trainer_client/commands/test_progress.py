@@ -9,7 +9,8 @@ from typing import Any, cast
 import pytest
 
 from trainer_client.commands.progress import Progress
-from trainer_client.training.run import Plan, Ranks
+from trainer_client.training.plan import Plan
+from trainer_client.training.ranks import Ranks
 from trainer_client.training.trainer import StepMetrics
 
 PLAN = SimpleNamespace(

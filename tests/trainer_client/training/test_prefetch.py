@@ -18,7 +18,7 @@ from broker.commands import cli
 from trainer_client.targets.batch import Eagle3TargetBatch
 from trainer_client.training.depth import AutoDepth, Taken
 from trainer_client.training.prefetch import Prefetcher
-from trainer_client.training.run import TrainSettings
+from trainer_client.training.settings import TrainSettings
 
 
 class Sample:

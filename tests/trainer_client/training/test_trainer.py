@@ -21,7 +21,7 @@ from trainer_client.targets.batch import Eagle3TargetBatch
 from trainer_client.training import data
 from trainer_client.training.data import Schedule
 from trainer_client.training.memory import peak_bytes
-from trainer_client.training.run import Ranks
+from trainer_client.training.ranks import Ranks
 from trainer_client.training.staging import staged
 from trainer_client.training.trainer import NonFiniteError, StepMetrics, Trainer, make_optimizer
 

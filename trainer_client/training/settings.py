@@ -1,0 +1,95 @@
+"""Everything that can be set about a training run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer_client.eagle3.draft import Attention
+from trainer_client.training import identity
+from trainer_client.training.prefetch import Depth
+
+Turns = Literal["all", "last"]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that can be set about a run; each default with its reason."""
+
+    data: Path
+    output: Path
+    #: Passes over the data, unless ``max_steps`` ends the run first; SpecForge's range is 1 to 10.
+    epochs: int = 1
+    max_steps: int = 0
+    #: Samples of one rank in one micro-batch.
+    batch_size: int = 1
+    #: Micro-batches of one rank for one optimizer step.
+    accumulation: int = 1
+    #: Samples of one optimizer step over all ranks; 0: batch size x accumulation x ranks of the
+    #: first start. A resumed run keeps it on any number of ranks.
+    global_batch: int = 0
+    #: SpecForge's default for chat data.
+    max_length: int = 2048
+    #: Which assistant turns have loss: all, or the last of each conversation.
+    loss_on: Turns = "all"
+    #: Leave out records that cannot be used, and count them by reason; else the first is an error.
+    skip_bad_lines: bool = False
+    #: What EAGLE-3's authors and most published drafts use.
+    draft_vocab_size: int = 32000
+    #: 0: like a layer of the target.
+    draft_intermediate_size: int = 0
+    #: EAGLE-3's training-time test has 7 depths.
+    ttt_depths: int = 7
+    #: ``auto`` merges flash attention with the later depths' keys where padding is on the right.
+    attention: Attention = "auto"
+    #: NeMo AutoModel's and SpecForge's order of magnitude.
+    learning_rate: float = 1e-4
+    #: Share of the steps that warm up.
+    warmup_share: float = 0.05
+    weight_decay: float = 0.0
+    #: What EAGLE's authors clip at; their loss is a sum over depths and ours a weighted mean, so it
+    #: binds less here.
+    max_grad_norm: float = 0.5
+    #: Steps with a gradient that is not finite to leave out, and report; one more is an error.
+    skip_non_finite: int = 0
+    #: Requests under way beyond the one that is waited for; ``auto`` finds what keeps the trainer
+    #: from waiting, within ``prefetch_mib`` and the brokers' windows.
+    prefetch: Depth = "auto"
+    #: Room for results that wait for the trainer: 32 of 2,048 tokens, ``hidden`` at H=4096.
+    prefetch_mib: int = 2048
+    seed: int = 0
+    #: Steps between checkpoints; 0: only at the end.
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        positive = (
+            "epochs batch_size accumulation max_length draft_vocab_size ttt_depths learning_rate "
+            "max_grad_norm prefetch_mib keep_checkpoints"
+        )
+        for name in positive.split():
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        not_negative = (
+            "max_steps weight_decay checkpoint_every draft_intermediate_size global_batch "
+            "skip_non_finite"
+        )
+        for name in not_negative.split():
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.prefetch != "auto" and self.prefetch < 1:
+            raise ValueError(f"prefetch must be 'auto' or at least 1, got {self.prefetch}")
+        if not 0 <= self.warmup_share < 1:
+            raise ValueError(
+                f"warmup_share must be at least 0 and below 1, got {self.warmup_share}"
+            )
+
+    def shared(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run that it goes on with."""
+        return {name: _plain(v) for name, v in asdict(self).items() if name not in identity.FREE}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
