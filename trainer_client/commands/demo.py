@@ -161,15 +161,15 @@ def _train(
     any_port = "tcp://127.0.0.1:0"
     arguments = ["broker", "--clients", any_port, "--workers", any_port]
     processes.start("broker", [*arguments, "--http", "127.0.0.1:0", "--log-format", "json"])
-    listening = _listening(processes)
-    say(f"watch it live: http://{listening['http']}/")
+    where = listening(processes)
+    say(f"watch it live: http://{where['http']}/")
     for number in range(workers):
-        arguments = ["worker", "--broker", listening["workers"], "--target", "embedded"]
+        arguments = ["worker", "--broker", where["workers"], "--target", "embedded"]
         arguments += ["--device", "cpu"]
         processes.start(f"worker{number}", [*arguments, "--threads", 1, "--name", f"w{number}"])
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     options = {
-        "--broker": listening["clients"],
+        "--broker": where["clients"],
         "--data": continuations_file(),
         "--output": output,
         "--max-steps": steps,
@@ -188,7 +188,7 @@ def _train(
         raise TrainerClientError(f"the trainer ended with {trainer.returncode}; see above")
 
 
-def _listening(processes: Processes) -> dict[str, str]:
+def listening(processes: Processes) -> dict[str, str]:
     """The broker's addresses, from its log."""
     end = time.monotonic() + _START_S
     while time.monotonic() < end:
