@@ -12,7 +12,7 @@ from tests.bench.peers.driver import Driver
 from tests.bench.peers.venv import python_of
 from tests.bench.ranks import Step, Trained
 from tests.bench.throughput import MIB, MOONCAKE, _beside
-from tests.integration.conftest import eventually
+from tests.waiting import eventually
 
 
 def test_a_peer_that_cannot_be_installed_is_told_and_tried_again(

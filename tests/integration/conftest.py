@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -51,14 +50,6 @@ def tokens(seed: int = 0, batch: int = 2, length: int = 16) -> tuple[torch.Tenso
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (batch, length), generator=generator)
     return ids, torch.ones_like(ids), torch.ones_like(ids)
-
-
-def eventually(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait for a condition; fails after ``seconds``."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"it did not happen within {seconds} s"
-        time.sleep(0.01)
 
 
 class Cluster:

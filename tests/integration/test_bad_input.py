@@ -20,7 +20,8 @@ from broker.errors import BrokerError
 from broker.protocol import Limits, LocalProtocolError, decode, encode, wire
 from broker.protocol import messages as m
 from broker.service import Broker
-from tests.integration.conftest import LENGTH, VOCAB, Cluster, eventually, make_target, tokens
+from tests.integration.conftest import LENGTH, VOCAB, Cluster, make_target, tokens
+from tests.waiting import eventually
 from trainer_client.core import ClientConfig
 from trainer_client.errors import (
     BadRequestError,

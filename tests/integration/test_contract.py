@@ -13,12 +13,14 @@ from broker.protocol import messages as m
 from broker.service import Broker
 from tests.integration.conftest import LENGTH, VOCAB, Cluster, make_target, tokens
 from tests.vocab import shuffled
+from tests.waiting import eventually
 from trainer_client import Prefetcher, RemoteEagle3TargetModel
 from trainer_client.errors import BadRequestError, ClientClosedError, DeadlineError
 from trainer_client.targets.batch import Eagle3TargetBatch
 from worker.service import Worker
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.supervision import compute_supervision
+from worker.targets.contract import TargetOutputs
 from worker.targets.huggingface import HuggingFaceTarget
 from worker.targets.stub import StubTarget
 
@@ -194,10 +196,25 @@ def test_leaving_a_prefetcher_early_cancels_what_is_under_way(
     class Sample:
         input_ids, attention_mask, loss_mask = tokens()
 
+    held = threading.Event()
+    forward = cluster.target.forward
+
+    def slow(*ids: torch.Tensor) -> TargetOutputs:
+        held.wait(20)
+        return forward(*ids)
+
     iterator = iter(Prefetcher(remote, [Sample()] * 10, depth=4))
     next(iterator)
-    iterator.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster.target, "forward", slow)
+        try:
+            eventually(lambda: len(cluster.broker.core.entries) == 4)
+            iterator.close()
+            eventually(lambda: len(cluster.broker.core.entries) == 0)
+        finally:
+            held.set()
     remote.generate_batch(*tokens())  # nothing is in the way
+    assert remote.counters()["replies"] <= 3
 
 
 def test_a_reply_larger_than_a_frame_arrives_whole(cluster: Cluster) -> None:

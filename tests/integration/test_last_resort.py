@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from broker.service import Broker
-from tests.integration.conftest import eventually
 from tests.vocab import shuffled
+from tests.waiting import eventually
 from trainer_client.targets.remote import RemoteEagle3TargetModel
 from worker.supervision.mapping import VocabMapping
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import eventually
 from tests.integration.test_processes import (
     PATIENCE_S,
     STEPS,
@@ -19,6 +18,7 @@ from tests.integration.test_processes import (
     free_port,
 )
 from tests.trainer_client.test_trace import assert_nested, spans
+from tests.waiting import eventually
 from trainer_client.training import metrics
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.integration.conftest import VOCAB, Cluster, eventually, tokens
+from tests.integration.conftest import VOCAB, Cluster, tokens
 from tests.vocab import shuffled
+from tests.waiting import eventually
 from trainer_client.core import ClientConfig
 from trainer_client.errors import BadRequestError
 from trainer_client.targets.remote import RemoteEagle3TargetModel

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from broker.errors import BrokerError
 from broker.watch.look import fetch
-from tests.integration.conftest import eventually
+from tests.waiting import eventually
 from trainer_client.commands.demo import Processes
 from trainer_client.targets.colocated import ColocatedTarget
 from trainer_client.training import metrics

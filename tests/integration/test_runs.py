@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.conftest import eventually, make_target
+from tests.integration.conftest import make_target
 from tests.integration.test_processes import PATIENCE_S, Commands, commands, losses
 from tests.integration.test_training import ByteTokenizer, settings, weights
+from tests.waiting import eventually
 from trainer_client.drafts.export import read_draft
 from trainer_client.errors import TrainerClientError
 from trainer_client.targets.colocated import ColocatedTarget

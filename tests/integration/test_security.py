@@ -30,8 +30,9 @@ from broker.protocol import Packet, decode, encode
 from broker.protocol import messages as m
 from broker.service import Broker
 from broker.transport.sockets import Dealer
-from tests.integration.conftest import Cluster, eventually, tokens
+from tests.integration.conftest import Cluster, tokens
 from tests.keyring import Keyring
+from tests.waiting import eventually
 from trainer_client.core import ClientConfig
 from trainer_client.errors import DeadlineError, TrainerClientError
 from trainer_client.targets.remote import RemoteEagle3TargetModel

@@ -13,7 +13,7 @@ import torch
 
 from broker.core import BrokerConfig
 from broker.service import Broker
-from tests.integration.conftest import eventually
+from tests.waiting import eventually
 from trainer_client.service import Client
 from worker.service import Worker
 from worker.targets.stub import StubTarget

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.conftest import VOCAB, Cluster, eventually, make_target
+from tests.integration.conftest import VOCAB, Cluster, make_target
+from tests.waiting import eventually
 from trainer_client.drafts.export import read_draft
 from trainer_client.targets.batch import TargetBackend
 from trainer_client.targets.colocated import ColocatedTarget

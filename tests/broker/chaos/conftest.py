@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -116,10 +115,3 @@ def silent(client: socket.socket, seconds: float) -> bool:
     finally:
         client.settimeout(PATIENCE_S)
     return False
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end, f"it did not happen within {PATIENCE_S} s"
-        time.sleep(0.005)

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.broker.chaos.conftest import Bench, Echo, ask, eventually
+from tests.broker.chaos.conftest import Bench, Echo, ask
+from tests.waiting import eventually
 
 PATIENCE_S = 30.0
 

@@ -11,7 +11,8 @@ import pytest
 
 from broker.chaos.faults import ChaosError, How, Which, read_fault
 from broker.chaos.proxy import ChaosProxy
-from tests.broker.chaos.conftest import Bench, ask, eventually, read, silent
+from tests.broker.chaos.conftest import Bench, ask, read, silent
+from tests.waiting import eventually
 
 MIB = 1 << 20
 

@@ -14,7 +14,7 @@ from broker.chaos.faults import read_fault
 from broker.chaos.proxy import ChaosProxy
 from broker.core import BrokerConfig
 from broker.service import Broker
-from tests.broker.chaos.conftest import eventually
+from tests.waiting import eventually
 from trainer_client.service import Client, PendingReply
 from worker.service import Worker
 from worker.targets.stub import StubTarget

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from broker.commands import cli
 from broker.keys.addresses import Address, AddressError, connecting, http, is_local, listening
 from broker.service import Broker
-from tests.integration.conftest import eventually
+from tests.waiting import eventually
 from trainer_client.service import Client
 from trainer_client.targets.remote import RemoteEagle3TargetModel
 from worker.service import Worker

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,7 @@ from broker.transport.sockets import Dealer
 from broker.watch.http import HttpServer, text
 from tests.broker.core.rig import model
 from tests.keyring import Keyring
+from tests.waiting import eventually
 from tests.zmtp import connect, frame, greeting, null_handshake, read_message
 
 CONFIG = BrokerConfig(hello_s=0.5, max_strangers=64, liveness_s=60)
@@ -104,13 +105,6 @@ def hung_up(sock: socket.socket) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-def eventually(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"it did not happen within {seconds} s"
-        time.sleep(0.01)
 
 
 def connections(broker: Broker) -> int:
@@ -257,12 +251,13 @@ def test_a_peers_message_without_end_is_cut_off(
     assert [why for why in cut_for(caplog) if why.endswith("bytes and no end of the message")]
 
 
-def test_a_message_of_very_many_frames_is_not_kept(
+def test_a_message_of_very_many_frames_costs_its_connection(
     broker: Broker, healthy: Healthy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """65 KB as 20,000 frames are a hello's right by their bytes."""
     healthy._dealer.send([b"x"] * 20_000)
     eventually(lambda: "a message of more than 8193 frames" in cut_for(caplog))
+    eventually(lambda: connections(broker) <= 1)
 
 
 @pytest.mark.parametrize("broker", ["clear"], indirect=True)

@@ -81,8 +81,11 @@ def test_a_bool_tensor_a_scalar_and_an_empty_one_survive_the_wire() -> None:
 
 
 def test_a_received_tensor_may_be_written_to() -> None:
-    packet = decode(octets(offer({"a": torch.zeros(3)})))
-    from_packet(packet)["a"].fill_(1.0)
+    packet = decode(octets(offer({"a": torch.zeros(3), "b": torch.zeros(3)})))
+    received = from_packet(packet)
+    received["a"].fill_(1.0)
+    assert received["a"].tolist() == [1.0, 1.0, 1.0]
+    assert received["b"].tolist() == [0.0, 0.0, 0.0]  # none of another's memory
 
 
 def test_contiguous_tensors_are_sent_from_their_own_memory() -> None:

@@ -18,9 +18,9 @@ import zmq
 
 from broker.protocol import decode
 from broker.protocol import messages as m
-from tests.integration.conftest import eventually
 from tests.integration.direct.conftest import Scene, Trainer
 from tests.integration.direct.worker import LIMIT_S, patience
+from tests.waiting import eventually
 from worker.direct.config import DirectConfig
 from worker.direct.gloo import GlooBackend
 from worker.direct.shm import ShmBackend

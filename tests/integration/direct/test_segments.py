@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Cluster, eventually
+from tests.integration.conftest import Cluster
 from tests.integration.direct.conftest import Scene
 from tests.integration.direct.test_transfers import until_direct
+from tests.waiting import eventually
 from worker.direct import segment
 from worker.direct.channel import ChannelConfig
 from worker.direct.config import DirectConfig

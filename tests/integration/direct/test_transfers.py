@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.integration.conftest import Cluster, eventually, make_target, tokens
+from tests.integration.conftest import Cluster, make_target, tokens
+from tests.waiting import eventually
 from trainer_client.targets.remote import RemoteEagle3TargetModel
 from worker.direct.config import DirectConfig
 from worker.service import Worker
@@ -135,15 +136,17 @@ def test_a_restarted_worker_of_the_same_name_gets_a_channel_of_its_own(
     assert remote.counters()["failures"] == 0
 
 
-def test_closing_in_mid_transfer_ends_at_once(
+def test_closing_ends_the_requests_and_transfers_under_way(
     cluster: Cluster, mapping: VocabMapping, small: DirectConfig
 ) -> None:
     worker = cluster.worker(direct=small)
     remote = cluster.trainer(mapping, direct=small)
     until_direct(remote)
-    for seed in range(4):
-        remote.generate_batch_async(*tokens(seed))
+    handles = [remote.generate_batch_async(*tokens(seed)) for seed in range(4)]
     remote.close()
+    assert all(handle.done() for handle in handles)
+    eventually(lambda: not cluster.broker.core.entries)
+    eventually(lambda: worker._sender.staged_bytes == 0)
     worker.stop()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.integration.conftest import eventually
+from tests.waiting import eventually
 from tests.worker.direct.pairs import both, invitation, pair
 from worker.direct.backend import TransferError
 from worker.direct.channel import ChannelConfig
