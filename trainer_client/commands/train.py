@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args
 
 import click
+import torch
+from transformers import AutoTokenizer
 
 from broker import logs
 from broker.keys import operators
 from trainer_client.commands.progress import Progress
 from trainer_client.eagle3.draft import Attention
 from trainer_client.errors import TrainerClientError
+from trainer_client.targets.remote import RemoteEagle3TargetModel
 from trainer_client.training.ranks import Ranks
 from trainer_client.training.run import train as run_training
+from trainer_client.training.run import write_summary
 from trainer_client.training.settings import TrainSettings, Turns
-from trainer_client.training.stopping import Stop
+from trainer_client.training.stopping import Stop, Stopped
 from trainer_client.training.trainer import StepMetrics
+from trainer_client.watch.observed import Observed
 from worker.direct import options as direct_options
 from worker.direct.config import DirectConfig
+from worker.targets import resolve
 
 _HELP = {
     "data": "JSON lines or an array: text, messages, conversations, ...; or plain text.",
@@ -32,7 +39,7 @@ _HELP = {
     "batch_size": "Samples of one rank in one micro-batch.",
     "accumulation": "Micro-batches of one rank for one optimizer step.",
     "global_batch": "Samples of a step over all ranks (0: batch size x accumulation x ranks).",
-    "skip_non_finite": "Steps with a gradient that is not finite that may be left out.",
+    "skip_non_finite": "Samples with values that are not finite that may be left out.",
     "max_length": "Tokens of a sample; what is longer is cut, and counted.",
     "loss_on": "Assistant turns that have loss: all of them, or each conversation's last.",
     "skip_bad_lines": "Leave out records that cannot be used, and count them by reason.",
@@ -156,63 +163,70 @@ def train(
     **settings_: Any,
 ) -> None:
     """Train a draft; also under torchrun, one rank a process."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from trainer_client.targets.remote import RemoteEagle3TargetModel
-    from trainer_client.watch.observed import Observed
-    from worker.targets import resolve
-
     try:
         settings = TrainSettings(**settings_)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    ranks = Ranks.from_environment()
-    device = own_device(device)
-    job = job or str(settings.output.resolve())
-    observed = Observed(ranks.rank, http, trace, trace_broker, http_token=http_token)
-    target = RemoteEagle3TargetModel(
-        list(broker),
-        device=device,
-        timeout=timeout_s,
-        max_retries=retries,
-        model=model,
-        encoding=encoding,
-        job=job,
-        rank=ranks.rank,
-        direct=direct,
-        host_batches=True,
-        trace=observed.trace,
-        key=key,
-        broker_key=broker_key,
-    )
-    try:
-        stop = Stop()
-        progress = Progress(ranks, quiet=as_json)
-        with stop.listening(), target, observed.of(target), progress:
-
-            def on_step(step: StepMetrics) -> None:
-                observed.step(step)
-                progress.step(step)
-
-            name = tokenizer or target.model_info()["tokenizer"]
-            if not name:
-                raise TrainerClientError("the target names no tokenizer; say --tokenizer")
-            summary = run_training(
-                settings,
-                target,
-                AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code),
-                ranks=ranks,
-                device=torch.device(device),
-                on_plan=progress.plan,
-                stop=stop,
-                on_step=on_step,
+    stop = Stop()
+    with stop.listening(), _one_sentence(stop):
+        ranks = Ranks.from_environment()
+        try:
+            device = own_device(device)
+            observed = Observed(ranks.rank, http, trace, trace_broker, http_token=http_token)
+            target = RemoteEagle3TargetModel(
+                list(broker),
+                device=device,
+                timeout=timeout_s,
+                max_retries=retries,
+                model=model,
+                encoding=encoding,
+                job=job or str(settings.output.resolve()),
+                rank=ranks.rank,
+                direct=direct,
+                host_batches=True,
+                trace=observed.trace,
+                key=key,
+                broker_key=broker_key,
             )
-            summary |= {"requests": target.counters()} if ranks.first else {}
-    finally:
-        ranks.leave()
+            progress = Progress(ranks, quiet=as_json)
+            with target, observed.of(target), progress:
+
+                def on_step(step: StepMetrics) -> None:
+                    observed.step(step)
+                    progress.step(step)
+
+                summary = run_training(
+                    settings,
+                    target,
+                    _tokenizer(tokenizer, target, trust_remote_code),
+                    ranks=ranks,
+                    device=torch.device(device),
+                    on_plan=progress.plan,
+                    stop=stop,
+                    on_step=on_step,
+                )
+                summary |= {"requests": target.counters()} if ranks.first else {}
+        finally:
+            ranks.leave()
     if ranks.first:
         _finish_summary(settings.output, summary, as_json)
+
+
+@contextlib.contextmanager
+def _one_sentence(stop: Stop) -> Iterator[None]:
+    """A signal that came before the first step is an error in one sentence."""
+    try:
+        yield
+    except Stopped:
+        raise TrainerClientError(f"stopped by {stop.by} before the first step") from None
+
+
+def _tokenizer(wanted: str | None, target: RemoteEagle3TargetModel, trust_remote_code: bool) -> Any:
+    """The one that was asked for, or the target's own. Waits for the first worker then."""
+    name = wanted or target.model_info()["tokenizer"]
+    if not name:
+        raise TrainerClientError("the target names no tokenizer; say --tokenizer")
+    return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
 
 
 def own_device(wanted: str) -> str:
@@ -220,8 +234,6 @@ def own_device(wanted: str) -> str:
 
     Raises :class:`click.UsageError` for a rank beyond this host's GPUs.
     """
-    import torch
-
     if wanted not in ("", "cuda"):
         return wanted
     if not torch.cuda.is_available():
@@ -239,8 +251,6 @@ def own_device(wanted: str) -> str:
 
 
 def _finish_summary(output: Path, summary: dict[str, Any], as_json: bool) -> None:
-    from trainer_client.training.run import write_summary
-
     write_summary(output, summary)
     if as_json:
         click.echo(json.dumps(summary))

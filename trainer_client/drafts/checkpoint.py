@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.errors import TrainerClientError
@@ -36,6 +37,15 @@ class Checkpoint:
     step: int
     settings: Mapping[str, Any]
 
+    def selected_token_ids(self) -> Tensor:
+        """Its vocabulary: target ids, int64 [D]. Raises :class:`CheckpointError`."""
+        try:
+            with safe_open(self.directory / "draft.safetensors", framework="pt") as file:
+                offsets: Tensor = file.get_tensor("d2t")
+        except Exception as error:  # what a damaged file makes safetensors raise is anything
+            raise self._damaged(error) from error
+        return offsets + torch.arange(offsets.numel())
+
     def restore(self, draft: Eagle3Draft, optimizer: torch.optim.Optimizer | None) -> None:
         """Load weights and optimizer state in place. Raises :class:`CheckpointError`."""
         try:
@@ -46,7 +56,13 @@ class Checkpoint:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 optimizer.load_state_dict(state)
         except Exception as error:  # what a damaged file makes torch raise is anything
-            raise CheckpointError(f"cannot resume from {self.directory}: {error!r}") from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"cannot resume from {self.directory}: {error!r}; remove it, to go on from the one "
+            "before it"
+        )
 
 
 def save(
@@ -78,7 +94,7 @@ def save(
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         unfinished.rename(final)
     except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk is turned into
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -86,8 +102,21 @@ def save(
             f"cannot write the checkpoint {final}: {error}; older checkpoints are untouched"
         ) from error
     for old in complete(directory)[:-keep]:
-        shutil.rmtree(old.directory)
+        _remove(old.directory)
     return final
+
+
+def clean(directory: Path) -> None:
+    """Remove what processes that were killed have left unfinished; no other may be writing."""
+    for left in directory.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """So that it is never seen in part, whenever this process is killed."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.gone")
+    checkpoint.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def complete(directory: Path) -> list[Checkpoint]:

@@ -7,10 +7,10 @@ name. The ranks of a run agree on it before the first request.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from trainer_client.errors import TrainerClientError
+from trainer_client.training.ranks import summing
 
 T = TypeVar("T")
 FILE = "run.json"
@@ -36,8 +37,12 @@ FREE = (
     "accumulation",
     "skip_non_finite",
 )
-#: What is written down for people, and compared by nobody.
-_TOLD = ("versions", "ranks", "files")
+#: What is written down for people, and compared by nobody when a run is resumed.
+_TOLD = ("versions", "ranks", "files", "settings", "total_steps", "skip_non_finite")
+#: What decides which tokens are trained: where those are the same it does not matter.
+_OF_DATA = ("max_length", "loss_on", "skip_bad_lines")
+#: What may differ between the ranks of one run: each may have its own copy of the data.
+_OF_ONE_RANK = ("files", "settings")
 
 
 class RunError(TrainerClientError):
@@ -64,11 +69,23 @@ def read(output: Path) -> dict[str, Any] | None:
 
 
 def write(output: Path, identity: Mapping[str, Any]) -> None:
-    """Write ``run.json``, whole or not at all."""
-    output.mkdir(parents=True, exist_ok=True)
-    unfinished = output / f".{FILE}.{os.getpid()}"
-    unfinished.write_text(json.dumps(dict(identity), indent=1, default=str) + "\n")
-    unfinished.replace(output / FILE)
+    """Write ``run.json``, whole or not at all. Raises :class:`RunError`."""
+    write_whole(output / FILE, json.dumps(dict(identity), indent=1, default=str) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of a run, so that it is never seen in part. Raises :class:`RunError`."""
+    unfinished = path.with_name(f".{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise RunError(
+            f"cannot write {path}: {error.strerror}; make room, then --resume"
+        ) from error
 
 
 def check_place(output: Path, *, resume: bool) -> dict[str, Any] | None:
@@ -92,10 +109,12 @@ def check_place(output: Path, *, resume: bool) -> dict[str, Any] | None:
 
 def compare(there: Mapping[str, Any], here: Mapping[str, Any], output: Path) -> None:
     """Raise :class:`RunError` that names what differs between the run there and the one wanted."""
+    same_data = there.get("data_content") == here.get("data_content")
+    free = {*_TOLD, *(_OF_DATA if same_data else ())}
     differing = [
         f"{name} is {_shown(there.get(name))} there and {_shown(here[name])} here"
         for name in here
-        if name not in _TOLD and there.get(name) != here[name]
+        if name not in free and there.get(name) != here[name]
     ]
     if differing:
         raise RunError(
@@ -119,7 +138,8 @@ def agree(
     if world > 1:
         mine = {"error": str(error) if error else "", "made": dict(shown(made)) if made else {}}
         everyone: list[Any] = [None] * world
-        dist.all_gather_object(everyone, mine)
+        with summing():
+            dist.all_gather_object(everyone, mine)
         if error is None:
             _refuse_others(rank, everyone)
     if error is not None:
@@ -134,14 +154,20 @@ def _refuse_others(rank: int, everyone: list[dict[str, Any]]) -> None:
             raise RunError(f"rank {other} cannot train: {theirs['error']}")
     first = everyone[0]["made"]
     for other, theirs in enumerate(everyone):
-        differing = [name for name in first if theirs["made"].get(name) != first[name]]
+        differing = [
+            name
+            for name in first
+            if name not in _OF_ONE_RANK and theirs["made"].get(name) != first[name]
+        ]
         if differing:
             said = "; ".join(
                 f"{name} is {_shown(first[name])} on rank 0 and "
                 f"{_shown(theirs['made'].get(name))} on rank {other}"
                 for name in differing
             )
-            raise RunError(f"the ranks would not train the same: {said}; give all the same files")
+            raise RunError(
+                f"the ranks would not train the same: {said}; give all the same files and options"
+            )
 
 
 def content_hash(path: Path) -> str:
@@ -151,6 +177,18 @@ def content_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             content.update(block)
     return content.hexdigest()
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of what a tokenizer is: its tokens, its special ones and its chat template."""
+    vocab: Mapping[str, int] = getattr(tokenizer, "get_vocab", dict)()
+    said = {
+        "vocab": sorted(vocab.items()),
+        "special": sorted(map(str, getattr(tokenizer, "all_special_tokens", ()))),
+        "chat_template": getattr(tokenizer, "chat_template", None),
+    }
+    text = json.dumps(said, default=str, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _shown(value: Any) -> str:

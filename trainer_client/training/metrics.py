@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from broker.logs import log
+from trainer_client.training.identity import write_whole
+
+_logger = logging.getLogger("draftmq.train")
+
 
 class MetricsLog:
-    """``metrics.jsonl``: one object a step. A resumed run goes on after ``steps_done``."""
+    """``metrics.jsonl``: one object a step. A resumed run goes on after ``steps_done``.
+
+    A disk that is full costs lines, and a warning, not the run.
+    """
 
     def __init__(self, path: Path, steps_done: int = 0) -> None:
         kept = [line for line in read(path) if line["step"] <= steps_done] if steps_done else []
-        self._file = path.open("w", encoding="utf-8")
-        for line in kept:
-            self.write(line)
+        write_whole(path, "".join(map(_line, kept)))
+        self._file = path.open("a", encoding="utf-8")
+        self._failed = False
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(finite(dict(line)), allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(_line(line))
+            self._file.flush()
+        except OSError as error:
+            if not self._failed:
+                log(_logger, "warning", "metrics_not_written", {"error": str(error)})
+            self._failed = True
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -32,7 +47,12 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be flushed is written again
+            self._file.close()
+
+
+def _line(line: Mapping[str, Any]) -> str:
+    return json.dumps(finite(dict(line)), allow_nan=False) + "\n"
 
 
 def finite(value: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer_client.eagle3.config import DraftConfig
 from trainer_client.eagle3.draft import Eagle3Draft
@@ -38,11 +39,17 @@ def make_plan(
     tokenizer: Any,
     ranks: Ranks,
     there: Mapping[str, Any] | None = None,
+    *,
+    selected_token_ids: Tensor | None = None,
+    done: int = 0,
 ) -> Plan:
-    """Read the data and decide. ``there`` is the identity of the run that is resumed.
+    """Read the data and decide.
 
-    Raises :class:`DataError` for data that cannot be trained on, and
-    :class:`trainer_client.training.identity.RunError` where ``there`` is another run.
+    ``there`` is the identity of the run that is resumed after ``done`` steps, and
+    ``selected_token_ids`` int64 [D] the vocabulary of its checkpoint, which it keeps. Raises
+    :class:`DataError` for data that cannot be trained on, and
+    :class:`trainer_client.training.identity.RunError` where ``there`` is another run, or has gone
+    on for longer than is wanted now.
     """
     info = backend.model_info()
     limit = info["max_position_embeddings"] or settings.max_length
@@ -53,32 +60,58 @@ def make_plan(
         skip_bad_lines=settings.skip_bad_lines,
         loss_on=settings.loss_on,
     )
-    counts = token_counts(dataset.samples, info["vocab_size"])
-    mapping, coverage = frequent_tokens(
-        counts, settings.draft_vocab_size, always_known(tokenizer, info["vocab_size"])
-    )
+    mapping, coverage = _vocabulary(settings, info, tokenizer, dataset, selected_token_ids)
     began = settings.batch_size * settings.accumulation * ranks.world_size
     if there is not None:
         began = there.get("global_batch", began)
     schedule = Schedule(len(dataset.samples), settings.global_batch or began, settings.seed)
-    total = settings.epochs * schedule.steps_per_epoch
+    whole = settings.epochs * schedule.steps_per_epoch
+    total_steps = min(settings.max_steps or whole, whole)
     here = {
         **settings.shared(),
         "global_batch": schedule.global_batch,
         "samples": len(dataset.samples),
         "data_content": dataset.digest,
+        "tokenizer": identity.tokenizer_hash(tokenizer),
         "mapping": mapping.id,
         "model": info["model"],
         "target": info.get("offer") or info["fingerprint"],
         "encoding": backend.encoding,
+        "skip_non_finite": settings.skip_non_finite,
+        "total_steps": total_steps,
         "versions": identity.versions(),
         "ranks": ranks.world_size,
         "files": {str(settings.data): identity.content_hash(settings.data)},
+        "settings": settings.plain(),
     }
     if there is not None:
         identity.compare(there, here, settings.output)
-    steps = min(settings.max_steps or total, total)
-    return Plan(dataset, mapping, coverage, schedule, steps, here)
+    if done > total_steps:
+        raise identity.RunError(
+            f"{settings.output} has {done} steps behind it, and {total_steps} are wanted now; say "
+            "more --epochs or --max-steps, or take the draft of an earlier checkpoint (draftmq "
+            "export)"
+        )
+    return Plan(dataset, mapping, coverage, schedule, total_steps, here)
+
+
+def _vocabulary(
+    settings: TrainSettings,
+    info: Mapping[str, Any],
+    tokenizer: Any,
+    dataset: Dataset,
+    selected_token_ids: Tensor | None,
+) -> tuple[VocabMapping, float]:
+    """The draft's vocabulary, and the share of the data's tokens that it covers."""
+    size = info["vocab_size"]
+    counts = token_counts(dataset.samples, size)
+    known = always_known(tokenizer, size)
+    mapping, coverage = frequent_tokens(counts, settings.draft_vocab_size, known)
+    if selected_token_ids is None or int(selected_token_ids.max()) >= size:
+        return mapping, coverage  # ids beyond the target's are of another run, which is refused
+    kept = VocabMapping(selected_token_ids, size)
+    covered = counts[kept.selected_token_ids].sum() / counts.sum().clamp_min(1)
+    return kept, float(covered)
 
 
 def make_draft(

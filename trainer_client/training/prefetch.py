@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from trainer_client.errors import TargetFailedError
 from trainer_client.targets.batch import BatchHandle, Eagle3TargetBatch, TargetBackend
 from trainer_client.training.depth import AutoDepth, Taken
+from trainer_client.training.refused import PartialBatch
 
 #: 32 replies of 2,048 tokens in the encoding ``hidden`` of a target with H=4096 in bfloat16.
 MEMORY_BYTES = 2 << 30
@@ -53,7 +55,8 @@ class Prefetcher(Generic[S]):
     and no more are unanswered than the backend's ``window``, if it has one. A number is kept as it
     is. ``waited_s`` adds up what the consumer has waited for the target, on ``clock``. A backend
     without ``supports_async`` is asked when the consumer comes. Leaving the iteration early cancels
-    what is under way.
+    what is under way. ``failed`` gives what to yield where the target failed on a sample; without
+    it that ends the iteration.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Prefetcher(Generic[S]):
         *,
         memory_bytes: int = MEMORY_BYTES,
         clock: Callable[[], float] = time.perf_counter,
+        failed: Callable[[S, TargetFailedError], PartialBatch] | None = None,
     ) -> None:
         if depth != "auto" and depth < 1:
             raise ValueError(f"the prefetch depth must be 'auto' or at least 1, got {depth}")
@@ -74,6 +78,7 @@ class Prefetcher(Generic[S]):
         self.waited_s = 0.0
         self._samples = iter(samples)
         self._clock = clock
+        self._failed = failed
         self._auto = AutoDepth() if depth == "auto" else None
         self._depth = 0 if not backend.supports_async else 1 if depth == "auto" else depth
         self._pending: collections.deque[_Asked[S]] = collections.deque()
@@ -86,7 +91,7 @@ class Prefetcher(Generic[S]):
         """Requests that may be under way beyond the one that is waited for; 0 without prefetch."""
         return self._depth
 
-    def __iter__(self) -> Iterator[tuple[S, Eagle3TargetBatch]]:
+    def __iter__(self) -> Iterator[tuple[S, Eagle3TargetBatch | PartialBatch]]:
         try:
             following = next(self._samples, None)
             while following is not None or self._pending:
@@ -123,7 +128,7 @@ class Prefetcher(Generic[S]):
             handle = _Later(self.backend, tensors)
         return _Asked(sample, handle, sample.input_ids.numel())
 
-    def _take(self, *, more: bool) -> tuple[S, Eagle3TargetBatch]:
+    def _take(self, *, more: bool) -> tuple[S, Eagle3TargetBatch | PartialBatch]:
         """Wait for the oldest; ``more`` says that there are samples to ask for."""
         full = more and len(self._pending) > self._depth
         for other in self._pending:
@@ -131,7 +136,7 @@ class Prefetcher(Generic[S]):
                 other.ready_at = self._taken
         asked = self._pending.popleft()
         began = self._clock()
-        batch = asked.handle.result()
+        batch = self._result(asked)
         self.waited_s += self._clock() - began
         self._bytes_per_token = max(self._bytes_per_token, batch.nbytes / asked.n_tokens)
         if self._auto is not None and self.backend.supports_async:
@@ -140,6 +145,14 @@ class Prefetcher(Generic[S]):
             self._depth = self._auto.handle(Taken(waited, lead, full))
         self._taken += 1
         return asked.sample, batch
+
+    def _result(self, asked: _Asked[S]) -> Eagle3TargetBatch | PartialBatch:
+        try:
+            return asked.handle.result()
+        except TargetFailedError as error:
+            if self._failed is None:
+                raise
+            return self._failed(asked.sample, error)
 
 
 class _Later:

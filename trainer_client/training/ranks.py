@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer_client.errors import TrainerClientError
+
+T = TypeVar("T")
+
+
+class RankLostError(TrainerClientError):
+    """Another process of the run has gone, so that its sums cannot be made."""
+
+
+@contextlib.contextmanager
+def summing() -> Iterator[None]:
+    """What ranks do together. Raises :class:`RankLostError` where one of them has gone."""
+    try:
+        yield
+    except RuntimeError as error:  # what Gloo and NCCL raise
+        reason = str(error).splitlines()[0]
+        raise RankLostError(f"another rank of this run has gone ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,45 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    def told_by_first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank: only its disk is looked at.
+
+        Raises there what ``make`` raises, and :class:`TrainerClientError` on the others.
+        """
+        if self.world_size == 1:
+            return make()
+        box: list[Any] = [None, ""]
+        failed: Exception | None = None
+        if self.first:
+            try:
+                box[0] = make()
+            except Exception as error:
+                failed, box[1] = error, str(error)
+        with summing():
+            dist.broadcast_object_list(box, src=0)
+        if failed is not None:
+            raise failed
+        if box[1]:
+            raise TrainerClientError(f"rank 0 cannot train: {box[1]}")
+        made: T = box[0]
+        return made
+
+    def share(self, draft: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Give every rank the weights and the optimizer's state of rank 0, to the bit."""
+        if self.world_size == 1:
+            return
+        shapes = self.told_by_first(lambda: _state_shapes(optimizer))
+        with summing():
+            for tensor in (*draft.parameters(), *draft.buffers()):
+                dist.broadcast(tensor.data, src=0)
+            for parameter, state in zip(_optimized(optimizer), shapes, strict=True):
+                mine = optimizer.state[parameter]
+                for name, (shape, dtype, on_device) in state.items():
+                    device = parameter.device if on_device else "cpu"
+                    if name not in mine:
+                        mine[name] = torch.empty(shape, dtype=dtype, device=device)
+                    dist.broadcast(mine[name], src=0)
+
     def meet(self) -> None:
         """Wait for the others, before leaving in good order.
 
@@ -41,9 +102,25 @@ class Ranks:
         waits for them: right behind an all-reduce it would wait for ever. In a barrier they get it.
         """
         if self.world_size > 1:
-            dist.barrier()
+            with summing():
+                dist.barrier()
 
     def leave(self) -> None:
         """Leave the process group, also in the middle of things."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _optimized(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _state_shapes(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """For each parameter the names of its state, with shape, dtype, and whether on its device."""
+    return [
+        {
+            name: (tuple(tensor.shape), tensor.dtype, tensor.device.type == parameter.device.type)
+            for name, tensor in optimizer.state.get(parameter, {}).items()
+        }
+        for parameter in _optimized(optimizer)
+    ]

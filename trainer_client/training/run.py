@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,13 +17,15 @@ from trainer_client.drafts import checkpoint
 from trainer_client.drafts.export import write_draft
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.eagle3.unroll import Eagle3Unroll
-from trainer_client.errors import TrainerClientError
+from trainer_client.errors import RequestError, TrainerClientError
 from trainer_client.targets.batch import Eagle3TargetBatch, TargetBackend
 from trainer_client.training import identity, metrics
 from trainer_client.training.data import MicroBatch, collate
+from trainer_client.training.place import Found, held, look
 from trainer_client.training.plan import Plan, make_draft, make_plan
 from trainer_client.training.prefetch import Prefetcher
-from trainer_client.training.ranks import Ranks
+from trainer_client.training.ranks import RankLostError, Ranks
+from trainer_client.training.refused import PartialBatch, ask_one_by_one
 from trainer_client.training.settings import TrainSettings
 from trainer_client.training.stopping import Stop, Stopped
 from trainer_client.training.trainer import StepMetrics, Trainer, learning_rate, make_optimizer
@@ -38,98 +42,156 @@ def train(
     on_step: Callable[[StepMetrics], None] = lambda step: None,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
-    """Run to the end; returns what ``summary.json`` says. Only rank 0 writes.
+    """Run to the end; returns what ``summary.json`` says. Only rank 0 reads and writes the run.
 
     Raises :class:`TrainerClientError` of all kinds; nothing is trained on partial supervision. When
     ``stop`` says so it writes a checkpoint and raises one that says how to go on.
     """
-    stop = stop or Stop()
-    ranks = ranks or Ranks()
-    began = time.perf_counter()
-    device = device or torch.device("cpu")
+    stop, ranks = stop or Stop(), ranks or Ranks()
+    with held(settings.output) if ranks.first else contextlib.nullcontext():
+        found = ranks.told_by_first(lambda: look(settings.output, resume=settings.resume))
+        plan = identity.agree(
+            ranks.rank,
+            ranks.world_size,
+            lambda: make_plan(
+                settings,
+                backend,
+                tokenizer,
+                ranks,
+                found.identity,
+                selected_token_ids=found.selected_token_ids,
+                done=found.step,
+            ),
+            lambda plan: plan.identity,
+        )
+        on_plan(plan)
+        run = _Run(settings, backend, plan, ranks, device or torch.device("cpu"), stop)
+        run.begin(found)
+        with stop.shielded():
+            return run.to_the_end(on_step)
 
-    def prepare() -> Plan:
-        there = identity.check_place(settings.output, resume=settings.resume)
-        return make_plan(settings, backend, tokenizer, ranks, there)
 
-    plan = identity.agree(ranks.rank, ranks.world_size, prepare, lambda plan: plan.identity)
-    on_plan(plan)
-    backend.set_vocab_mapping(plan.mapping.selected_token_ids, plan.mapping.selected_token_mask)
-    draft = make_draft(settings, backend, plan.mapping).to(device)
-    optimizer = make_optimizer(draft, settings.learning_rate, settings.weight_decay)
-    first = _resume(settings, plan, draft, optimizer) if settings.resume else 0
-    lm_head = backend.lm_head_rows() if backend.encoding == "hidden" else None
-    trainer = Trainer(
-        Eagle3Unroll(draft, depths=settings.ttt_depths),
-        optimizer,
-        rate=lambda step: learning_rate(
-            step,
-            peak=settings.learning_rate,
-            warmup=max(1, int(settings.warmup_share * plan.total_steps)),
-            total=plan.total_steps,
-        ),
-        max_grad_norm=settings.max_grad_norm,
-        lm_head=lm_head,
-        device=device,
-        skip_non_finite=settings.skip_non_finite,
-    )
-    samples = _micro_batches(settings, plan, first, ranks)
-    prefetcher: Prefetcher[MicroBatch] = Prefetcher(
-        backend, samples, settings.prefetch, memory_bytes=settings.prefetch_mib << 20
-    )
-    checkpoints = settings.output / "checkpoints"
-    if ranks.first:
-        identity.write(settings.output, plan.identity)
-    log = metrics.MetricsLog(settings.output / "metrics.jsonl", first) if ranks.first else None
-    last: StepMetrics | None = None
+class _Run:
+    """A run that is planned, on one rank."""
 
-    def save(step: int) -> None:
-        checkpoint.save(
-            checkpoints,
-            step,
-            draft,
-            optimizer,
-            plan.identity,
-            backend.model_info(),
-            settings.keep_checkpoints,
+    def __init__(
+        self,
+        settings: TrainSettings,
+        backend: TargetBackend,
+        plan: Plan,
+        ranks: Ranks,
+        device: torch.device,
+        stop: Stop,
+    ) -> None:
+        self._settings, self._backend, self._plan = settings, backend, plan
+        self._ranks, self._device, self._stop = ranks, device, stop
+        self._checkpoints = settings.output / "checkpoints"
+        #: steps that are done, and of which there is a checkpoint
+        self._done = self._saved = 0
+        self._began = time.perf_counter()
+
+    def begin(self, found: Found) -> None:
+        """Make the draft, or take up the newest checkpoint; the same weights on every rank."""
+        settings, backend, plan = self._settings, self._backend, self._plan
+        mapping = plan.mapping
+        backend.set_vocab_mapping(mapping.selected_token_ids, mapping.selected_token_mask)
+        self.draft = make_draft(settings, backend, mapping).to(self._device)
+        self.optimizer = make_optimizer(self.draft, settings.learning_rate, settings.weight_decay)
+        if found.newest is not None and self._ranks.first:
+            identity.compare(found.newest.settings, plan.identity, found.newest.directory)
+            found.newest.restore(self.draft, self.optimizer)
+        self._ranks.share(self.draft, self.optimizer)
+        self._done = self._saved = found.step
+        lm_head = backend.lm_head_rows() if backend.encoding == "hidden" else None
+        self._trainer = Trainer(
+            Eagle3Unroll(self.draft, depths=settings.ttt_depths),
+            self.optimizer,
+            rate=lambda step: learning_rate(
+                step,
+                peak=settings.learning_rate,
+                warmup=max(1, int(settings.warmup_share * plan.total_steps)),
+                total=plan.total_steps,
+            ),
+            max_grad_norm=settings.max_grad_norm,
+            lm_head=lm_head,
+            device=self._device,
+            skip_non_finite=settings.skip_non_finite,
+        )
+        self._prefetcher: Prefetcher[MicroBatch] = Prefetcher(
+            backend,
+            _micro_batches(settings, plan, found.step, self._ranks),
+            settings.prefetch,
+            memory_bytes=settings.prefetch_mib << 20,
+            failed=functools.partial(ask_one_by_one, backend),
         )
 
-    steps = trainer.run(
-        _until(stop, prefetcher),
-        first_step=first,
-        waited_s=lambda: prefetcher.waited_s,
-        micro_batches=lambda step: len(_mine(settings, plan, step, ranks)),
-        total_steps=plan.total_steps,
-    )
-    done, saved = first, first
-    try:
-        for step in steps:
-            last = replace(step, prefetch=prefetcher.depth)
-            done = last.step
-            if log is not None:
-                log.write(asdict(last) | _counted(backend))
-            on_step(last)
-            every = settings.checkpoint_every
-            if ranks.first and (done == plan.total_steps or (every and done % every == 0)):
-                save(done)
-                saved = done
-            if stop.by and done < plan.total_steps:
-                raise Stopped
-    except (Stopped, RuntimeError) as error:  # a rank that has stopped fails the others' sums
-        if not stop.by:
-            raise
-        if ranks.first and done > saved:
-            save(done)
-        raise TrainerClientError(
-            f"stopped by {stop.by} after step {done} of {plan.total_steps}"
-            + (f"; a checkpoint of it is in {checkpoints}" if ranks.first and done else "")
-            + "; the same command with --resume goes on"
-        ) from error
-    ranks.meet()
-    if log is None:
-        return {}
-    log.__exit__(None, None, None)
-    return _finish(settings, backend, plan, draft, last, prefetcher, time.perf_counter() - began)
+    def to_the_end(self, on_step: Callable[[StepMetrics], None]) -> dict[str, Any]:
+        """Train what is left; gives the summary on rank 0, and {} on the others."""
+        settings = self._settings
+        if not self._ranks.first:
+            self._train(on_step)
+            return {}
+        checkpoint.clean(self._checkpoints)
+        identity.write(settings.output, self._plan.identity)
+        with metrics.MetricsLog(settings.output / "metrics.jsonl", self._done) as log:
+
+            def written(step: StepMetrics) -> None:
+                log.write(asdict(step) | _counted(self._backend))
+                on_step(step)
+
+            self._train(written)
+        seconds = time.perf_counter() - self._began
+        waiting = self._prefetcher.waited_s / seconds
+        return _finish(settings, self._backend, self._plan, self.draft, seconds, waiting)
+
+    def _train(self, on_step: Callable[[StepMetrics], None]) -> None:
+        total, stop = self._plan.total_steps, self._stop
+        steps = self._trainer.run(
+            _until(stop, self._prefetcher),
+            first_step=self._done,
+            waited_s=lambda: self._prefetcher.waited_s,
+            micro_batches=lambda step: len(_mine(self._settings, self._plan, step, self._ranks)),
+            total_steps=total,
+            asked_to_stop=lambda: bool(stop.by),
+        )
+        try:
+            for step in steps:
+                self._done = step.step
+                on_step(replace(step, prefetch=self._prefetcher.depth))
+                every = self._settings.checkpoint_every
+                if self._done == total or (every and self._done % every == 0):
+                    self._save()
+                if (stop.by or self._trainer.stopping) and self._done < total:
+                    raise Stopped
+            self._ranks.meet()
+        except (Stopped, RankLostError) as error:
+            by = stop.by or ("the end of another rank" if isinstance(error, RankLostError) else "")
+            raise self._ended(f"stopped by {by or 'a signal to another rank'}") from error
+        except RequestError as error:  # no workers for too long, or a target that fails
+            raise self._ended(f"{error}; the run ended") from error
+
+    def _ended(self, why: str) -> TrainerClientError:
+        """Save what was done; the error that says how to go on."""
+        self._save()
+        there = f"; a checkpoint of it is in {self._checkpoints}" if self._saved else ""
+        return TrainerClientError(
+            f"{why} after step {self._done} of {self._plan.total_steps}{there}; the same command "
+            "with --resume goes on"
+        )
+
+    def _save(self) -> None:
+        if not self._ranks.first or self._done == self._saved:
+            return
+        checkpoint.save(
+            self._checkpoints,
+            self._done,
+            self.draft,
+            self.optimizer,
+            self._plan.identity,
+            self._backend.model_info(),
+            self._settings.keep_checkpoints,
+        )
+        self._saved = self._done
 
 
 def _finish(
@@ -137,23 +199,24 @@ def _finish(
     backend: TargetBackend,
     plan: Plan,
     draft: Eagle3Draft,
-    last: StepMetrics | None,
-    prefetcher: Prefetcher[MicroBatch],
     seconds: float,
+    waiting_share: float,
 ) -> dict[str, Any]:
     lines = metrics.read(settings.output / "metrics.jsonl")
     metrics.draw_curves(lines, settings.output / "curves.png")
     write_draft(draft, settings.output / "draft", target_info=backend.model_info())
+    last = lines[-1] if lines else {}
     summary = {
         "steps": plan.total_steps,
         "seconds": seconds,
-        "loss": lines[-1]["loss"] if lines else None,
-        "simulated_accept_length": last.accept_length if last else None,
-        "waiting_share": prefetcher.waited_s / seconds,
-        "peak_memory_bytes": last.peak_memory_bytes if last else None,
+        "loss": last.get("loss"),
+        "simulated_accept_length": last.get("accept_length"),
+        "waiting_share": waiting_share,
+        "peak_memory_bytes": last.get("peak_memory_bytes"),
         "samples": len(plan.dataset.samples),
         "samples_truncated": plan.dataset.truncated,
         "samples_without_loss": plan.dataset.without_loss,
+        "samples_not_finite": [origin for line in lines for origin in line.get("left_out", ())],
         "records_left_out": dict(plan.dataset.left_out),
         "global_batch": plan.schedule.global_batch,
         "draft_vocab_size": plan.mapping.draft_vocab_size,
@@ -166,9 +229,9 @@ def _finish(
 
 
 def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
-    """Write ``summary.json``."""
+    """Write ``summary.json``. Raises :class:`trainer_client.training.identity.RunError`."""
     text = json.dumps(metrics.finite(dict(summary)), indent=1, allow_nan=False)
-    (output / "summary.json").write_text(text + "\n")
+    identity.write_whole(output / "summary.json", text + "\n")
 
 
 def _counted(backend: TargetBackend) -> dict[str, int]:
@@ -191,7 +254,9 @@ def _micro_batches(
             yield collate([plan.dataset.samples[number] for number in numbers])
 
 
-def _until(stop: Stop, prefetcher: Prefetcher[MicroBatch]) -> Iterator[Eagle3TargetBatch]:
+def _until(
+    stop: Stop, prefetcher: Prefetcher[MicroBatch]
+) -> Iterator[Eagle3TargetBatch | PartialBatch]:
     """Batches that say where their samples come from; a signal ends the wait for the next."""
     arriving = iter(prefetcher)
     while True:
@@ -199,17 +264,6 @@ def _until(stop: Stop, prefetcher: Prefetcher[MicroBatch]) -> Iterator[Eagle3Tar
             asked, batch = next(arriving, (None, None))
         if asked is None or batch is None:
             return
-        yield replace(batch, origins=asked.origins)
-
-
-def _resume(
-    settings: TrainSettings, plan: Plan, draft: Eagle3Draft, optimizer: torch.optim.Optimizer
-) -> int:
-    """Take up the newest checkpoint of this run; its step, or 0 where there is none."""
-    found = checkpoint.complete(settings.output / "checkpoints")
-    if not found:
-        return 0
-    newest = found[-1]
-    identity.compare(newest.settings, plan.identity, newest.directory)
-    newest.restore(draft, optimizer)
-    return newest.step
+        if isinstance(batch, Eagle3TargetBatch):
+            batch = replace(batch, origins=asked.origins)
+        yield batch

@@ -51,7 +51,8 @@ class TrainSettings:
     #: What EAGLE's authors clip at; their loss is a sum over depths and ours a weighted mean, so it
     #: binds less here.
     max_grad_norm: float = 0.5
-    #: Steps with a gradient that is not finite to leave out, and report; one more is an error.
+    #: Samples whose states, loss or gradient are not finite to leave out, and report; one more is
+    #: an error.
     skip_non_finite: int = 0
     #: Requests under way beyond the one that is waited for; ``auto`` finds what keeps the trainer
     #: from waiting, within ``prefetch_mib`` and the brokers' windows.
@@ -88,7 +89,11 @@ class TrainSettings:
 
     def shared(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it goes on with."""
-        return {name: _plain(v) for name, v in asdict(self).items() if name not in identity.FREE}
+        return {name: v for name, v in self.plain().items() if name not in identity.FREE}
+
+    def plain(self) -> dict[str, Any]:
+        """All settings, as JSON has them."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
 
 def _plain(value: Any) -> Any:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from trainer_client.targets.batch import Eagle3TargetBatch
+from trainer_client.training.refused import PartialBatch
+
+Given = Eagle3TargetBatch | PartialBatch
 
 
-def staged(
-    batches: Iterable[Eagle3TargetBatch], device: torch.device
-) -> Iterator[Eagle3TargetBatch]:
+def staged(batches: Iterable[Given], device: torch.device) -> Iterator[Given]:
     """The same batches, in order, on ``device``.
 
     On CUDA one batch is taken ahead, and copied from pinned memory on a stream of its own while the
@@ -25,13 +26,13 @@ def staged(
         return
     copies = torch.cuda.Stream(device)
 
-    def copy(batch: Eagle3TargetBatch) -> tuple[Eagle3TargetBatch, torch.cuda.Event]:
+    def copy(batch: Given) -> tuple[Given, torch.cuda.Event]:
         with torch.cuda.stream(copies):
             return batch.map(lambda tensor: _copy(tensor, device)), copies.record_event()
 
     # a thread pins: that copies within the host, and the training thread has kernels to launch
     with ThreadPoolExecutor(1, "draftmq-pin") as pinning:
-        ahead: list[Future[tuple[Eagle3TargetBatch, torch.cuda.Event]]] = []
+        ahead: list[Future[tuple[Given, torch.cuda.Event]]] = []
         for batch in batches:
             ahead.append(pinning.submit(copy, batch))
             if len(ahead) > 1:
@@ -46,9 +47,7 @@ def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _ready(
-    batch: Eagle3TargetBatch, arrived: torch.cuda.Event, device: torch.device
-) -> Eagle3TargetBatch:
+def _ready(batch: Given, arrived: torch.cuda.Event, device: torch.device) -> Given:
     """Have the consumer's stream wait for the copy, and the allocator know who uses it."""
     stream = torch.cuda.current_stream(device)
     stream.wait_event(arrived)

@@ -18,6 +18,8 @@ from trainer_client.eagle3.unroll import Eagle3Unroll, UnrollOutput, simulated_a
 from trainer_client.errors import TrainerClientError
 from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.training.memory import peak_bytes
+from trainer_client.training.ranks import summing
+from trainer_client.training.refused import PartialBatch, rows
 from trainer_client.training.staging import staged
 
 _logger = logging.getLogger("draftmq.train")
@@ -38,6 +40,7 @@ class StepMetrics:
     seconds: float
     peak_memory_bytes: int = 0  # this rank's so far: of a GPU's memory, else of RAM
     prefetch: int = 0  # requests kept ahead of this rank
+    left_out: tuple[str, ...] = ()  # samples without numbers, which were not trained on
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, floor: float = 0.1) -> float:
@@ -62,12 +65,30 @@ class NonFiniteError(TrainerClientError):
     """A loss or a gradient is not a number; the step was not taken. Names the samples."""
 
 
+@dataclass(frozen=True)
+class _Gradient:
+    """The gradient of one step over all ranks, before the optimizer uses it."""
+
+    norm: float  # before it was clipped
+    loss: float
+    n_tokens: float
+    depth_accuracy: list[float]
+    accept_length: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.norm) and math.isfinite(self.loss)
+
+
 class Trainer:
     """Steps an unroll. With a process group, ranks add up gradients and metrics.
 
     The loss of a step is the sum over its supervised slots divided by their number over all its
     micro-batches and ranks, by depth: however a global batch is cut, its gradient is the same. So a
     rank may have fewer micro-batches than another in a step, or none.
+
+    All that ranks do together in a step comes before its optimizer step: where it fails, because
+    another rank has gone, the weights are those of the step before.
     """
 
     def __init__(
@@ -88,27 +109,31 @@ class Trainer:
         self.max_grad_norm = max_grad_norm
         self.lm_head = lm_head
         self.device = device or torch.device("cpu")
-        #: steps with a value that is not finite that may still be left out
+        #: samples with a value that is not finite that may still be left out
         self.may_skip = skip_non_finite
+        #: some rank was asked to stop; all know it after the same step
+        self.stopping = False
         self._unroll = unroll
         self._trained = [p for p in unroll.parameters() if p.requires_grad]
         self._distributed = dist.is_initialized() and dist.get_world_size() > 1
 
     def run(
         self,
-        batches: Iterable[Eagle3TargetBatch],
+        batches: Iterable[Eagle3TargetBatch | PartialBatch],
         *,
         first_step: int,
         waited_s: Callable[[], float],
         micro_batches: Callable[[int], int] | None = None,
         total_steps: int | None = None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[StepMetrics]:
         """Take the micro-batches of a step until ``batches`` end; yields after every step.
 
         ``micro_batches`` says how many this rank has in a step (default: ``accumulation``), and
         ``total_steps`` when to end where a rank may have none. ``waited_s`` is the cumulative time
         that ``batches`` has waited for supervision. Raises :class:`NonFiniteError` before a step
-        with a value that is not finite, unless it may be skipped.
+        with a value that is not finite, unless its samples may be left out, and
+        :class:`trainer_client.training.ranks.RankLostError`.
         """
         iterator = staged(batches, self.device)
         step = first_step
@@ -116,24 +141,97 @@ class Trainer:
             began, waited = time.perf_counter(), waited_s()
             wanted = self.accumulation if micro_batches is None else micro_batches(step)
             taken = list(itertools.islice(iterator, wanted))
-            if len(taken) < wanted or (not wanted and total_steps is None):
+            if total_steps is None and (len(taken) < wanted or not wanted):
                 return
-            counts = self._counts(taken)
-            outputs = [self._backward(batch, counts) for batch in taken]
-            norm = self._update(step, taken, outputs)
+            if len(taken) < wanted:
+                raise TrainerClientError(
+                    f"step {step + 1} of {total_steps} has {len(taken)} micro-batches and wants "
+                    f"{wanted}; the data ended early, and nothing of the step was trained"
+                )
+            gradient, left_out = self._step(step, taken, asked_to_stop)
             seconds = time.perf_counter() - began
-            share = (waited_s() - waited) / seconds
-            n_tokens = [batch.attention_mask.sum() for batch in taken]
-            yield self._metrics(step, outputs, norm, n_tokens, seconds, share)
+            yield StepMetrics(
+                step=step + 1,
+                loss=gradient.loss,
+                depth_accuracy=gradient.depth_accuracy,
+                accept_length=gradient.accept_length,
+                learning_rate=self.rate(step),
+                grad_norm=gradient.norm,
+                tokens_per_s=gradient.n_tokens / seconds,
+                waiting_share=(waited_s() - waited) / seconds,
+                seconds=seconds,
+                peak_memory_bytes=peak_bytes(self.device),
+                left_out=left_out,
+            )
             step += 1
 
-    def _counts(self, batches: Sequence[Eagle3TargetBatch]) -> Tensor:
-        """Supervised slots that each depth of this step reaches, over all ranks: int64 [depths]."""
+    def _step(
+        self,
+        step: int,
+        taken: Sequence[Eagle3TargetBatch | PartialBatch],
+        asked_to_stop: Callable[[], bool],
+    ) -> tuple[_Gradient, tuple[str, ...]]:
+        """Learn from a step's micro-batches; also which samples of any rank were left out."""
+        batches, refused, story = _split(taken)
+        counts = self._counts(batches, len(refused))
+        left_out: tuple[str, ...] = ()
+        if counts[-1]:
+            left_out = self._leave_out(step, "values that are no numbers", refused, story)
+        gradient = self._gradient(batches, counts, asked_to_stop)
+        if not gradient.finite:
+            problem = f"a gradient of norm {gradient.norm}"
+            batches, bad = self._finite_samples(batches, counts)
+            left_out += self._leave_out(step, problem, bad)
+            counts = self._counts(batches)
+            gradient = self._gradient(batches, counts, asked_to_stop)
+            if not gradient.finite:
+                raise NonFiniteError(_said(step, problem, ["all its samples together"]))
+        if gradient.n_tokens:  # else nothing is left to learn from
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(step)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return gradient, left_out
+
+    def _counts(self, batches: Sequence[Eagle3TargetBatch], n_refused: int = 0) -> Tensor:
+        """Over all ranks: supervised slots that each depth of the step reaches, and behind them how
+        many of its samples the target refused; int64 [depths + 1].
+        """
         zeros = torch.zeros(self._unroll.depths, dtype=torch.int64, device=self.device)
         counts = sum((self._unroll.counts(batch) for batch in batches), zeros)
+        counts = torch.cat((counts, torch.tensor([n_refused], device=self.device)))
         if self._distributed:
-            dist.all_reduce(counts)
+            with summing():
+                dist.all_reduce(counts)
         return counts
+
+    def _gradient(
+        self,
+        batches: Sequence[Eagle3TargetBatch],
+        counts: Tensor,
+        asked_to_stop: Callable[[], bool],
+    ) -> _Gradient:
+        """The clipped gradient of all ranks' batches, in the parameters, and what there was."""
+        self.optimizer.zero_grad(set_to_none=True)
+        outputs = [self._backward(batch, counts) for batch in batches]
+        if self._distributed:
+            self._add_up_gradients()
+        zeros = torch.zeros(self._unroll.depths, dtype=torch.int64, device=self.device)
+        none = torch.zeros((), dtype=torch.float64, device=self.device)
+        loss, n_tokens, stopping, correct, supervised, hits, chains = self._over_ranks(
+            sum((output.loss.detach().double() for output in outputs), none),
+            sum((batch.attention_mask.sum() for batch in batches), none),
+            none + asked_to_stop(),
+            *(sum((getattr(o, name) for o in outputs), zeros) for name in _COUNTS),
+        )
+        self.stopping = bool(stopping)
+        return _Gradient(
+            norm=float(nn.utils.clip_grad_norm_(self._trained, self.max_grad_norm)),
+            loss=float(loss),
+            n_tokens=float(n_tokens),
+            depth_accuracy=(correct / supervised.clamp_min(1)).tolist(),
+            accept_length=simulated_accept_length(hits, chains),
+        )
 
     def _backward(self, batch: Eagle3TargetBatch, counts: Tensor) -> UnrollOutput:
         kind = self.device.type
@@ -144,91 +242,91 @@ class Trainer:
         output.loss.backward()
         return output
 
-    def _update(
-        self, step: int, batches: Sequence[Eagle3TargetBatch], outputs: Sequence[UnrollOutput]
-    ) -> float:
-        if self._distributed:
-            self._add_up_gradients()
-        norm = float(nn.utils.clip_grad_norm_(self._trained, self.max_grad_norm))
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(step)
-            self.optimizer.step()
-        else:
-            self._skip_or_raise(step, norm, batches, outputs)
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
     def _add_up_gradients(self) -> None:
         works = []
-        for parameter in self._trained:
-            if parameter.grad is None:  # this rank had no sample in the step
-                parameter.grad = torch.zeros_like(parameter)
-            works.append(dist.all_reduce(parameter.grad, async_op=True))
-        for work in works:
-            work.wait()
+        with summing():
+            for parameter in self._trained:
+                if parameter.grad is None:  # this rank had no sample in the step
+                    parameter.grad = torch.zeros_like(parameter)
+                works.append(dist.all_reduce(parameter.grad, async_op=True))
+            for work in works:
+                work.wait()
 
-    def _skip_or_raise(
-        self,
-        step: int,
-        norm: float,
-        batches: Sequence[Eagle3TargetBatch],
-        outputs: Sequence[UnrollOutput],
-    ) -> None:
-        """All ranks see the same norm, so all do the same."""
-        bad = [batch for batch, output in zip(batches, outputs, strict=True) if not _finite(output)]
-        origins = [origin for batch in bad or batches for origin in batch.origins]
-        shown = ", ".join(origins[:8]) or "samples of another rank"
-        if self.may_skip:
-            self.may_skip -= 1
-            fields = {"step": step + 1, "grad_norm": str(norm), "samples": shown}
-            log(_logger, "warning", "step_skipped", fields)
-            return
-        raise NonFiniteError(
-            f"step {step + 1} has a gradient of norm {norm}, from {shown}; nothing was changed, "
-            "and the last checkpoint is as it was; look at these samples and the target's values "
-            "there, or leave such steps out with --skip-non-finite N"
-        )
+    def _finite_samples(
+        self, batches: Sequence[Eagle3TargetBatch], counts: Tensor
+    ) -> tuple[list[Eagle3TargetBatch], list[str]]:
+        """This rank's samples one by one: those with a finite loss and gradient, the others' names.
 
-    def _metrics(
-        self,
-        step: int,
-        outputs: list[UnrollOutput],
-        norm: float,
-        n_tokens: list[Tensor],
-        seconds: float,
-        share: float,
-    ) -> StepMetrics:
-        zeros = torch.zeros(self._unroll.depths, dtype=torch.int64, device=self.device)
-        none = torch.zeros((), dtype=torch.float64, device=self.device)
-        loss, tokens, correct, supervised, hits, chains = self._over_ranks(
-            sum((output.loss.detach().double() for output in outputs), none),
-            sum(n_tokens, none),
-            *(sum((getattr(o, name) for o in outputs), zeros) for name in _COUNTS),
-        )
-        return StepMetrics(
-            step=step + 1,
-            loss=float(loss),
-            depth_accuracy=(correct / supervised.clamp_min(1)).tolist(),
-            accept_length=simulated_accept_length(hits, chains),
-            learning_rate=self.rate(step),
-            grad_norm=norm,
-            tokens_per_s=float(tokens) / seconds,
-            waiting_share=share,
-            seconds=seconds,
-            peak_memory_bytes=peak_bytes(self.device),
-        )
+        A second forward and backward, which only a step with a bad sample costs.
+        """
+        good: list[Eagle3TargetBatch] = []
+        bad: list[str] = []
+        for sample in (row for batch in batches for row in rows(batch)):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = float(self._backward(sample, counts).loss.detach())
+            norm = float(
+                nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+            )
+            if math.isfinite(loss) and math.isfinite(norm):
+                good.append(sample)
+            else:
+                bad += sample.origins
+        return good, bad
+
+    def _leave_out(
+        self, step: int, problem: str, mine: Sequence[str], story: str = ""
+    ) -> tuple[str, ...]:
+        """All ranks' bad samples, where they may be left out. All ranks do the same.
+
+        Raises :class:`NonFiniteError` where they are too many, or none.
+        """
+        everyone: list[tuple[list[str], str]] = [(list(mine), story)]
+        if self._distributed:
+            everyone *= dist.get_world_size()
+            with summing():
+                dist.all_gather_object(everyone, (list(mine), story))
+        bad = tuple(origin for theirs, _ in everyone for origin in theirs)
+        story = next((text for _, text in everyone if text), "")
+        if not bad or len(bad) > self.may_skip:
+            raise NonFiniteError(_said(step, problem, bad or ["all its samples together"], story))
+        self.may_skip -= len(bad)
+        fields = {"step": step + 1, "problem": problem, "samples": ", ".join(bad)}
+        log(_logger, "warning", "samples_left_out", fields)
+        return bad
 
     def _over_ranks(self, *values: Tensor) -> list[Tensor]:
         """Each of these added up over the ranks, in float64 and in one message."""
         flat = torch.cat([value.flatten().double() for value in values])
         if self._distributed:
-            dist.all_reduce(flat)
+            with summing():
+                dist.all_reduce(flat)
         return list(flat.split([value.numel() for value in values]))
 
 
-def _finite(output: UnrollOutput) -> bool:
-    return math.isfinite(float(output.loss.detach()))
+def _split(
+    taken: Sequence[Eagle3TargetBatch | PartialBatch],
+) -> tuple[list[Eagle3TargetBatch], list[str], str]:
+    """What there is to learn from, which samples the target refused, and what it said of them."""
+    batches: list[Eagle3TargetBatch] = []
+    refused: list[str] = []
+    story = ""
+    for each in taken:
+        if isinstance(each, PartialBatch):
+            batches += each.good
+            refused += each.left_out
+            story = story or each.story
+        else:
+            batches.append(each)
+    return batches, refused, story
+
+
+def _said(step: int, problem: str, samples: Sequence[str], story: str = "") -> str:
+    names = ", ".join(samples[:8]) + (f" and {len(samples) - 8} more" if samples[8:] else "")
+    return (
+        f"step {step + 1} has {problem}, from {names}; nothing was changed, and the last "
+        "checkpoint is as it was; look at these samples and the target's values there, or leave "
+        f"such samples out with --skip-non-finite N{f' ({story})' if story else ''}"
+    )
 
 
 _COUNTS = ("correct", "supervised", "chain_hits", "chains")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -59,6 +60,11 @@ def name_unsound(tensors: Mapping[str, Tensor], hidden_size: int, layers: Sequen
             f"the target gave {value} in {name} at {where}; nothing of it was sent. Half precision "
             "overflows in some models: try --dtype bfloat16 or float32, and look at that sample"
         )
+
+
+def says_unsound(text: str) -> bool:
+    """Whether a failure is that of :func:`name_unsound`, by what a trainer hears of it."""
+    return re.search(r"the target gave (nan|-?inf) in ", text) is not None
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -244,7 +244,7 @@ def test_a_value_that_is_not_finite_stops_before_the_step_and_names_the_sample()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer._trained, strict=True))
 
 
-def test_so_many_steps_may_be_left_out_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
+def test_so_many_samples_may_be_left_out_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
     bad = batch(1)
     bad.aux_hidden_states[0, 3, 0] = torch.nan
     trainer = make_trainer()
@@ -252,6 +252,6 @@ def test_so_many_steps_may_be_left_out_and_no_more(caplog: pytest.LogCaptureFixt
     steps = trainer.run([batch(0), bad, batch(2), bad], first_step=0, waited_s=lambda: 0.0)
     assert [next(steps).step for _ in range(3)] == [1, 2, 3]
     assert all(p.isfinite().all() for p in trainer._trained)
-    assert caplog.messages == ["step_skipped"]
+    assert caplog.messages == ["samples_left_out"]
     with pytest.raises(NonFiniteError):
         next(steps)
