@@ -57,13 +57,15 @@ class Adoption:
                 if not unknown or (entry is not None and not self._may_adopt(entry, worker)):
                     continue
                 unknown -= 1
-            if entry is None and request_id not in ledger.answers:
+            is_new = entry is None and request_id not in ledger.answers
+            if is_new:
                 request = m.Request(request_id, "generate", worker.model, 0, 0, "", "", 0.0, ())
                 entry = ledger.entries[request_id] = Entry(request, None, "", now, math.inf)
-                self._drop_unasked(entry, now + ledger.config.held_answer_s)
             if entry is not None and entry.passing is None:
                 if entry.place is not Place.RUNNING:
                     ledger.places.move(entry, Place.RUNNING, f"on worker {worker.id}", now)
+                if is_new:
+                    self._drop_unasked(entry, now + ledger.config.held_answer_s)
                 if entry.packet is None:
                     ledger.request_room.free(entry.id)
                 entry.pool = worker.offer
@@ -75,10 +77,10 @@ class Adoption:
         """Have a request forgotten that a worker brought along and that nobody asks for by then."""
 
         def check(now: float) -> None:
-            if self._ledger.entries.get(entry.id) is entry and entry.expires_at == math.inf:
+            if entry.expires_at == math.inf:
                 self._drop(entry, now, cancel=True)
 
-        self._ledger.at(due, check)
+        entry.timer = self._ledger.at(due, check)
 
     def _may_adopt(self, entry: Entry, worker: WorkerSession) -> bool:
         """Whether a worker that says that it has this request could be right."""
@@ -100,8 +102,7 @@ class Adoption:
             if fits:
                 self._dispatcher.watch(entry, ledger.workers[worker_id], now, unsure=True)
             else:
-                del ledger.workers[worker_id].running[entry.id]
-                ledger.workers[worker_id].overdue.discard(entry.id)
+                self._dispatcher.end_run(ledger.workers[worker_id], entry.id)
                 ledger.pools[entry.pool].choice.put(ledger.workers[worker_id])
                 entry.workers.discard(worker_id)
         if not fits:

@@ -11,6 +11,9 @@ from broker.core.state import ClientSession
 from broker.protocol import Packet, encode, mapping_id
 from broker.protocol import messages as m
 
+#: Clients that are not connected and may come back; of more, the one that went first is forgotten.
+MAX_AWAY = 16384
+
 
 class Clients:
     """The sessions of clients, and what they say that is not a request."""
@@ -18,6 +21,8 @@ class Clients:
     def __init__(self, ledger: Ledger, requests: Requests) -> None:
         self._ledger = ledger
         self._requests = requests
+        #: those without a connection, the first to have lost it first
+        self._away: dict[str, ClientSession] = {}
 
     def hello(self, connection: bytes, packet: Packet, now: float) -> None:
         """A client is there, or there again: a new life, or a new connection of the same."""
@@ -43,6 +48,7 @@ class Clients:
         elif client.connection is not None:
             del self._ledger.client_connections[client.connection]
         client.connection = connection
+        self._away.pop(client.id, None)
         client.last_seen = now
         self._ledger.client_connections[connection] = client
         self._lose_sent(client, now)
@@ -55,10 +61,18 @@ class Clients:
         del self._ledger.client_connections[client.connection]
         client.connection = None
         client.last_seen = now
+        self._away[client.id] = client
         self._lose_sent(client, now)
         self._ledger.log(
             "info", "client_disconnected", client=client.id, requests=len(client.requests)
         )
+        if len(self._away) > MAX_AWAY:
+            first = next(iter(self._away.values()))
+            self._forget(first, f"it is away, and so are {MAX_AWAY} others", now)
+
+    def replaced(self, client: ClientSession, name: str, now: float) -> None:
+        """Its connection has said hello in another name."""
+        self._forget(client, f"its connection goes by the name {name} now", now)
 
     def _lose_sent(self, client: ClientSession, now: float) -> None:
         """What was on its connection is gone with it."""
@@ -79,18 +93,18 @@ class Clients:
 
     def _watch(self, client: ClientSession) -> None:
         def check(now: float) -> None:
-            if self._ledger.clients.get(client.id) is not client:
-                return
             if now < client.last_seen + self._ledger.config.liveness_s:
                 self._requests.expire(client, now)
                 self._watch(client)
             else:
                 self._forget(client, f"silent for {now - client.last_seen:.1f} s", now)
 
-        self._ledger.at(client.last_seen + self._ledger.config.liveness_s, check)
+        client.watch = self._ledger.at(client.last_seen + self._ledger.config.liveness_s, check)
 
     def _forget(self, client: ClientSession, reason: str, now: float) -> None:
         del self._ledger.clients[client.id]
+        self._away.pop(client.id, None)
+        self._ledger.timers.cancel(client.watch)
         if client.connection is not None:
             del self._ledger.client_connections[client.connection]
         for request_id in list(client.requests):

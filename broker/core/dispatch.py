@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
@@ -12,8 +13,12 @@ from broker.core.places import Place
 from broker.core.pool import Pool
 from broker.core.schedule import expected_finish
 from broker.core.state import Entry, WorkerSession
+from broker.core.timers import Timer
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
+from broker.protocol.messages import RequestId
+
+_Call = Callable[[float], None]
 
 #: What a request is expected to take while no worker of the pool has answered anything: a first
 #: forward may compile for as long.
@@ -32,8 +37,8 @@ class Dispatcher:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        #: when a timer will have the requests looked at that wait for room
-        self._looks_at = math.inf
+        #: has the requests looked at that wait for room
+        self._look: Timer | None = None
 
     def take(self, entry: Entry, pool: Pool, now: float, *, again: bool = False) -> None:
         """Have this pool serve the request; ``again`` puts it before all new ones."""
@@ -89,13 +94,7 @@ class Dispatcher:
     def _look_again(self, pool: Pool, due: float) -> None:
         """Have the pool's queue looked at then, even if nothing happens until then."""
         if due < pool.looks_at:
-            pool.looks_at = due
-            self._ledger.at(due, lambda now: self._look_at_pool(pool, due, now))
-
-    def _look_at_pool(self, pool: Pool, due: float, now: float) -> None:
-        if pool.looks_at == due:
-            pool.looks_at = math.inf
-        self.dispatch(pool, now)
+            pool.look = self._ledger.at(due, lambda now: self.dispatch(pool, now), pool.look)
 
     def _can_tell(self, mapping: str, pool: Pool) -> bool:
         """Whether the mapping is here, or at least at a worker: the store may be too small for all
@@ -123,12 +122,10 @@ class Dispatcher:
         waiting = self._ledger.waiting_for_reply_room
         for entry in waiting.take_ready(now):
             self.take(entry, self._ledger.pools[entry.pool], now, again=True)
-        if waiting.next_look < self._looks_at:
-            self._looks_at = waiting.next_look
-            self._ledger.at(self._looks_at, self._look)
-
-    def _look(self, now: float) -> None:
-        self._looks_at = math.inf  # the requests are looked at after every event
+        due, look = waiting.next_look, self._look
+        if due < (math.inf if look is None or look.call is None else look.when):
+            # they are looked at after every event, so the timer has nothing to do
+            self._look = self._ledger.at(due, lambda now: None, look)
 
     def _assign(
         self,
@@ -148,7 +145,7 @@ class Dispatcher:
             ledger.forward(
                 Side.WORKER, worker.connection, cast(Packet, ledger.mappings.get(mapping))
             )
-            worker.mappings.add(mapping)
+            worker.learn(mapping)
         worker.busy_until = expected_finish(worker, entry.n_tokens, now)
         ledger.measures.assigned(entry, worker, now)
         worker.running[entry.id] = now
@@ -176,33 +173,42 @@ class Dispatcher:
             expected_s = _UNKNOWN_S if typical is None else typical * n_tokens
         late_s = (config.hedge_after or _LATE) * expected_s
         due = now + max(late_s, config.hedge_floor_s)
-        since = worker.running[entry.id]
-        self._ledger.at(due, lambda now: self._overdue(entry, worker, since, now))
+        request_id = entry.id  # a timer must not keep the payload of what has ended
+        self._set(worker, request_id, due, lambda now: self._overdue(request_id, worker, now))
 
-    def _overdue(self, entry: Entry, worker: WorkerSession, since: float, now: float) -> None:
-        """The worker has had the entry since then, which is far too long: it gets nothing else
-        until it has answered.
+    def _set(self, worker: WorkerSession, request_id: RequestId, due: float, call: _Call) -> None:
+        """Set the timer that watches a worker's run of a request; it ends with the run."""
+        old = worker.timers.get(request_id)
+        worker.timers[request_id] = self._ledger.at(due, call, old)
+
+    def end_run(self, worker: WorkerSession, request_id: RequestId) -> float | None:
+        """The worker no longer has the request; since when it had it, or None if it had not."""
+        worker.overdue.discard(request_id)
+        self._ledger.timers.cancel(worker.timers.pop(request_id, None))
+        return worker.running.pop(request_id, None)
+
+    def _overdue(self, request_id: RequestId, worker: WorkerSession, now: float) -> None:
+        """The worker has had the request for far too long: it gets nothing else until it has
+        answered.
         """
         ledger = self._ledger
-        if ledger.workers.get(worker.id) is worker and worker.running.get(entry.id) == since:
-            worker.overdue.add(entry.id)
-            ledger.pools[worker.offer].choice.put(worker)
-            if ledger.config.hedge_after and not entry.hedge:
-                self._hedge(entry, worker, now)
+        worker.overdue.add(request_id)
+        ledger.pools[worker.offer].choice.put(worker)
+        if ledger.config.hedge_after:
+            self._hedge(request_id, worker, now)
 
-    def _hedge(self, entry: Entry, worker: WorkerSession, now: float) -> None:
+    def _hedge(self, request_id: RequestId, worker: WorkerSession, now: float) -> None:
         """Have another worker try as well."""
         ledger = self._ledger
-        alone = ledger.entries.get(entry.id) is entry and entry.workers == {worker.id}
-        if not alone or worker.running.get(entry.id) is None or entry.packet is None:
+        entry = ledger.entries.get(request_id)
+        if entry is None or entry.workers != {worker.id} or entry.packet is None or entry.hedge:
             return
         pool = ledger.pools[worker.offer]
         avoid = {*entry.avoid, worker.id}
         other = pool.choice.free().choose(entry.n_tokens, now, avoid)
         if other is None or not self._may_hedge(entry, pool):
-            ledger.at(
-                now + ledger.config.hedge_floor_s, lambda now: self._hedge(entry, worker, now)
-            )
+            due = now + ledger.config.hedge_floor_s
+            self._set(worker, request_id, due, lambda now: self._hedge(request_id, worker, now))
             return
         ledger.counters["hedges"] += 1
         ledger.log("info", "hedged", request=str(entry.id), slow=worker.id, also=other.id)

@@ -54,6 +54,7 @@ def validate(core: BrokerCore) -> None:
     assert core.orphaned.items() <= core.entries.items()
     assert core.suspected.keys() <= core.orphaned.keys()
     core.places.validate()
+    core.timers.validate()
     assert core.hedged == {id_ for id_, entry in core.entries.items() if entry.hedge}
     for each in (
         core.request_room,

@@ -6,7 +6,6 @@ Nothing here decides anything; who changes an entry of the books also keeps the 
 from __future__ import annotations
 
 import functools
-import heapq
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +17,12 @@ from broker.core.places import Places
 from broker.core.pool import Pool
 from broker.core.room import ReplyRoom, Room, Waiting
 from broker.core.state import ClientSession, Entry, PacketStore, WorkerSession
+from broker.core.timers import Timer, Timers
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
+
+#: Vocab mappings that are kept at the most, however small.
+_MAX_MAPPINGS = 1024
 
 
 class Ledger:
@@ -42,11 +45,11 @@ class Ledger:
         self.waiting_for_pool: dict[m.RequestId, Entry] = {}
         #: requests that have lost a worker which may come back
         self.orphaned: dict[m.RequestId, Entry] = {}
-        #: requests that may have taken down too many workers -> when these had time to return
-        self.suspected: dict[m.RequestId, float] = {}
+        #: requests that may have taken down too many workers, which have some time to return
+        self.suspected: dict[m.RequestId, Entry] = {}
         #: mapping -> requests that wait for its content
         self.waiting_for_mapping: dict[str, dict[m.RequestId, Entry]] = {}
-        self.mappings: PacketStore[str] = PacketStore(config.held_mapping_bytes)
+        self.mappings: PacketStore[str] = PacketStore(config.held_mapping_bytes, _MAX_MAPPINGS)
         self.answers: PacketStore[m.RequestId] = PacketStore(config.held_answer_bytes)
         #: requests that run a second time
         self.hedged: set[m.RequestId] = set()
@@ -66,8 +69,7 @@ class Ledger:
         )
         #: moves requests from one of these to another
         self.places = Places(self)
-        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
-        self._timer_numbers = itertools.count()
+        self.timers = Timers()
         self._actions: list[Action] = []
 
     # -- timers ---------------------------------------------------------------------------------
@@ -75,16 +77,12 @@ class Ledger:
     @property
     def next_timer(self) -> float | None:
         """When the first timer is due."""
-        return self._timers[0][0] if self._timers else None
+        return self.timers.next
 
-    def at(self, when: float, call: Callable[[float], None]) -> None:
-        """Have ``call(now)`` called then."""
-        heapq.heappush(self._timers, (when, next(self._timer_numbers), call))
-
-    def run_timers(self, now: float) -> None:
-        """Call what is due."""
-        while self._timers and self._timers[0][0] <= now:
-            heapq.heappop(self._timers)[2](now)
+    def at(self, when: float, call: Callable[[float], None], old: Timer | None = None) -> Timer:
+        """Have ``call(now)`` called then, in place of an ``old`` timer if there is one."""
+        self.timers.cancel(old)
+        return self.timers.at(when, call)
 
     # -- what is to be done ---------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ class BrokerCore(Ledger):
             self._connection_lost(event, now)
         elif isinstance(event, BadBytes):
             self._bad_bytes(event)
-        self.run_timers(now)
+        self.timers.run(now)
         self._dispatcher.use_room(now)
         self._requests.recall(now)
         return self.take_actions()
@@ -111,8 +111,12 @@ class BrokerCore(Ledger):
     def _leave_other_name(self, event: Received, name: str, now: float) -> None:
         """A connection carries one peer: who says hello in another name is no longer the first."""
         session = self._connections(event.side).get(event.connection)
-        if session is not None and session.id != name:
-            self._connection_lost(ConnectionLost(event.side, event.connection), now)
+        if session is None or session.id == name:
+            return
+        if event.side is Side.CLIENT:  # nobody comes back to a name that was given up
+            self._clients.replaced(session, name, now)
+        else:
+            self._workers.disconnected(session, now)
 
     def _bad_bytes(self, event: BadBytes) -> None:
         """What was lost may have been anything: a known peer's hello tells again what matters."""

@@ -11,8 +11,10 @@ from broker.protocol.messages import RequestId
 
 #: Requests whose times are kept for a trace; about 1 MB.
 _REMEMBERED = 4096
-#: Models that are measured: names come from workers, and nobody has so many.
+#: Models that are measured while they are served: names come from workers, and nobody has so many.
 _MAX_MODELS = 64
+#: Models that nobody serves any more whose measures are still shown.
+_MAX_GONE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +47,35 @@ class Measures:
 
     def __init__(self) -> None:
         self.models: dict[str, ModelMeasures] = {}
+        #: those of them that nobody serves any more, the first to go first
+        self._gone: dict[str, None] = {}
         self.last: deque[Times] = deque(maxlen=_REMEMBERED)
 
     def _of(self, model: str) -> ModelMeasures:
-        """The measures of a model; of many that came and went, the first are forgotten."""
+        """The measures of a model; of too many at once, the first are forgotten."""
+        self._gone.pop(model, None)
         if model not in self.models:
             while len(self.models) >= _MAX_MODELS:
-                del self.models[next(iter(self.models))]
+                self._forget(next(iter(self._gone or self.models)))
             self.models[model] = ModelMeasures()
         return self.models[model]
+
+    def left(self, model: str) -> None:
+        """Nobody serves this model any more; the last few of these are remembered."""
+        if model in self.models:
+            self._gone[model] = None
+            if len(self._gone) > _MAX_GONE:
+                self._forget(next(iter(self._gone)))
+
+    def _forget(self, model: str) -> None:
+        self._gone.pop(model, None)
+        del self.models[model]
+
+    def validate(self) -> None:
+        """Check every invariant; raises ``AssertionError``."""
+        assert self._gone.keys() <= self.models.keys()
+        assert len(self.models) <= _MAX_MODELS
+        assert len(self._gone) <= _MAX_GONE
 
     def assigned(self, entry: Entry, worker: WorkerSession, now: float) -> None:
         """A worker is given the entry; only its first wait counts."""

@@ -88,6 +88,8 @@ class Places:
 
     def _leave(self, entry: Entry) -> None:
         ledger, place = self._ledger, entry.place
+        ledger.timers.cancel(entry.timer)
+        entry.timer = None
         if place is Place.POOL:
             del ledger.waiting_for_pool[entry.id]
         elif place is Place.MAPPING:
@@ -122,7 +124,7 @@ class Places:
         elif place is Place.RECALLED:
             ledger.recalled[entry.id] = entry
         elif place is Place.SUSPECTED:
-            ledger.suspected[entry.id] = now + ledger.config.liveness_s
+            ledger.suspected[entry.id] = entry
 
     def holds(self, entry: Entry) -> dict[Place, bool]:
         """For each place whether the request is in it, by the index or what it says itself."""

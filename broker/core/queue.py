@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import heapq
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -38,16 +37,35 @@ class Queueable(Protocol):
 _Item = tuple[bool, int, int, int, Queueable]
 
 
+#: Jobs without requests whose share is remembered: a run that asks for one thing after the other
+#: has none here in between.
+_MAX_EMPTY = 256
+#: Turns that are remembered beside those of requests that wait.
+_TURNS = 1024
+
+
 @dataclass
 class _Job:
     #: tokens served to this job, or what an idle job is credited on return
     virtual_tokens: float = 0.0
     #: in order; the next one is the last
     items: list[_Item] = field(default_factory=list)
-    #: step -> client -> how many requests it has brought for that step; no steps that are over
-    turns: dict[int, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
+    #: step, client -> how many requests it has brought for that step; those of steps that are
+    #: over are left out from time to time
+    turns: dict[tuple[int, str], int] = field(default_factory=dict)
     #: by the id() of the entry, in order of arrival: the entry, and since when it is here
     arrived: dict[int, tuple[float, Queueable]] = field(default_factory=dict)
+
+    def forget_turns(self) -> None:
+        """Where there are far more than requests, keep those of who waits, and the last few."""
+        if not self.items:
+            self.turns.clear()
+        elif len(self.turns) > 4 * len(self.items) + _TURNS:
+            waiting = {(item[-1].step, item[-1].client) for item in self.items}
+            last = list(self.turns)[-_TURNS // 2 :]
+            self.turns = {
+                key: turn for key in (*waiting, *last) if (turn := self.turns.get(key)) is not None
+            }
 
 
 class FairQueue:
@@ -63,6 +81,8 @@ class FairQueue:
         self._there: dict[int, _Item] = {}  # by the id() of the entry
         self._arrivals = itertools.count()
         self._now_tokens = 0.0
+        #: at least as many jobs as have nothing here
+        self._n_empty = 0
 
     def __len__(self) -> int:
         return len(self._there)
@@ -80,12 +100,13 @@ class FairQueue:
         if job is None:
             job = self._jobs[entry.job] = _Job(virtual_tokens=self._now_tokens)
             heapq.heappush(self._order, (job.virtual_tokens, next(self._arrivals), entry.job))
-        turns = job.turns[entry.step]
-        turn = turns[entry.client] = turns.get(entry.client, -1) + 1
+        key = (entry.step, entry.client)
+        turn = job.turns[key] = job.turns.get(key, -1) + 1
         item = (again, -entry.step, -turn, -next(self._arrivals), entry)
         bisect.insort(job.items, item)
         self._there[id(entry)] = item
         job.arrived[id(entry)] = (now, entry)
+        job.forget_turns()
 
     def at(self, place: int) -> Queueable | None:
         """The entry that will be served about so many places after the next one, if there is one.
@@ -134,10 +155,24 @@ class FairQueue:
         if not self._there:  # who had how much does not matter any more
             self._jobs.clear()
             self._order.clear()
+            self._n_empty = 0
             return
-        first = -job.items[-1][1] if job.items else entry.step + 1
-        for over in [step for step in job.turns if step < min(first, entry.step + 1)]:
-            del job.turns[over]
+        job.forget_turns()
+        if not job.items:
+            self._n_empty += 1
+            if self._n_empty > _MAX_EMPTY:
+                self._forget_empty()
+
+    def _forget_empty(self) -> None:
+        """Of the jobs that have nothing here, keep those that have had the most."""
+        empty = sorted(
+            (job.virtual_tokens, name) for name, job in self._jobs.items() if not job.items
+        )
+        for _, name in empty[: -_MAX_EMPTY // 2]:
+            del self._jobs[name]
+        self._order = [item for item in self._order if item[-1] in self._jobs]
+        heapq.heapify(self._order)
+        self._n_empty = min(len(empty), _MAX_EMPTY // 2)
 
     def validate(self) -> None:
         """Check every invariant; raises ``AssertionError``."""
@@ -145,5 +180,8 @@ class FairQueue:
         assert {id(item[-1]): item for item in items} == self._there
         assert len(items) == len(self._there)
         assert all(job.items == sorted(job.items) for job in self._jobs.values())
+        assert sorted(item[-1] for item in self._order) == sorted(self._jobs)
+        assert sum(not job.items for job in self._jobs.values()) <= _MAX_EMPTY
         for job in self._jobs.values():
+            assert len(job.turns) <= 4 * len(job.items) + _TURNS
             assert {id(item[-1]) for item in job.items} == set(job.arrived)

@@ -202,12 +202,12 @@ class Requests:
             return
         failure = cast(m.Failure, message)
         if failure.code == "unknown_mapping":  # its store is bounded too: tell it again
-            worker.mappings.discard(entry.request.mapping_id)
+            worker.mappings.pop(entry.request.mapping_id, None)
             self._given_back(entry, worker, failure, now)
         elif failure.code == "cancelled":  # before its client came back and asked again
             self._given_back(entry, worker, failure, now)
         elif failure.code == "target_failed":
-            entry.story.append(f"worker {worker.id} after {now - since:.1f} s: {failure.text}")
+            entry.tell(f"worker {worker.id} after {now - since:.1f} s: {failure.text}")
             entry.failed_on.append(worker.id)
             if self._all_failed(entry, worker):
                 self._give_up(entry, failure.code, now)
@@ -271,6 +271,7 @@ class Requests:
         client = self._ledger.clients[entry.client]
         self._ledger.forward(Side.CLIENT, client.connection, packet)
         if passing.complete:
+            self._ledger.timers.cancel(passing.watch)
             worker = self._ledger.workers[passing.worker]
             nbytes = passing.packet.nbytes + passing.nbytes
             self._replied(entry, worker, passing.reply, nbytes, passing.since, now)
@@ -285,23 +286,21 @@ class Requests:
         worker.moved_at = now
 
         def check(now: float) -> None:
-            if entry.passing is not passing or passing.complete:
-                return
             due = worker.moved_at + self._ledger.config.part_s
             if now >= due:
                 why = f"no part of it came for {now - worker.moved_at:.1f} s"
                 self.break_off(entry, why, now, blamed=True)
             else:
-                self._ledger.at(due, check)
+                passing.watch = self._ledger.at(due, check)
 
-        self._ledger.at(now + self._ledger.config.part_s, check)
+        passing.watch = self._ledger.at(now + self._ledger.config.part_s, check)
 
     def _given_back(
         self, entry: Entry, worker: WorkerSession, failure: m.Failure, now: float
     ) -> None:
         """A worker has not tried: others are tried first, and not for ever."""
         entry.given_back_by.append(worker.id)
-        entry.story.append(f"worker {worker.id} gave it back: {failure.code} {failure.text}")
+        entry.tell(f"worker {worker.id} gave it back: {failure.code} {failure.text}")
         if len(entry.given_back_by) < 2 * self._ledger.config.max_losses or entry.workers:
             self._queue_again(entry, now)
         else:
@@ -313,7 +312,7 @@ class Requests:
         """
         assert entry.passing is not None
         worker_id = entry.passing.worker
-        entry.story.append(f"the reply of worker {entry.passing.worker} broke off: {why}")
+        entry.tell(f"the reply of worker {entry.passing.worker} broke off: {why}")
         self._end_passing(entry)
         if blamed:
             self.retry(entry, worker_id, "lost_workers", now)
@@ -328,6 +327,7 @@ class Requests:
 
     def _end_passing(self, entry: Entry) -> None:
         if entry.passing is not None:
+            self._ledger.timers.cancel(entry.passing.watch)
             if (worker := self._ledger.workers.get(entry.passing.worker)) is not None:
                 worker.passing.discard(entry.id)
             entry.passing = None
@@ -354,8 +354,8 @@ class Requests:
         elif entry.suspects:
             why = f"workers {', '.join(sorted(entry.suspects))} may come back"
             self._ledger.places.move(entry, Place.SUSPECTED, why, now)
-            due = self._ledger.suspected[entry.id]
-            self._ledger.at(due, lambda now: self._judge(entry, due, code, now))
+            due = now + self._ledger.config.liveness_s
+            entry.timer = self._ledger.at(due, lambda now: self._give_up(entry, code, now))
         else:
             self._give_up(entry, code, now)
 
@@ -368,11 +368,6 @@ class Requests:
 
     def _failed_too_often(self, entry: Entry) -> bool:
         return len(entry.failed_on) >= self._ledger.config.max_losses
-
-    def _judge(self, entry: Entry, due: float, code: str, now: float) -> None:
-        """Whoever was cut off has had the time to come back."""
-        if self._ledger.suspected.get(entry.id) == due:
-            self._give_up(entry, code, now)
 
     def clear_suspicion(self, worker: WorkerSession, now: float) -> None:
         """The worker is back in the same life, so no request has taken it down."""

@@ -76,6 +76,9 @@ class Room:
 #: Shapes whose sizes are remembered for one client, and for all together. A run has a handful.
 _SHAPES_EACH, _SHAPES = 16, 1024
 
+#: Things of one client that are counted; of more, the reply that was sent first is taken for read.
+_UNACKNOWLEDGED = 4096
+
 #: What replies have in common that have the same bytes for each token: the pool, the operation, the
 #: wish, the mapping, whether the tensors may go past the broker, and whether tokens are counted.
 _Shape = tuple[str, str, str, str, bool, bool]
@@ -117,6 +120,9 @@ class ReplyRoom(Room):
         """The whole reply is on its way to the client."""
         self.put(request_id, nbytes)
         self._sent[request_id] = now
+        taken = self._taken[request_id.client]
+        if len(taken) > _UNACKNOWLEDGED:
+            self.free(next(id_ for id_ in taken if id_ in self._sent))
 
     def free(self, request_id: RequestId) -> None:
         """It is no longer there, or nobody wants it any more."""

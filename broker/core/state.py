@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
 
 from broker.core.places import Place
+from broker.core.timers import Timer
 from broker.protocol.messages import Part, Reply, Request, RequestId
 from broker.protocol.wire import Packet
 
@@ -17,6 +18,11 @@ K = TypeVar("K")
 
 #: Tokens that a request without tensors may claim: a long batch.
 _CLAIMED_TOKENS = 1 << 20
+#: Sentences of a request's story that are kept: the first and the last, of each so many.
+_STORY = 8
+#: Vocab mappings that a worker is taken to know: many times what it keeps itself. One that it was
+#: told before is told again, which costs no more than its bytes.
+_KNOWN_MAPPINGS = 256
 
 
 @dataclass(eq=False)
@@ -35,6 +41,8 @@ class ClientSession:
     #: what it last said of its direct channels
     direct: str = ""
     answered: int = 0
+    #: notices that it is silent
+    watch: Timer | None = None
 
 
 @dataclass(eq=False)
@@ -54,7 +62,10 @@ class WorkerSession:
     running: dict[RequestId, float] = field(default_factory=dict)
     #: replies whose parts are coming from it; it is done with them, and has their credits back
     passing: set[RequestId] = field(default_factory=set)
-    mappings: set[str] = field(default_factory=set)
+    #: notices that it has had a request for too long
+    timers: dict[RequestId, Timer] = field(default_factory=dict)
+    #: what it was told, the oldest first
+    mappings: dict[str, None] = field(default_factory=dict)
     draining: bool = False
     #: seconds for one token, learned from answers; None until the first
     seconds_per_token: float | None = None
@@ -71,6 +82,14 @@ class WorkerSession:
     direct: str = ""
     #: when anything of a reply last came from it
     moved_at: float = 0.0
+    #: notices that it is silent
+    watch: Timer | None = None
+
+    def learn(self, mapping_id: str) -> None:
+        """It is told a vocab mapping."""
+        self.mappings[mapping_id] = None
+        if len(self.mappings) > _KNOWN_MAPPINGS:
+            del self.mappings[next(iter(self.mappings))]
 
     @property
     def free(self) -> int:
@@ -95,6 +114,8 @@ class Passing:
     nbytes: int = 0
     #: when its client should have said that it has it; nobody knows before the last part
     awaited_until: float = math.inf
+    #: notices that nothing more of it comes
+    watch: Timer | None = None
 
     @property
     def reply(self) -> Reply:
@@ -138,6 +159,8 @@ class Entry:
     place: Place = Place.NEW
     place_since: float = 0.0
     why: str = ""
+    #: ends its stay there, and is cancelled where it leaves before
+    timer: Timer | None = None
     #: seconds in the places where it has been
     spent_s: dict[Place, float] = field(default_factory=dict)
     workers: set[str] = field(default_factory=set)
@@ -154,6 +177,7 @@ class Entry:
     given_back_by: list[str] = field(default_factory=list)
     #: since when it has waited for room, while it does
     room_since: float | None = None
+    #: its beginning and its end
     story: list[str] = field(default_factory=list)
     #: B*T as the tensors have it; where there are none, what is claimed, within bounds
     n_tokens: int = field(init=False)
@@ -167,6 +191,12 @@ class Entry:
         self.request = request
         shapes = [math.prod(spec.shape) for spec in request.manifest]
         self.n_tokens = max(shapes, default=min(request.n_tokens, _CLAIMED_TOKENS))
+
+    def tell(self, what: str) -> None:
+        """Go on with its story; of a long one the middle is left out."""
+        self.story.append(what)
+        if len(self.story) > 2 * _STORY:
+            self.story[_STORY : _STORY + 2] = ["..."]
 
     @property
     def id(self) -> RequestId:
@@ -199,11 +229,16 @@ class Blame(enum.Enum):
     GUILTY = "it began a new life"
 
 
-class PacketStore(Generic[K]):
-    """Packets by key, bounded in bytes; the least recently used one goes first."""
+#: A small packet takes a kilobyte beside its bytes, so their number has a bound as well.
+_MAX_PACKETS = 65536
 
-    def __init__(self, capacity_bytes: int) -> None:
+
+class PacketStore(Generic[K]):
+    """Packets by key, bounded in bytes and number; the least recently used one goes first."""
+
+    def __init__(self, capacity_bytes: int, max_packets: int = _MAX_PACKETS) -> None:
         self.capacity_bytes = capacity_bytes
+        self.max_packets = max_packets
         self.held_bytes = 0
         self._packets: OrderedDict[K, Packet] = OrderedDict()
         self._since: dict[K, float] = {}
@@ -227,7 +262,7 @@ class PacketStore(Generic[K]):
         self._packets[key] = packet
         self._since[key] = now
         self.held_bytes += packet.nbytes
-        while self.held_bytes > self.capacity_bytes:
+        while self.held_bytes > self.capacity_bytes or len(self._packets) > self.max_packets:
             self.discard(next(iter(self._packets)))
 
     def discard(self, key: K) -> None:
@@ -244,4 +279,5 @@ class PacketStore(Generic[K]):
     def validate(self) -> None:
         held = sum(packet.nbytes for packet in self._packets.values())
         assert held == self.held_bytes <= self.capacity_bytes
+        assert len(self._packets) <= self.max_packets
         assert self._since.keys() == self._packets.keys()

@@ -129,13 +129,12 @@ class Workers:
     def reply(self, worker: WorkerSession, packet: Packet, now: float) -> None:
         """A reply or a failure came: the worker has a credit again, the client its answer."""
         message = cast(m.Reply | m.Failure, packet.message)
-        since = worker.running.pop(message.id, None)
+        since = self._dispatcher.end_run(worker, message.id)
         if since is None:
             self._ledger.counters["unasked_answers"] += 1
             self._ledger.log("warning", "unasked_answer", worker=worker.id, request=str(message.id))
             return
         worker.answered += 1
-        worker.overdue.discard(message.id)
         pool = self._ledger.pools[worker.offer]
         self._reckon(worker, now)
         entry = self._ledger.entries.get(message.id)
@@ -171,15 +170,13 @@ class Workers:
 
     def _watch(self, worker: WorkerSession) -> None:
         def check(now: float) -> None:
-            if self._ledger.workers.get(worker.id) is not worker:
-                return
             if now < worker.last_seen + self._ledger.config.liveness_s:
                 self._watch(worker)
             else:
                 reason = f"silent for {now - worker.last_seen:.1f} s"
                 self._lose(worker, reason, now, Blame.SUSPECT)
 
-        self._ledger.at(worker.last_seen + self._ledger.config.liveness_s, check)
+        worker.watch = self._ledger.at(worker.last_seen + self._ledger.config.liveness_s, check)
 
     def _lose(self, worker: WorkerSession, reason: str, now: float, blame: Blame) -> None:
         """Forget a worker; what it was working on goes back to the head of the queue.
@@ -188,6 +185,8 @@ class Workers:
         """
         del self._ledger.workers[worker.id]
         del self._ledger.worker_connections[worker.connection]
+        for timer in (worker.watch, *worker.timers.values()):
+            self._ledger.timers.cancel(timer)
         pool = self._ledger.pools[worker.offer]
         del pool.workers[worker.id]
         pool.choice.discard(worker)
@@ -201,7 +200,7 @@ class Workers:
             if entry is None or worker.id not in entry.workers:
                 continue
             entry.workers.discard(worker.id)
-            entry.story.append(f"worker {worker.id} had it for {now - since:.1f} s: {reason}")
+            entry.tell(f"worker {worker.id} had it for {now - since:.1f} s: {reason}")
             if blame is Blame.SUSPECT:
                 entry.suspects[worker.id] = worker.incarnation
                 self._ledger.orphaned[entry.id] = entry
@@ -214,11 +213,15 @@ class Workers:
     def _close_pool(self, pool: Pool, now: float) -> None:
         """A pool that has lost its last worker stays while requests wait for another."""
         offer = pool.description.offer
-        if pool.workers or self._ledger.pools.get(offer) is not pool:
+        if pool.workers:
             return
         if any(entry.pool == offer for entry in self._ledger.entries.values()):
-            self._ledger.at(
-                now + self._ledger.config.liveness_s, lambda now: self._close_pool(pool, now)
-            )
+            due = now + self._ledger.config.liveness_s
+            again = self._ledger.at(due, lambda now: self._close_pool(pool, now), pool.closing)
+            pool.closing = again
         else:
+            self._ledger.timers.cancel(pool.look)
+            self._ledger.timers.cancel(pool.closing)
             del self._ledger.pools[offer]
+            if not self._ledger.pools_called(pool.description.model):
+                self._ledger.measures.left(pool.description.model)
