@@ -82,7 +82,7 @@ COUNTERS: Mapping[str, str] = {
 
 
 class Ledger:
-    """The books. Nothing here decides anything but that what is finished stands nowhere."""
+    """The client's records: its links, tickets and counters. A finished request is in none of them."""
 
     def __init__(
         self,
