@@ -82,7 +82,7 @@ COUNTERS: Mapping[str, str] = {
 
 
 class Ledger:
-    """The client's records: its links, tickets and counters. A finished request is in none of them."""
+    """The client's records: links, tickets and counters. No finished request stands in them."""
 
     def __init__(
         self,
