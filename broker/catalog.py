@@ -228,9 +228,19 @@ EVENTS = {
         ),
         "trace_without_broker": Known("The broker could not be asked for its part of the trace."),
         "step": Known("How far the run is."),
-        "step_skipped": Known(
+        "samples_left_out": Known(
             "A loss or gradient was not finite and `--skip-non-finite` allows that.",
             "Look at the samples that are named.",
+        ),
+        "metrics_not_written": Known(
+            "A line of metrics could not be written, on a full disk say. Training goes on.",
+            "Make room; the curves have a gap.",
+        ),
+    },
+    "all": {
+        "lines_left_out": Known(
+            "Whoever reads the log stood still, and `count` lines were left out.",
+            "Look at what the log is piped into.",
         ),
     },
     "workers and trainers": {
