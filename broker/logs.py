@@ -12,8 +12,6 @@ from typing import Any
 
 import click
 
-from broker.log_writer import LogWriter
-
 FORMATS = ("logfmt", "json")
 
 
@@ -72,11 +70,7 @@ def _logfmt(value: Any) -> str:
 
 def configure(style: str = "logfmt", level: str = "info") -> None:
     """Send all log lines of this process to stderr, as ``logfmt`` or ``json``."""
-    handler: logging.Handler
-    try:
-        handler = LogWriter(sys.stderr.fileno())
-    except OSError:  # no file but an object, as in a notebook
-        handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(style))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 

@@ -184,7 +184,7 @@ FAULTS = (
     Fault(
         "file descriptors run out",
         "at the broker",
-        "new peers wait; connected ones go on",
+        "new peers wait; those that are there go on",
         f"{_DOORS}::test_a_broker_without_descriptors_goes_on",
     ),
     Fault(
@@ -259,7 +259,7 @@ FAULTS = (
         "a message of very many frames",
         "from any peer",
         "it is cut off; the others wait while it is read",
-        f"{_DOORS}::test_a_message_of_very_many_frames_costs_its_connection",
+        f"{_DOORS}::test_a_message_of_very_many_frames_is_not_kept",
     ),
     Fault(
         "a client says that it has its replies, and takes none",

@@ -25,10 +25,10 @@ Example:
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
-    help="JSONL with 'text' or 'messages', or plain text (default for 'embedded': its held-out).",
+    help="Data as for training: prompts end where answers begin (default for 'embedded': its own).",
 )
 @click.option("--count", type=_AT_LEAST_1, default=16, help="Prompts taken.")
-@click.option("--prompt-tokens", type=_AT_LEAST_1, default=48, help="Tokens of each prompt.")
+@click.option("--prompt-tokens", type=_AT_LEAST_1, default=48, help="Of prompts of plain text.")
 @click.option(
     "--max-new-tokens", type=_AT_LEAST_1, default=64, help="Tokens decoded for each prompt."
 )
@@ -60,14 +60,17 @@ def evaluate(
     from rich.progress import track
 
     from trainer_client.evaluation.decoding import evaluate as run_evaluation
-    from trainer_client.evaluation.prompts import aux_layer_ids, load_prompts
+    from trainer_client.evaluation.prompts import aux_layer_ids, check_fit, load_prompts
     from worker.targets import load_target
 
-    layers = tuple(map(int, aux_layers.split(","))) if aux_layers else aux_layer_ids(draft)
+    own = aux_layer_ids(draft)
+    layers = tuple(map(int, aux_layers.split(","))) if aux_layers else own
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_target(target, device=device, dtype=dtype, aux_layer_ids=layers)
+    embeddings = loaded.get_input_embeddings().weight
+    check_fit(draft, target, embeddings.shape[1], loaded.vocab_size)
     tokens = load_prompts(loaded.tokenizer, target, prompts, count, prompt_tokens)
-    draft_model = read_draft(draft, loaded.get_input_embeddings().weight)
+    draft_model = read_draft(draft, embeddings)
     model = draft_model.to(device=loaded.device, dtype=loaded.dtype)
     ticks = iter(track(tokens, description="decoding", disable=as_json))
     next(ticks)

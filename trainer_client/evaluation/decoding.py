@@ -6,6 +6,7 @@ at slot t it reads the embedding of token t + 1 together with the fused aux stat
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -54,21 +55,49 @@ class EvalResult:
 
 
 class _Target:
-    """The target with a K/V cache."""
+    """The target with a K/V cache.
+
+    The recurrent state of a hybrid (Qwen3-Next, Falcon-H1, Bamba, LFM2) cannot be cut back to an
+    earlier token: of such a cache a copy is kept, and what was accepted is read again from there.
+    """
 
     def __init__(self, target: HuggingFaceTarget) -> None:
         self._model = target.model
         self._layers = decoder_layers(target.model)
         self._ids = target.aux_layer_ids
         self.device = target.device
-        self.cache = DynamicCache()
+        self._crops = self._can_crop()
+        self.cache: Any = DynamicCache() if self._crops else None
+
+    def _can_crop(self) -> bool:
+        """Whether the cache that the model makes of one token holds keys and values alone."""
+        ids = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+        cache = self._model(input_ids=ids, use_cache=True).past_key_values
+        # a state that is recurrent is a LinearAttention...Layer, or, before transformers 5, in a
+        # cache of the model's own
+        kinds = [type(layer).__name__ for layer in getattr(cache, "layers", ())]
+        return isinstance(cache, DynamicCache) and not any("Linear" in kind for kind in kinds)
+
+    def copy(self) -> Any:
+        """What :meth:`take_back` needs of the state before a forward; None where it can crop."""
+        return None if self._crops else copy.deepcopy(self.cache)
+
+    def take_back(self, before: Any, tokens: Sequence[int], kept: int) -> None:
+        """Forget all but the first ``kept`` of the tokens that were read since ``before``."""
+        if kept == len(tokens):
+            return
+        if self._crops:
+            self.cache.crop(kept - len(tokens))
+        else:
+            self.cache = before
+            self.forward(tokens[:kept])
 
     def forward(self, tokens: Sequence[int]) -> Tensor:
         """Logits [n, V] of n more tokens."""
         ids = torch.tensor([list(tokens)], device=self.device)
-        logits: Tensor = self._model(
-            input_ids=ids, past_key_values=self.cache, use_cache=True
-        ).logits
+        output = self._model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+        self.cache = output.past_key_values
+        logits: Tensor = output.logits
         return logits[0]
 
     def forward_with_aux(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -136,7 +165,9 @@ def speculative_decode(
     accepted: list[int] = []
     while len(tokens) < max_new_tokens and tokens[-1] not in eos:
         guesses = _chain(draft, cache, unread, aux, to_target, draft_tokens)
-        aux, logits = decoder.forward_with_aux([tokens[-1], *guesses])
+        read = [tokens[-1], *guesses]
+        before = decoder.copy()
+        aux, logits = decoder.forward_with_aux(read)
         best = logits.argmax(-1).tolist()
         right = 0
         while right < len(guesses) and guesses[right] == best[right]:
@@ -145,8 +176,7 @@ def speculative_decode(
         if end := next((at for at, token in enumerate(new, 1) if token in eos), 0):
             new, right = new[:end], min(right, end)  # what comes after the end is not counted
         # the target has read the last token and the right guesses; the draft none of the new
-        if wrong := len(guesses) - right:
-            decoder.cache.crop(-wrong)
+        decoder.take_back(before, read, right + 1)
         aux, unread = aux[:, : right + 1], new
         accepted.append(right)
         tokens += new

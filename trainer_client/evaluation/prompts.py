@@ -1,20 +1,24 @@
-"""What ``draftmq eval`` decodes: prompts, and the layers that a draft was trained on."""
+"""What ``draftmq eval`` decodes: prompts, and whether draft and target are made for it."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from trainer_client.drafts.export import read_config
 from trainer_client.errors import DataError, ExportError
-from trainer_client.training.data import read_dataset
+from trainer_client.training.data import Sample, read_dataset
 
 
 def load_prompts(
     tokenizer_name: str, target: str, path: Path | None, count: int, prompt_tokens: int
 ) -> list[list[int]]:
-    """The first tokens of ``count`` samples, spread evenly over the file.
+    """``count`` prompts, spread evenly over the file.
 
-    Raises :class:`DataError` when there is no file and the target is not the embedded one.
+    Of a conversation a prompt ends where an assistant's turn begins, as it is served; of running
+    text it is the first ``prompt_tokens``. Raises :class:`DataError` when there is no file and the
+    target is not the embedded one.
     """
     from transformers import AutoTokenizer
 
@@ -24,8 +28,9 @@ def load_prompts(
         raise DataError(f"the target {target!r} has no tokenizer beside it")
     tokenizer = AutoTokenizer.from_pretrained(resolve(tokenizer_name))
     if path is not None:
-        ids = [list(sample.input_ids) for sample in read_dataset(path, tokenizer, 4096).samples]
-        prompts = [tokens[:prompt_tokens] for tokens in ids if len(tokens) >= 2]
+        samples = read_dataset(path, tokenizer, 4096).samples
+        found = [tuple(each) for sample in samples for each in _prompts(sample, prompt_tokens)]
+        prompts = [list(prompt) for prompt in dict.fromkeys(found)]
         return prompts[:: max(1, len(prompts) // count)][:count]
     if target != "embedded":
         raise DataError("say --prompts FILE; only the embedded target brings prompts of its own")
@@ -36,13 +41,57 @@ def load_prompts(
     return [tokens[at : at + prompt_tokens] for at in range(0, stride * count, stride)][:count]
 
 
+def _prompts(sample: Sample, prompt_tokens: int) -> Iterator[list[int]]:
+    """What stands before each answer of a sample; the beginning of one that is all text."""
+    ids, mask = list(sample.input_ids), sample.loss_mask
+    begins = [at for at in range(1, len(ids)) if mask[at] and not mask[at - 1]]
+    if begins:
+        yield from (ids[:at] for at in begins)
+    elif len(ids) >= 2:
+        yield ids[:prompt_tokens]
+
+
 def aux_layer_ids(draft: Path) -> tuple[int, ...] | None:
-    """The layers whose outputs a draft reads, as its config says; None where it does not."""
-    try:
-        config = json.loads((draft / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{draft} is no draft: {error}") from error
+    """The layers whose outputs a draft reads, as its config says; None where it does not.
+
+    Raises :class:`ExportError` for a draft whose settings ask for another network than ours.
+    """
+    if not (draft / "config.json").is_file():
+        raise ExportError(f"{draft} is no draft: it has no config.json")
+    config = read_config(draft)
+    eagle = config.get("eagle_config") or {}
+    said = config | eagle
+    if said.get("use_aux_hidden_state") is False:
+        raise ExportError(
+            f"{draft} says use_aux_hidden_state: false, so it reads the last hidden state alone; "
+            "only drafts that read three layers can be decoded with here"
+        )
     name = "eagle_aux_hidden_state_layer_ids"
-    if layers := (config.get("eagle_config") or {}).get(name):
-        return tuple(layers)
-    return tuple(index - 1 for index in config.get(name) or ()) or None
+    layers = tuple(eagle.get(name) or (index - 1 for index in config.get(name) or ())) or None
+    count = said.get("num_aux_hidden_states") or (len(layers) if layers else 3)
+    if count != 3 or (layers and len(layers) != 3):
+        raise ExportError(
+            f"{draft} reads {count} hidden states (layers {layers or 'not said'}); only drafts "
+            "that read three can be decoded with here"
+        )
+    return layers
+
+
+def check_fit(draft: Path, target: str, hidden_size: int, vocab_size: int) -> None:
+    """Raise :class:`ExportError` where a draft was made for a target of other sizes."""
+    config: dict[str, Any] = read_config(draft)
+    hidden = config.get("target_hidden_size") or config.get("hidden_size")
+    sizes = {
+        "hidden size": (hidden, hidden_size),
+        "vocabulary": (config.get("vocab_size"), vocab_size),
+    }
+    differing = [
+        f"{name} {of_draft} and the target {of_target}"
+        for name, (of_draft, of_target) in sizes.items()
+        if of_draft is not None and of_draft != of_target
+    ]
+    if differing:
+        raise ExportError(
+            f"{draft} was not made for {target!r}: the draft has a {', and a '.join(differing)}; "
+            "name the target that it was trained with"
+        )
