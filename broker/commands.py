@@ -86,7 +86,6 @@ class _Commands(click.Group):
         _want_installed(cmd_name, entry.extra)
         module, _, name = entry.where.partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
-        command.context_settings.setdefault("help_option_names", ["-h", "--help"])
         return command
 
     def resolve_command(

@@ -16,10 +16,10 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from broker.commands import cli
 from broker.core.inspect import snapshot
 from broker.service import Broker
 from broker.watch.http import HttpServer, as_json
-from broker.watch.look import status, top
 from broker.watch.rates import rates
 from broker.watch.screen import duration, screen, short, size
 from tests.broker.core.rig import Rig
@@ -153,16 +153,18 @@ def test_numbers_are_written_for_people(shown: str, wanted: str) -> None:
 
 
 def test_status_prints_json_or_a_screen(address: str) -> None:
-    as_json = CliRunner().invoke(status, ["--http", address, "--json"])
+    as_json = CliRunner().invoke(cli, ["status", "--http", address, "--json"])
     assert json.loads(as_json.stdout)["workers"] == []
-    shown = CliRunner().invoke(status, ["--http", address])
+    shown = CliRunner().invoke(cli, ["status", "--http", address])
     assert "! no worker is attached" in shown.stdout
 
 
 def test_top_once_prints_rates_of_several_brokers(address: str) -> None:
     with Broker(http="127.0.0.1:0") as other:
         arguments = ["--once", "--json", "--interval", 0.1, "--http", address]
-        result = CliRunner().invoke(top, [*map(str, arguments), "--http", str(other.http_address)])
+        result = CliRunner().invoke(
+            cli, ["top", *map(str, arguments), "--http", str(other.http_address)]
+        )
     assert result.exit_code == 0
     (line,) = result.stdout.splitlines()
     brokers = json.loads(line)["brokers"]
@@ -174,7 +176,7 @@ def test_top_of_a_broker_that_is_not_there_says_so(address: str) -> None:
     with Broker(http="127.0.0.1:0") as gone:
         nobody = str(gone.http_address)
     arguments = ["--once", "--interval", "0.1", "--http", nobody, "--http", address]
-    result = CliRunner().invoke(top, arguments)
+    result = CliRunner().invoke(cli, ["top", *arguments])
     assert result.exit_code == 1
     assert f"no broker answers at http://{nobody}" in str(result.exception)
     assert "draftmq broker" in result.stdout  # the other is shown all the same
@@ -184,7 +186,7 @@ def test_what_is_no_broker_is_told_apart() -> None:
     server = HttpServer("127.0.0.1:0", {"/status": lambda environ: as_json({"worker": "w"})})
     server.start()
     try:
-        result = CliRunner().invoke(status, ["--http", server.address])
+        result = CliRunner().invoke(cli, ["status", "--http", server.address])
     finally:
         server.stop()
     assert "is no broker" in str(result.exception)
@@ -194,7 +196,7 @@ def test_a_proxy_for_the_internet_is_not_asked_for_a_broker(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    assert CliRunner().invoke(status, ["--http", address]).exit_code == 0
+    assert CliRunner().invoke(cli, ["status", "--http", address]).exit_code == 0
 
 
 @pytest.mark.parametrize("key", [b"q", b"xq", b"\x03"], ids=["q", "any-then-q", "ctrl-c"])
