@@ -42,6 +42,15 @@ class Throttle:
         return left_out
 
 
+#: Fields of every line of this process, such as a trainer's rank.
+_always: dict[str, Any] = {}
+
+
+def name_lines(**fields: Any) -> None:
+    """Have every log line of this process carry these fields from now on."""
+    _always.update(fields)
+
+
 class _Formatter(logging.Formatter):
     def __init__(self, style: str) -> None:
         super().__init__()
@@ -53,6 +62,7 @@ class _Formatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage(),
+            **_always,
             **getattr(record, "fields", {}),
         }
         if record.exc_info:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 from datetime import timedelta
@@ -15,8 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from broker import logs
 from tests.integration.conftest import Cluster, make_target
-from tests.integration.test_processes import PATIENCE_S, Commands, commands
+from tests.integration.test_processes import PATIENCE_S, Commands, commands, draftmq
 from tests.integration.test_runs import Ends, run, stopped, target
 from tests.integration.test_training import ByteTokenizer, settings, weights
 from tests.waiting import eventually
@@ -315,3 +317,21 @@ def test_a_trainer_that_waits_for_a_worker_ends_when_it_is_asked(commands: Comma
     trainer.send_signal(signal.SIGTERM)
     assert trainer.wait(PATIENCE_S) == 1
     assert "stopped by SIGTERM before the first step" in commands.processes.log(log)
+
+
+def test_a_typo_in_the_data_is_found_before_a_worker_is_waited_for(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "good"}\n{"txt": "typo"}\n')
+    nobody = ["--broker", "tcp://127.0.0.1:1", "--data", data, "--output", tmp_path / "run"]
+    done = draftmq("train", *nobody)
+    assert done.returncode == 1
+    assert f"draftmq: {data}:2 " in done.stderr
+    assert "event=settings" in done.stderr.splitlines()[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_log_lines_of_ranks_name_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_always", {})
+    logs.name_lines(rank=3)
+    record = logging.makeLogRecord({"msg": "step", "fields": {"loss": 1}})
+    assert "event=step rank=3 loss=1" in logs._Formatter("logfmt").format(record)

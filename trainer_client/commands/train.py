@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
@@ -20,6 +21,7 @@ from trainer_client.commands.progress import Progress
 from trainer_client.eagle3.draft import Attention
 from trainer_client.errors import TrainerClientError
 from trainer_client.targets.remote import RemoteEagle3TargetModel
+from trainer_client.training.early import look_first
 from trainer_client.training.ranks import Ranks
 from trainer_client.training.run import train as run_training
 from trainer_client.training.run import write_summary
@@ -30,6 +32,8 @@ from trainer_client.watch.observed import Observed
 from worker.direct import options as direct_options
 from worker.direct.config import DirectConfig
 from worker.targets import resolve
+
+_logger = logging.getLogger("draftmq.train")
 
 _HELP = {
     "data": "JSON lines or an array: text, messages, conversations, ...; or plain text.",
@@ -170,7 +174,12 @@ def train(
     stop = Stop()
     with stop.listening(), _one_sentence(stop):
         ranks = Ranks.from_environment()
+        if ranks.world_size > 1:
+            logs.name_lines(rank=ranks.rank)
         try:
+            if ranks.first:
+                logs.log(_logger, "info", "settings", {"broker": broker, **settings.plain()})
+                look_first(settings)
             device = own_device(device)
             observed = Observed(ranks.rank, http, trace, trace_broker, http_token=http_token)
             target = RemoteEagle3TargetModel(

@@ -1,4 +1,4 @@
-"""What a run tells of itself: a line of JSON a step, and the curves at the end."""
+"""What a run tells of itself: a line of JSON a step, and curves at each checkpoint."""
 
 from __future__ import annotations
 
@@ -77,8 +77,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss, accuracy by depth, simulated accept length and waiting share over steps, as a PNG."""
+def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
+    """Loss, accuracy by depth, simulated accept length and waiting share over steps, as a PNG.
+
+    The raw values are pale, and a mean that follows them stands out. The file is replaced whole.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -87,25 +90,51 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     steps = [line["step"] for line in lines]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     loss, accuracy, accept, waiting = axes.flat
-    loss.plot(steps, [line["loss"] for line in lines], color="tab:blue")
+
+    def draw(axis: Any, values: Sequence[float | None], **style: Any) -> None:
+        axis.plot(steps, [math.nan if v is None else v for v in values], alpha=0.25, **style)
+        axis.plot(steps, smoothed(values), **style)
+
+    draw(loss, [line["loss"] for line in lines], color="tab:blue")
     loss.set_ylabel("loss (nats, weighted over depths)")
     depths = len(lines[0]["depth_accuracy"]) if lines else 0
     colors = plt.get_cmap("viridis")
     for depth in range(depths):
         values = [line["depth_accuracy"][depth] for line in lines]
         color = colors(depth / max(1, depths - 1))
-        accuracy.plot(steps, values, color=color, label=f"depth {depth + 1}")
-    accuracy.set_ylabel("top-1 accuracy")
+        accuracy.plot(steps, smoothed(values), color=color, label=f"depth {depth + 1}")
+    accuracy.set_ylabel("top-1 accuracy (smoothed)")
     accuracy.set_ylim(0, 1)
-    accuracy.legend(fontsize="small", ncols=2)
-    accept.plot(steps, [line["accept_length"] for line in lines], color="tab:green")
+    if depths:
+        accuracy.legend(fontsize="small", ncols=2)
+    draw(accept, [line["accept_length"] for line in lines], color="tab:green")
     accept.set_ylabel("simulated accept length (tokens)")
-    waiting.plot(steps, [100 * line["waiting_share"] for line in lines], color="tab:red")
+    draw(waiting, [100 * line["waiting_share"] for line in lines], color="tab:red")
     waiting.set_ylabel("time spent waiting for supervision (%)")
     waiting.set_ylim(0, 100)
     for axis in axes.flat:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    figure.suptitle("EAGLE-3 draft training")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.suptitle(title or "EAGLE-3 draft training")
+    unfinished = path.with_name(f".{path.name}")
+    try:
+        figure.savefig(unfinished, dpi=120, format="png")
+        unfinished.replace(path)
+    except OSError as error:  # the run is worth more than its picture
+        log(_logger, "warning", "curves_not_written", {"error": str(error)})
+    finally:
+        plt.close(figure)
+
+
+def smoothed(values: Sequence[float | None], share: float = 0.05) -> list[float]:
+    """A mean that follows the values; each new one weighs more the fewer there are.
+
+    Over the last ``1 / share`` values or so, and over all while there are fewer. None is passed by.
+    """
+    follows, seen, mean = [], 0, math.nan
+    for value in values:
+        if value is not None:
+            seen += 1
+            mean = value if seen == 1 else mean + max(share, 1 / seen) * (value - mean)
+        follows.append(mean)
+    return follows

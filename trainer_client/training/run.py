@@ -192,6 +192,7 @@ class _Run:
             self._settings.keep_checkpoints,
         )
         self._saved = self._done
+        _draw(self._settings, self._plan, self._done)
 
 
 def _finish(
@@ -203,7 +204,8 @@ def _finish(
     waiting_share: float,
 ) -> dict[str, Any]:
     lines = metrics.read(settings.output / "metrics.jsonl")
-    metrics.draw_curves(lines, settings.output / "curves.png")
+    if not (settings.output / "curves.png").exists():
+        _draw(settings, plan, plan.total_steps)
     write_draft(draft, settings.output / "draft", target_info=backend.model_info())
     last = lines[-1] if lines else {}
     summary = {
@@ -226,6 +228,13 @@ def _finish(
     }
     write_summary(settings.output, summary)
     return summary
+
+
+def _draw(settings: TrainSettings, plan: Plan, done: int) -> None:
+    lines = metrics.read(settings.output / "metrics.jsonl")
+    title = f"{settings.output.name}: draft of {plan.identity['model']}, "
+    where = settings.output / "curves.png"
+    metrics.draw_curves(lines, where, f"{title}step {done} of {plan.total_steps}")
 
 
 def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
