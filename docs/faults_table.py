@@ -259,7 +259,7 @@ FAULTS = (
         "a message of very many frames",
         "from any peer",
         "it is cut off; the others wait while it is read",
-        f"{_DOORS}::test_a_message_of_very_many_frames_is_not_kept",
+        f"{_DOORS}::test_a_message_of_very_many_frames_costs_its_connection",
     ),
     Fault(
         "a client says that it has its replies, and takes none",

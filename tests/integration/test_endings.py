@@ -27,6 +27,7 @@ from trainer_client.targets.colocated import ColocatedTarget
 from trainer_client.training import metrics, plan
 from trainer_client.training.identity import RunError
 from trainer_client.training.place import held
+from trainer_client.training.probe import probe
 from trainer_client.training.ranks import Ranks
 from trainer_client.training.run import train
 from trainer_client.training.settings import TrainSettings
@@ -335,3 +336,26 @@ def test_log_lines_of_ranks_name_their_rank(monkeypatch: pytest.MonkeyPatch) -> 
     logs.name_lines(rank=3)
     record = logging.makeLogRecord({"msg": "step", "fields": {"loss": 1}})
     assert "event=step rank=3 loss=1" in logs._Formatter("logfmt").format(record)
+
+
+def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(tmp_path: Path) -> None:
+    wanted = samples_with_one_bad(tmp_path, epochs=2)
+    before = sorted(tmp_path.rglob("*"))
+    found = probe(wanted, target(), ByteTokenizer())
+    assert sorted(tmp_path.rglob("*")) == before
+    summary = run(wanted)
+    for name in ("samples", "steps", "global_batch", "draft_vocab_size", "draft_vocab_coverage"):
+        assert found[name] == summary[name], name
+    assert found["probe_tokens"] == 2 * 5
+    assert found["seconds"] > 0
+    assert found["peak_memory_bytes"] > 0
+
+
+@pytest.mark.heavy
+def test_the_command_of_a_dry_run_says_it_as_json(commands: Commands, tmp_path: Path) -> None:
+    commands.broker()
+    commands.worker("w")
+    done = draftmq("train", *commands.training(commands.output), "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["encoding"] == "probs"
+    assert not commands.output.exists()

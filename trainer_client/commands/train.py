@@ -22,6 +22,7 @@ from trainer_client.eagle3.draft import Attention
 from trainer_client.errors import TrainerClientError
 from trainer_client.targets.remote import RemoteEagle3TargetModel
 from trainer_client.training.early import look_first
+from trainer_client.training.probe import probe
 from trainer_client.training.ranks import Ranks
 from trainer_client.training.run import train as run_training
 from trainer_client.training.run import write_summary
@@ -144,6 +145,11 @@ Example:
     help="HTTP address of a broker whose times belong in the trace; may be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON at the end.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what the run would be, with memory and time of one step, and write nothing.",
+)
 @direct_options.options(worker=False)
 @logs.options
 def train(
@@ -163,6 +169,7 @@ def train(
     trace: Path | None,
     trace_broker: tuple[str, ...],
     as_json: bool,
+    dry_run: bool,
     direct: DirectConfig,
     **settings_: Any,
 ) -> None:
@@ -198,6 +205,14 @@ def train(
                 broker_key=broker_key,
             )
             progress = Progress(ranks, quiet=as_json)
+            if dry_run:
+                with target:
+                    read = _tokenizer(tokenizer, target, trust_remote_code)
+                    where = torch.device(device)
+                    found = probe(settings, target, read, ranks=ranks, device=where)
+                if ranks.first:
+                    _say_probe(found, as_json)
+                return
             with target, observed.of(target), progress:
 
                 def on_step(step: StepMetrics) -> None:
@@ -257,6 +272,14 @@ def own_device(wanted: str) -> str:
         )
     torch.cuda.set_device(local)  # what names no device means this one
     return f"cuda:{local}"
+
+
+def _say_probe(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for name, value in found.items():
+        click.echo(f"{name.replace('_', ' ')}: {value}")
 
 
 def _finish_summary(output: Path, summary: dict[str, Any], as_json: bool) -> None:

@@ -1,0 +1,104 @@
+"""What a run would be, from its data and one step: ``draftmq train --dry-run``."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from trainer_client.eagle3.unroll import Eagle3Unroll
+from trainer_client.targets.batch import TargetBackend
+from trainer_client.training import identity
+from trainer_client.training.data import collate
+from trainer_client.training.memory import peak_bytes
+from trainer_client.training.place import look
+from trainer_client.training.plan import make_draft, make_plan
+from trainer_client.training.ranks import Ranks
+from trainer_client.training.settings import TrainSettings
+from trainer_client.training.trainer import Trainer, make_optimizer
+
+
+def probe(
+    settings: TrainSettings,
+    backend: TargetBackend,
+    tokenizer: Any,
+    *,
+    ranks: Ranks | None = None,
+    device: torch.device | None = None,
+) -> dict[str, Any]:
+    """Sizes of the run, and memory and time from one step; nothing is written.
+
+    The step learns from the longest samples, one micro-batch of this rank's: no later one takes
+    more memory. ``seconds`` scales its time by tokens, so it takes waiting for what it was in that
+    step. A second step is measured where the first has warmed up. Raises what
+    :func:`trainer_client.training.run.train` raises before its first step.
+    """
+    ranks, device = ranks or Ranks(), device or torch.device("cpu")
+    found = ranks.told_by_first(lambda: look(settings.output, resume=settings.resume))
+    plan = identity.agree(
+        ranks.rank,
+        ranks.world_size,
+        lambda: make_plan(
+            settings,
+            backend,
+            tokenizer,
+            ranks,
+            found.identity,
+            selected_token_ids=found.selected_token_ids,
+            done=found.step,
+        ),
+        lambda plan: plan.identity,
+    )
+    mapping, samples = plan.mapping, plan.dataset.samples
+    backend.set_vocab_mapping(mapping.selected_token_ids, mapping.selected_token_mask)
+    draft = make_draft(settings, backend, mapping).to(device)
+    trainer = Trainer(
+        Eagle3Unroll(draft, depths=settings.ttt_depths),
+        make_optimizer(draft, settings.learning_rate, settings.weight_decay),
+        rate=lambda step: settings.learning_rate,
+        max_grad_norm=settings.max_grad_norm,
+        lm_head=backend.lm_head_rows() if backend.encoding == "hidden" else None,
+        device=device,
+    )
+    longest = sorted(samples, key=lambda sample: -len(sample.input_ids))[: settings.batch_size]
+    asked = collate(longest)
+
+    waited = [0.0]
+
+    def batches() -> Any:
+        for _ in range(2):
+            began = time.perf_counter()
+            batch = backend.generate_batch(asked.input_ids, asked.attention_mask, asked.loss_mask)
+            waited[0] += time.perf_counter() - began
+            yield batch
+
+    *_, step = trainer.run(batches(), first_step=0, waited_s=lambda: waited[0])
+    ranks.meet()
+    n_tokens = sum(len(sample.input_ids) for sample in samples)
+    epochs = (plan.total_steps - found.step) / plan.schedule.steps_per_epoch
+    info = backend.model_info()
+    trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
+    return {
+        "target": info["model"],
+        "encoding": backend.encoding,
+        "samples": len(samples),
+        "tokens": n_tokens,
+        "longest_sample_tokens": len(longest[0].input_ids),
+        "samples_truncated": plan.dataset.truncated,
+        "samples_without_loss": plan.dataset.without_loss,
+        "records_left_out": dict(plan.dataset.left_out),
+        "global_batch": plan.schedule.global_batch,
+        "steps": plan.total_steps,
+        "steps_done": found.step,
+        "hidden_size": draft.config.hidden_size,
+        "intermediate_size": draft.config.intermediate_size,
+        "draft_vocab_size": mapping.draft_vocab_size,
+        "draft_vocab_coverage": plan.coverage,
+        "trained_parameters": trained,
+        "probe_tokens": int(asked.attention_mask.sum()),
+        "probe_seconds": step.seconds,
+        "probe_waiting_share": step.waiting_share,
+        "peak_memory_bytes": peak_bytes(device),
+        "seconds": n_tokens * epochs / step.tokens_per_s,
+    }
