@@ -359,3 +359,28 @@ def test_the_command_of_a_dry_run_says_it_as_json(commands: Commands, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["encoding"] == "probs"
     assert not commands.output.exists()
+
+
+def test_held_out_samples_are_measured_and_not_trained_and_the_best_checkpoint_stays(
+    tmp_path: Path,
+) -> None:
+    trained: set[tuple[int, ...]] = set()
+
+    class Seen(ColocatedTarget):
+        def generate_batch(self, *tokens: torch.Tensor) -> Any:
+            if torch.is_grad_enabled():  # what is measured asks without
+                trained.update(tuple(row.tolist()) for row in tokens[0])
+            return super().generate_batch(*tokens)
+
+    changes = {"validation": "0.25", "checkpoint_every": 2, "keep_checkpoints": 1, "epochs": 4}
+    wanted = samples_with_one_bad(tmp_path, **changes, learning_rate=0.5)
+    summary = train(wanted, Seen(make_target(), "probs"), ByteTokenizer())
+    assert (summary["samples"], summary["samples_held_out"], len(trained)) == (9, 3, 9)
+    lines = metrics.read(wanted.output / "validation.jsonl")
+    best = min(lines, key=lambda line: line["loss"])
+    assert [line["step"] for line in lines] == list(range(2, summary["steps"] + 1, 2))
+    assert (summary["best_step"], summary["validation_loss"]) == (best["step"], best["loss"])
+    kept = {f"step-{best['step']:06d}", f"step-{summary['steps']:06d}"}
+    assert set(checkpoints(wanted.output)) == kept
+    with pytest.raises(RunError, match=r"validation is '0\.25' there"):
+        run(dataclasses.replace(wanted, validation="0.5", resume=True))

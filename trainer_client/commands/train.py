@@ -58,6 +58,7 @@ _HELP = {
     "max_grad_norm": "Gradients are clipped to this norm.",
     "prefetch": "Requests kept ahead of the trainer; auto finds how many it takes.",
     "prefetch_mib": "Memory for what prefetch=auto keeps ahead.",
+    "validation": "A share of the samples (0.05) or a file: measured at checkpoints, not trained.",
     "seed": "Of the draft's first weights and of the order of the data.",
     "checkpoint_every": "Steps between checkpoints (0: only at the end).",
     "keep_checkpoints": "Checkpoints that are kept.",
@@ -78,6 +79,7 @@ class _Depth(click.ParamType):
 _TYPES = {
     "Path": click.Path(path_type=Path),
     "int": int,
+    "str": str,
     "float": float,
     "bool": bool,
     "Depth": _Depth(),

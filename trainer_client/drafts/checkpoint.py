@@ -73,8 +73,10 @@ def save(
     settings: Mapping[str, Any],
     target_info: Mapping[str, Any],
     keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Write a checkpoint beside its place and move it there; keep the newest ``keep``.
+    """Write a checkpoint beside its place and move it there; keep the newest ``keep``, and the one
+    of the step ``best``.
 
     Raises :class:`CheckpointError`; the older checkpoints are then as they were.
     """
@@ -102,7 +104,8 @@ def save(
             f"cannot write the checkpoint {final}: {error}; older checkpoints are untouched"
         ) from error
     for old in complete(directory)[:-keep]:
-        _remove(old.directory)
+        if old.step != best:
+            _remove(old.directory)
     return final
 
 

@@ -51,6 +51,15 @@ class MetricsLog:
             self._file.close()
 
 
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Add one object to a file of lines; a full disk is a warning."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(_line(line))
+    except OSError as error:
+        log(_logger, "warning", "metrics_not_written", {"error": str(error)})
+
+
 def _line(line: Mapping[str, Any]) -> str:
     return json.dumps(finite(dict(line)), allow_nan=False) + "\n"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ from trainer_client.eagle3.config import DraftConfig
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.targets.batch import TargetBackend
 from trainer_client.training import identity
-from trainer_client.training.data import Dataset, Schedule, read_dataset
+from trainer_client.training.data import Dataset, Sample, Schedule, read_dataset
 from trainer_client.training.ranks import Ranks
 from trainer_client.training.settings import TrainSettings
+from trainer_client.training.validation import hold_out
 from trainer_client.training.vocab import always_known, frequent_tokens, token_counts
 from worker.supervision.mapping import VocabMapping
 
@@ -29,6 +32,8 @@ class Plan:
     coverage: float
     schedule: Schedule
     total_steps: int
+    #: samples that are measured on, and not trained
+    held_out: list[Sample]
     #: what ``run.json`` says of the run
     identity: Mapping[str, Any]
 
@@ -53,13 +58,19 @@ def make_plan(
     """
     info = backend.model_info()
     limit = info["max_position_embeddings"] or settings.max_length
-    dataset = read_dataset(
-        settings.data,
-        tokenizer,
-        min(settings.max_length, limit),
+    read = functools.partial(
+        read_dataset,
+        tokenizer=tokenizer,
+        max_length=min(settings.max_length, limit),
         skip_bad_lines=settings.skip_bad_lines,
         loss_on=settings.loss_on,
     )
+    dataset = read(settings.data)
+    held_out: list[Sample] = []
+    if settings.validation_share is not None:
+        dataset, held_out = hold_out(dataset, settings.validation_share, settings.seed)
+    elif settings.validation:
+        held_out = read(Path(settings.validation)).samples
     mapping, coverage = _vocabulary(settings, info, tokenizer, dataset, selected_token_ids)
     began = settings.batch_size * settings.accumulation * ranks.world_size
     if there is not None:
@@ -72,6 +83,7 @@ def make_plan(
         "global_batch": schedule.global_batch,
         "samples": len(dataset.samples),
         "data_content": dataset.digest,
+        "validation_content": Dataset(held_out, 0, 0).digest,
         "tokenizer": identity.tokenizer_hash(tokenizer),
         "mapping": mapping.id,
         "model": info["model"],
@@ -92,7 +104,7 @@ def make_plan(
             "more --epochs or --max-steps, or take the draft of an earlier checkpoint (draftmq "
             "export)"
         )
-    return Plan(dataset, mapping, coverage, schedule, total_steps, here)
+    return Plan(dataset, mapping, coverage, schedule, total_steps, held_out, here)
 
 
 def _vocabulary(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -13,13 +14,14 @@ from typing import Any
 
 import torch
 
+from broker.logs import log
 from trainer_client.drafts import checkpoint
 from trainer_client.drafts.export import write_draft
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.eagle3.unroll import Eagle3Unroll
 from trainer_client.errors import RequestError, TrainerClientError
 from trainer_client.targets.batch import Eagle3TargetBatch, TargetBackend
-from trainer_client.training import identity, metrics
+from trainer_client.training import identity, metrics, validation
 from trainer_client.training.data import MicroBatch, collate
 from trainer_client.training.place import Found, held, look
 from trainer_client.training.plan import Plan, make_draft, make_plan
@@ -29,6 +31,8 @@ from trainer_client.training.refused import PartialBatch, ask_one_by_one
 from trainer_client.training.settings import TrainSettings
 from trainer_client.training.stopping import Stop, Stopped
 from trainer_client.training.trainer import StepMetrics, Trainer, learning_rate, make_optimizer
+
+_logger = logging.getLogger("draftmq.train")
 
 
 def train(
@@ -89,6 +93,8 @@ class _Run:
         #: steps that are done, and of which there is a checkpoint
         self._done = self._saved = 0
         self._began = time.perf_counter()
+        #: the step with the least held-out loss, on rank 0
+        self._best: int | None = None
 
     def begin(self, found: Found) -> None:
         """Make the draft, or take up the newest checkpoint; the same weights on every rank."""
@@ -103,8 +109,11 @@ class _Run:
         self._ranks.share(self.draft, self.optimizer)
         self._done = self._saved = found.step
         lm_head = backend.lm_head_rows() if backend.encoding == "hidden" else None
+        if plan.held_out and found.newest is not None:
+            self._best = (validation.best_step(settings.output) or (None, 0))[0]
+        self._unroll = Eagle3Unroll(self.draft, depths=settings.ttt_depths)
         self._trainer = Trainer(
-            Eagle3Unroll(self.draft, depths=settings.ttt_depths),
+            self._unroll,
             self.optimizer,
             rate=lambda step: learning_rate(
                 step,
@@ -160,6 +169,7 @@ class _Run:
                 on_step(replace(step, prefetch=self._prefetcher.depth))
                 every = self._settings.checkpoint_every
                 if self._done == total or (every and self._done % every == 0):
+                    self._validate()
                     self._save()
                 if (stop.by or self._trainer.stopping) and self._done < total:
                     raise Stopped
@@ -169,6 +179,26 @@ class _Run:
             raise self._ended(f"stopped by {by or 'a signal to another rank'}") from error
         except RequestError as error:  # no workers for too long, or a target that fails
             raise self._ended(f"{error}; the run ended") from error
+
+    def _validate(self) -> None:
+        """Measure on what is held out; all ranks take part."""
+        if not self._plan.held_out:
+            return
+        loss, accept = validation.measure(
+            self._unroll,
+            self._backend,
+            self._plan.held_out,
+            ranks=self._ranks,
+            batch_size=self._settings.batch_size,
+            lm_head=self._trainer.lm_head,
+            device=self._device,
+            waiting=self._stop.interruptible,
+        )
+        if self._ranks.first:
+            self._best = validation.note(self._settings.output, self._done, loss, accept)
+            fields = {"step": self._done, "loss": loss, "accept": accept, "best_step": self._best}
+            log(_logger, "info", "validation", fields)
+            metrics.append(self._settings.output / "validation.jsonl", fields)
 
     def _ended(self, why: str) -> TrainerClientError:
         """Save what was done; the error that says how to go on."""
@@ -190,6 +220,7 @@ class _Run:
             self._plan.identity,
             self._backend.model_info(),
             self._settings.keep_checkpoints,
+            self._best,
         )
         self._saved = self._done
         _draw(self._settings, self._plan, self._done)
@@ -208,6 +239,7 @@ def _finish(
         _draw(settings, plan, plan.total_steps)
     write_draft(draft, settings.output / "draft", target_info=backend.model_info())
     last = lines[-1] if lines else {}
+    best = validation.best_step(settings.output) if plan.held_out else None
     summary = {
         "steps": plan.total_steps,
         "seconds": seconds,
@@ -216,6 +248,9 @@ def _finish(
         "waiting_share": waiting_share,
         "peak_memory_bytes": last.get("peak_memory_bytes"),
         "samples": len(plan.dataset.samples),
+        "samples_held_out": len(plan.held_out),
+        "validation_loss": best[1] if best else None,
+        "best_step": best[0] if best else None,
         "samples_truncated": plan.dataset.truncated,
         "samples_without_loss": plan.dataset.without_loss,
         "samples_not_finite": [origin for line in lines for origin in line.get("left_out", ())],

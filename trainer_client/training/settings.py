@@ -59,6 +59,9 @@ class TrainSettings:
     prefetch: Depth = "auto"
     #: Room for results that wait for the trainer: 32 of 2,048 tokens, ``hidden`` at H=4096.
     prefetch_mib: int = 2048
+    #: A share of the samples (0.05) or a data file that is not trained on: loss and accept length
+    #: there are measured at each checkpoint, and the best checkpoint is kept.
+    validation: str = ""
     seed: int = 0
     #: Steps between checkpoints; 0: only at the end.
     checkpoint_every: int = 500
@@ -82,10 +85,22 @@ class TrainSettings:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.prefetch != "auto" and self.prefetch < 1:
             raise ValueError(f"prefetch must be 'auto' or at least 1, got {self.prefetch}")
+        if self.validation_share is not None and not 0 < self.validation_share < 1:
+            raise ValueError(
+                f"validation must be a share above 0 and below 1, or a file, got {self.validation}"
+            )
         if not 0 <= self.warmup_share < 1:
             raise ValueError(
                 f"warmup_share must be at least 0 and below 1, got {self.warmup_share}"
             )
+
+    @property
+    def validation_share(self) -> float | None:
+        """The share of the samples that is held out; None for a file, or for nothing."""
+        try:
+            return float(self.validation)
+        except ValueError:
+            return None
 
     def shared(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it goes on with."""
