@@ -306,6 +306,17 @@ def test_a_bad_sample_on_one_rank_is_named_on_all_and_left_out_on_all(tmp_path: 
     assert all(tensor.isfinite().all() for tensor in weights(wanted.output).values())
 
 
+@pytest.mark.heavy
+def test_ranks_measure_together_what_one_measures(tmp_path: Path) -> None:
+    wanted = samples_with_one_bad(tmp_path, batch_size=1, global_batch=2, validation="0.25")
+    assert _spawn(tmp_path, wanted, "measured") == ["", ""]
+    alone = dataclasses.replace(wanted, output=tmp_path / "alone")
+    summary = run(alone)
+    both = json.loads((wanted.output / "summary.json").read_text())
+    assert both["best_step"] == summary["best_step"]
+    assert both["validation_loss"] == pytest.approx(summary["validation_loss"], abs=1e-4)
+
+
 # -- signals to real processes ---------------------------------------------------------------------
 
 
