@@ -16,7 +16,8 @@ from broker.protocol import messages as m
 from broker.protocol.errors import RemoteProtocolError, VersionMismatchError
 from broker.protocol.wire import Packet, decode, encode
 from broker.transport.allocator import adapt_allocator
-from broker.transport.sockets import Curve, Dealer, Waiter, Wakeup
+from broker.transport.dealer import Dealer
+from broker.transport.sockets import Curve, Waiter, Wakeup
 
 #: Messages taken from one broker before the others, and what waits here, get a turn.
 _BATCH = 64
@@ -76,8 +77,10 @@ class PeerLoop:
     def start(self) -> None:
         adapt_allocator()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._dealers = {e: Dealer(self._context, e, self._curves.get(e)) for e in self.core.links}
-        self._waiter = self._new_waiter()
+        self._dealers = {
+            endpoint: Dealer(self._context, endpoint, self._curves.get(endpoint), self._wakeup.set)
+            for endpoint in self.core.links
+        }
         self._thread.start()
 
     @property
@@ -104,14 +107,19 @@ class PeerLoop:
 
     def _run(self) -> None:
         try:
+            waiter, generation = self._new_waiter(), self._generation
             while True:
-                timer = self.core.next_timer
-                ready = self._waiter.wait(timer, time.monotonic())
+                if self._generation != generation:
+                    waiter, generation = self._new_waiter(), self._generation
+                timer = self._next_timer()
+                ready = waiter.wait(timer, time.monotonic())
                 if self._wakeup in ready:
                     self._wakeup.clear()
                 while self._posted:
                     self._handle(self._posted.popleft())
                 for dealer in self._dealers.values():
+                    if why := dealer.advance(time.monotonic()):
+                        self._disconnected(dealer.endpoint, why)
                     self._read(dealer, ready)
                 if timer is not None and time.monotonic() >= timer:
                     self._notice_progress()
@@ -133,13 +141,22 @@ class PeerLoop:
             if dealer.moving():
                 self.core.links[endpoint].moving(time.monotonic())
 
+    @property
+    def _generation(self) -> int:
+        return sum(dealer.generation for dealer in self._dealers.values())
+
+    def _next_timer(self) -> float | None:
+        timers = [self.core.next_timer, *(dealer.next_at for dealer in self._dealers.values())]
+        return min((timer for timer in timers if timer is not None), default=None)
+
     def _new_waiter(self) -> Waiter:
         dealers = self._dealers.values()
-        sockets = [dealer.socket for dealer in dealers]
-        return Waiter(self._wakeup, sockets, [dealer.monitor for dealer in dealers])
+        sockets = [dealer.socket for dealer in dealers if dealer.socket is not None]
+        monitors = [dealer.monitor for dealer in dealers if dealer.monitor is not None]
+        return Waiter(self._wakeup, sockets, monitors)
 
     def _read(self, dealer: Dealer, ready: Container[object]) -> None:
-        if dealer.monitor.socket in ready:
+        if dealer.monitor is not None and dealer.monitor.socket in ready:
             self._read_changes(dealer)
         if dealer.socket in ready:
             self._read_messages(dealer)
@@ -167,6 +184,8 @@ class PeerLoop:
                 self._logger.warning("bad_message", extra={"fields": fields})
                 packet = lost_message(self.core.links[endpoint])
             self._handle(Arrived(endpoint, packet))
+            if isinstance(packet.message, m.Welcome):
+                dealer.worked()
 
     def _disconnected(self, endpoint: str, why: str) -> None:
         if why and why != self.core.links[endpoint].trouble:
@@ -181,9 +200,7 @@ class PeerLoop:
             if isinstance(action, SendTo):
                 self._dealers[action.endpoint].send(action.packet.frames)
             elif isinstance(action, Reopen):
-                why = self._dealers[action.endpoint].reopen()
-                self._waiter = self._new_waiter()
-                if why:
+                if why := self._dealers[action.endpoint].reopen():
                     self._disconnected(action.endpoint, why)
             else:
                 self._perform(action)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import select
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import zmq
 
 from broker.protocol.limits import Limits
-from broker.protocol.wire import Buffer
-from broker.transport.kernel import Progress
 
 #: Of the kernel's own choice, 1 MiB and 4 MiB this was fastest; more than a cache holds is slower
 #: (docs/decisions/0008-wire-path.md).
@@ -24,14 +21,10 @@ _SOCKET_BUFFER_BYTES = 1 << 20
 _HANDSHAKE_MS = 5000
 #: a plain number: ``&`` of pyzmq's enums takes longer than the question itself
 _POLLIN = int(zmq.POLLIN)
-_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
-_MONITORED = (
-    zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
 )
 
 
@@ -102,7 +95,7 @@ _EVENT = struct.Struct("=Hi")
 class Monitor:
     """What the transport says of a socket's connections."""
 
-    def __init__(self, sock: zmq.Socket[bytes], events: int = _MONITORED) -> None:
+    def __init__(self, sock: zmq.Socket[bytes], events: int) -> None:
         self._of = sock
         self.socket = sock.get_monitor_socket(events)
 
@@ -119,112 +112,6 @@ class Monitor:
     def close(self) -> None:
         self._of.disable_monitor()
         self.socket.close(linger=0)
-
-
-class Dealer:
-    """A DEALER socket to one endpoint, opened anew when its owner wants that."""
-
-    def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        endpoint: str,
-        curve: Curve | None = None,
-    ) -> None:
-        self.endpoint = endpoint
-        self._context = context
-        self._curve = curve
-        self._descriptor = -1
-        self._progress = Progress()
-        #: why the last handshakes failed, as far as this side was told
-        self._why = ""
-        self.socket, self.monitor = self._open()
-
-    def _open(self) -> tuple[zmq.Socket[bytes], Monitor]:
-        sock = self._context.socket(zmq.DEALER)
-        try:
-            configure(sock, Limits(), self._curve)
-            sock.ipv6 = "[" in self.endpoint  # else a name's IPv6 addresses would come first
-            sock.reconnect_ivl = 50  # ms: a restarted broker is found again in no time
-            sock.reconnect_ivl_max = 400  # however long it was away: full rate in a second
-            monitor = Monitor(sock)
-            sock.connect(self.endpoint)
-        except zmq.ZMQError:
-            sock.close(linger=0)
-            raise
-        return sock, monitor
-
-    def reopen(self) -> str:
-        """Drop the connection and whatever is still queued for it; connect again.
-
-        Where this process has no file descriptor left for that, the old socket stays; says so.
-        """
-        try:
-            fresh = self._open()
-        except zmq.ZMQError as error:
-            if error.errno not in _NO_DESCRIPTORS:
-                raise
-            return "this process has no file descriptor left; raise its limit (ulimit -n)"
-        self.close()
-        self.socket, self.monitor = fresh
-        self._descriptor = -1
-        return ""
-
-    def send(self, frames: Sequence[Buffer]) -> None:
-        """Queue a message; never blocks, for windows and credits bound what is queued."""
-        self.socket.send_multipart(frames, copy=False)
-
-    def receive(self) -> list[zmq.Frame] | None:
-        """The next message, or None."""
-        if not has_message(self.socket):
-            return None
-        return self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-
-    def changes(self) -> list[tuple[bool, str]]:
-        """For each connection made or lost, in order: whether made, and why it cannot be, if that
-        is known.
-        """
-        changes = []
-        for event, value in self.monitor.read():
-            if event == zmq.EVENT_CONNECTED:
-                self._descriptor = value
-                continue
-            made = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            if not made:
-                self._descriptor = -1
-            self._why = "" if made else self._trouble(event, value) or self._why
-            changes.append((made, self._why))
-        return changes
-
-    def moving(self) -> bool:
-        """Whether a message has moved on its way, out or in, since this was asked last."""
-        return self._descriptor >= 0 and self._progress.made(self._descriptor)
-
-    def _trouble(self, event: int, value: int) -> str:
-        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            return (
-                f"the broker at {self.endpoint} does not accept this key here: it is not on its "
-                "allow-list (--allow), or is there in another role (trainer, worker)"
-            )
-        if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-            if value != zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-                return f"what listens at {self.endpoint} does not speak ZeroMQ as a broker does"
-            if self._curve is not None:
-                return f"the broker at {self.endpoint} has no key (draftmq broker --key), this has"
-            return (
-                f"the broker at {self.endpoint} lets only keys in, and this has none: give --key "
-                "and --broker-key"
-            )
-        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._curve and not self._why:
-            return (
-                f"the broker at {self.endpoint} broke the handshake off: its key is probably not "
-                "the one given with --broker-key"
-            )
-        return ""
-
-    def close(self, linger_s: float = 0.0) -> None:
-        """Close the socket; what is queued may take ``linger_s`` to leave."""
-        self.monitor.close()
-        self.socket.close(linger=int(1000 * linger_s))
 
 
 #: wake-ups that are taken back at once

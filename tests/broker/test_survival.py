@@ -14,7 +14,7 @@ from broker.core.inspect import validate
 from broker.protocol import decode, encode
 from broker.protocol import messages as m
 from broker.service import Broker
-from broker.transport.sockets import Dealer
+from broker.transport.dealer import Dealer
 
 
 class Peer:

@@ -29,7 +29,7 @@ from broker.peer.credentials import credentials
 from broker.protocol import Packet, decode, encode
 from broker.protocol import messages as m
 from broker.service import Broker
-from broker.transport.sockets import Dealer
+from broker.transport.dealer import Dealer
 from tests.integration.conftest import Cluster, tokens
 from tests.keyring import Keyring
 from tests.waiting import eventually

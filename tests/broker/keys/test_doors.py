@@ -30,7 +30,7 @@ from broker.protocol.names import own_name
 from broker.service import Broker
 from broker.transport import sockets
 from broker.transport.connections import Allowance, Connections, cut, port_of
-from broker.transport.sockets import Dealer
+from broker.transport.dealer import Dealer
 from broker.watch.http import HttpServer, text
 from tests.broker.core.rig import model
 from tests.keyring import Keyring

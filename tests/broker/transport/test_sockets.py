@@ -13,7 +13,8 @@ import zmq
 
 from broker.peer.memory import Pool
 from broker.peer.tensors import to_frames
-from broker.transport.sockets import Dealer, Monitor, Waiter, Wakeup, has_message
+from broker.transport.dealer import Dealer
+from broker.transport.sockets import Monitor, Waiter, Wakeup, has_message
 
 PATIENCE_S = 30.0
 MIB = 1 << 20
