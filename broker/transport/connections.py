@@ -20,6 +20,8 @@ _STRANGE_MESSAGES = 64
 _LOOKS = 256
 #: What the kernel may hold beyond the message in hand, twice libzmq's buffer for a socket.
 _SLACK_BYTES = 16 << 20
+#: A name that the ROUTER gives a connection.
+_NAME_BYTES = 5
 _LINGER_NOT = struct.pack("ii", 1, 0)
 
 
@@ -108,13 +110,25 @@ class Connections:
 
     def spoke(self, descriptor: int, name: bytes, user: str, now: float) -> Connection | None:
         """A message came on it; None where no connection of this name is known to have it."""
-        connection = self._known.get(descriptor) or self._strangers.get(descriptor)
+        connection = self._at(descriptor)
         if connection is None or connection.name not in (b"", name):
             return None
         connection.name, connection.user = name, user
         connection.heard_at, connection.watched = now, False
         self._by_name[name] = connection
         return connection
+
+    def displaced(self, descriptor: int, name: bytes) -> bytes:
+        """The name that was taken to have this descriptor and cannot, for ``name`` came later; or
+        b"". The last message of a connection that is gone may come after the next was given its
+        descriptor, and lay a claim to it.
+        """
+        connection = self._at(descriptor)
+        if connection is None or not _later(name, connection.name):
+            return b""
+        older, connection.name = connection.name, b""
+        self._by_name.pop(older, None)
+        return older
 
     def named(self, name: bytes) -> Connection | None:
         """The connection that the ROUTER calls so."""
@@ -141,6 +155,9 @@ class Connections:
         if known is not None:
             self._by_name.pop(known.name, None)
         return known
+
+    def _at(self, descriptor: int) -> Connection | None:
+        return self._known.get(descriptor) or self._strangers.get(descriptor)
 
     def surplus(self, at_most: int) -> list[Connection]:
         """The strangers that must go for no more than ``at_most`` connections to remain."""
@@ -210,6 +227,16 @@ class Connections:
                 allowed = self._allowance.strange_bytes
                 found.append((connection, f"over {allowed} bytes and no hello"))
         return found
+
+
+def _later(name: bytes, other: bytes) -> bool:
+    """Whether the ROUTER gave ``name`` after ``other``: it counts, in 32 bits behind a zero. A name
+    that a peer chose has no order; ours choose none.
+    """
+    if any(len(each) != _NAME_BYTES or each[0] for each in (name, other)):
+        return False
+    ahead = int.from_bytes(name[1:]) - int.from_bytes(other[1:])
+    return 0 < ahead % (1 << 32) < 1 << 31
 
 
 def cut(descriptor: int, local_port: object) -> str:

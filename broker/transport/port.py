@@ -166,6 +166,8 @@ class Port:
         connection = self.connections.spoke(descriptor, name, user, now)
         if connection is None:  # news of it waits in the monitor: accepted, closed, in use again
             self._read_monitor(now)
+            if older := self.connections.displaced(descriptor, name):
+                self._events.append(ConnectionLost(self.side, older))
             connection = self.connections.spoke(descriptor, name, user, now)
         return connection
 

@@ -444,9 +444,11 @@ def test_workers_and_trainers_too_show_strangers_nothing(tmp_path: Path, serve: 
 
 @pytest.mark.parametrize("command", ["worker", "train"])
 def test_no_command_shows_itself_to_everyone_unasked(tmp_path: Path, command: str) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a line"}\n')
     needed = {
         "worker": ["--target-factory=worker.targets.stub:StubTarget"],
-        "train": [f"--data={tmp_path}", f"--output={tmp_path}"],
+        "train": [f"--data={data}", f"--output={tmp_path / 'run'}"],
     }
     asked = [command, "--broker=ipc:///tmp/draftmq-nobody", *needed[command], "--http=0.0.0.0:0"]
     run = CliRunner().invoke(cli, asked)
