@@ -85,6 +85,21 @@ def configure(style: str = "logfmt", level: str = "info") -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
+def attach(level: str = "info", style: str = "logfmt") -> None:
+    """Inside another program: write draftmq's lines to stderr with their fields, and leave all
+    other loggers alone. That program's formats would show the events' names only.
+    """
+    logger = logging.getLogger("draftmq")
+    for handler in list(logger.handlers):
+        if isinstance(handler.formatter, _Formatter):
+            logger.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(style))
+    logger.addHandler(handler)
+    logger.setLevel(level.upper())
+    logger.propagate = False
+
+
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options ``--log-format`` and ``--log-level`` for a command; they configure its logs."""
 

@@ -28,6 +28,7 @@ from worker.supervision.checks import check_sizes, name_unsound, soundness
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.supervision import (
     compute_supervision,
+    first_slots,
     input_embeddings,
     lm_head_rows,
     validate_request,
@@ -168,7 +169,10 @@ class Answerer:
             raise BadRequest(f"wants the tensors {_TOKENS}, got {tuple(tensors)}")
         facts = self.facts
         validate_request(
-            **tensors, vocab_size=facts.vocab_size, max_tokens=facts.max_position_embeddings
+            **tensors,
+            vocab_size=facts.vocab_size,
+            max_tokens=facts.max_position_embeddings,
+            slots=request.slots,
         )
         self._mapping(request)
         work.tokens = tensors
@@ -189,7 +193,7 @@ class Answerer:
             _logger.warning("batch_failed", extra={"fields": fields})
             return False
         for work, tensors in zip(works, made, strict=True):
-            work.tensors = tensors
+            work.tensors = first_slots(tensors, work.request.slots)
         return True
 
     def _compute(self, work: Work) -> None:
@@ -207,6 +211,7 @@ class Answerer:
                 **work.tokens,
                 mapping=self._mapping(request),
                 encoding=request.encoding,
+                slots=request.slots,
             )
 
     def _check(self, work: Work) -> None:
@@ -216,9 +221,10 @@ class Answerer:
         if work.tensors is None or work.failure is not None:
             return
         if work.tokens is not None:
+            rows, length = work.tokens["input_ids"].shape
             check_sizes(
                 work.tensors,
-                work.tokens["input_ids"].shape,
+                (rows, work.request.slots or length),
                 hidden_size=self.facts.hidden_size,
                 aux_layer_ids=self.facts.aux_layer_ids,
                 draft_vocab_size=self._mapping(work.request).draft_vocab_size,

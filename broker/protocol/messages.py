@@ -249,6 +249,7 @@ class Request:
     before it is known, ``model`` names a model, and may be empty where the broker has one only.
     ``direct`` is nil where the answer must come on the wire: in a resend, and after a direct
     transfer failed; ``avoid`` then names the worker that it failed with.
+    The answer is of the first ``slots`` slots of each row, or with 0 of all: rows may be padded.
     """
 
     KIND: ClassVar[int] = 8
@@ -264,6 +265,7 @@ class Request:
     direct: DirectOffer | None = None
     avoid: Name = ""
     offer: Name = ""
+    slots: Size = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from broker.protocol import Limits, Packet, encode
 from broker.protocol import messages as m
 from tests.vocab import shuffled
 from tests.worker.supervision.requests import generate, offer
-from worker.answers import Answerer
+from worker.answers import Answerer, Work
 from worker.supervision.mapping import VocabMapping
 from worker.targets.contract import describe
 from worker.targets.stub import StubTarget
@@ -76,6 +76,7 @@ ONES = torch.ones_like(IDS)
             "bad_request: no usable vocab mapping",
         ),
         (changed(encoding="smoke"), "bad_request: encoding 'smoke' is not offered here; choose"),
+        (changed(slots=7), "bad_request: supervision of 7 slots is asked for, and the rows have 6"),
         (changed(operation="sing"), "bad_request: unknown operation 'sing'; known are generate"),
         (with_tensors({"input_ids": IDS}), "bad_request: wants the tensors ('input_ids',"),
         (with_tensors({}), "bad_request: wants the tensors"),
@@ -141,3 +142,16 @@ def test_a_mapping_for_another_vocabulary_is_not_kept(answerer: Answerer) -> Non
     with pytest.raises(ValueError, match="for a vocabulary of 32, this target has 64"):
         answerer.learn(offer(other))
     assert other.id not in answerer.mappings
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_answer_is_of_as_many_slots_as_were_asked_for(
+    answerer: Answerer, together: bool
+) -> None:
+    works = [Work(changed(slots=4)), Work(changed(slots=0))]
+    for group in [works] if together else [[work] for work in works]:
+        answerer.compute(group)
+    for work, slots in zip(works, (4, 6), strict=True):
+        (answer,) = answerer.finish(work, Limits())
+        assert isinstance(answer.message, m.Reply), answer.message
+        assert {spec.shape[1] for spec in answer.message.manifest} == {slots}

@@ -29,6 +29,7 @@ from worker.supervision.mapping import VocabMapping
 
 _logger = logging.getLogger("draftmq.client")
 T = TypeVar("T")
+U = TypeVar("U")
 
 #: How long the first request waits to hear of all brokers that it was given.
 _BROKERS_S = 1.0
@@ -50,6 +51,10 @@ class RemoteHandle(Generic[T]):
 
     async def _converted(self) -> T:
         return self._convert(await self._pending)
+
+    def then(self, convert: Callable[[T], U]) -> RemoteHandle[U]:
+        """The same request, whose result is made into something else by whoever waits for it."""
+        return RemoteHandle(self._pending, lambda answer: convert(self._convert(answer)))
 
     def cancel(self) -> bool:
         """Give it up; False when it has already come."""
@@ -237,8 +242,10 @@ class RemoteEagle3TargetModel:
         loss_mask: Tensor,
         *,
         step: int | None = None,
+        slots: int = 0,
     ) -> RemoteHandle[Eagle3TargetBatch]:
         """Ask for supervision; ``step`` orders it among the ranks of the job (default: counted).
+        With ``slots`` it is of the first so many slots of each row, where all others are padding.
 
         Raises :class:`BadRequestError` at once for what no worker would accept.
         """
@@ -246,7 +253,9 @@ class RemoteEagle3TargetModel:
 
         limit = self._info["max_position_embeddings"]
         try:
-            validate_request(input_ids, attention_mask, loss_mask, self._info["vocab_size"], limit)
+            validate_request(
+                input_ids, attention_mask, loss_mask, self._info["vocab_size"], limit, slots
+            )
         except Exception as error:
             raise BadRequestError("bad_request", str(error)) from error
         self._step = self._step + 1 if step is None else step
@@ -265,8 +274,10 @@ class RemoteEagle3TargetModel:
             n_tokens=input_ids.numel(),
             mapping_id=self._mapping_id(),
             encoding=self.encoding,
+            slots=slots,
         )
-        return RemoteHandle(pending, lambda answer: self._batch(answer, attention_mask))
+        mask = attention_mask[:, :slots] if slots else attention_mask
+        return RemoteHandle(pending, lambda answer: self._batch(answer, mask))
 
     @property
     def window(self) -> int:

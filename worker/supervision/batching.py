@@ -11,7 +11,7 @@ from torch import Tensor
 from worker.errors import TargetError
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.supervision import suits, supervision
-from worker.targets.contract import Target, TargetOutputs
+from worker.targets.contract import Target
 
 #: ``input_ids``, ``attention_mask``, ``loss_mask``: each [B, T].
 Tokens = dict[str, Tensor]
@@ -39,7 +39,7 @@ def compute_together(
     made, first = [], 0
     for tokens in requests:
         rows, length = tokens["input_ids"].shape
-        part = _part(outputs, slice(first, first + rows), length)
+        part = outputs.cut(slice(first, first + rows), slice(0, length))
         made.append(
             supervision(
                 part, tokens["input_ids"], tokens["loss_mask"], mapping=mapping, encoding=encoding
@@ -60,13 +60,3 @@ def padded(requests: Sequence[Tokens]) -> Tokens:
 
 def _widened(tensor: Tensor, length: int) -> Tensor:
     return F.pad(tensor, (0, length - tensor.shape[1]))
-
-
-def _part(outputs: TargetOutputs, rows: slice, length: int) -> TargetOutputs:
-    """Views of one request's rows, without their padding."""
-    last = outputs.last_hidden_state
-    return TargetOutputs(
-        outputs.aux_hidden_states[rows, :length],
-        outputs.logits[rows, :length],
-        None if last is None else last[rows, :length],
-    )

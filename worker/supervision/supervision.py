@@ -24,6 +24,7 @@ def compute_supervision(
     *,
     mapping: VocabMapping,
     encoding: str,
+    slots: int = 0,
 ) -> dict[str, Tensor]:
     """Run the target on ids and masks [B, T] and say what slot t should learn of token t + 1.
 
@@ -34,12 +35,23 @@ def compute_supervision(
     moved left by one with zeros at the end. ``probs`` has the bits of NeMo AutoModel's co-located
     EAGLE-3 target: the argmax over the full vocabulary in the logits' dtype, the softmax in float32
     over the selected logits only, so that no full-vocabulary float32 copy is ever made, and of the
-    draft's no second one (:func:`worker.supervision.projection.draft_probs`). Raises
-    :class:`BadRequest` for an encoding or a mapping that does not suit the target.
+    draft's no second one (:func:`worker.supervision.projection.draft_probs`). With ``slots`` the
+    answer is of the first so many slots of each row, with the bits that they have in the whole.
+    Raises :class:`BadRequest` for an encoding or a mapping that does not suit the target.
     """
     suits(target, mapping, encoding)
     outputs = target.forward(input_ids, attention_mask, loss_mask)
-    return supervision(outputs, input_ids, loss_mask, mapping=mapping, encoding=encoding)
+    if slots:  # the last of them speaks of one token more
+        kept = slice(0, slots + 1)
+        outputs = outputs.cut(slice(None), kept)
+        input_ids, loss_mask = input_ids[:, kept], loss_mask[:, kept]
+    made = supervision(outputs, input_ids, loss_mask, mapping=mapping, encoding=encoding)
+    return first_slots(made, slots)
+
+
+def first_slots(made: dict[str, Tensor], slots: int) -> dict[str, Tensor]:
+    """Supervision [B, T, ...] of the first ``slots`` slots of each row, or of all with 0."""
+    return {name: tensor[:, :slots] for name, tensor in made.items()} if slots else made
 
 
 def supervision(
@@ -79,6 +91,7 @@ def validate_request(
     loss_mask: Tensor,
     vocab_size: int,
     max_tokens: int | None = None,
+    slots: int = 0,
 ) -> None:
     """Check ids and masks [B, T] before the target sees them; on a GPU a bad id ends the process.
 
@@ -104,6 +117,10 @@ def validate_request(
         raise BadRequest(
             f"the sequences have {input_ids.shape[1]} tokens, the target has positions for "
             f"{max_tokens}; cut the data to that"
+        )
+    if slots > input_ids.shape[1]:
+        raise BadRequest(
+            f"supervision of {slots} slots is asked for, and the rows have {input_ids.shape[1]}"
         )
     lowest, highest = (int(bound) for bound in input_ids.aminmax())
     if lowest < 0 or highest >= vocab_size:

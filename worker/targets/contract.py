@@ -21,6 +21,16 @@ class TargetOutputs:
     last_hidden_state: Tensor | None = None  # [B, T, H], what the lm_head multiplies
     shifted: bool = False
 
+    def cut(self, rows: slice, slots: slice) -> TargetOutputs:
+        """Views of some rows, and of some slots of each."""
+        last = self.last_hidden_state
+        return TargetOutputs(
+            self.aux_hidden_states[rows, slots],
+            self.logits[rows, slots],
+            None if last is None else last[rows, slots],
+            self.shifted,
+        )
+
 
 @dataclass(frozen=True)
 class TargetBatch:

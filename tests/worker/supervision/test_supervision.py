@@ -180,3 +180,25 @@ def test_a_sequence_longer_than_the_positions_is_refused_with_both_numbers() -> 
     validate_request(ids, ones, ones, 9, 0)  # a target that does not say
     with pytest.raises(BadRequest, match="have 3 tokens, the target has positions for 2"):
         validate_request(ids, ones, ones, 9, 2)
+
+
+@pytest.mark.parametrize("encoding", ["probs", "hidden", "topk"])
+@pytest.mark.parametrize("slots", [1, 7, 11, 12])
+def test_the_first_slots_have_the_bits_that_they_have_in_the_whole(
+    llama: HuggingFaceTarget, encoding: str, slots: int
+) -> None:
+    whole = supervise(llama, encoding)
+    part = compute_supervision(llama, *tokens(), mapping=MAPPING, encoding=encoding, slots=slots)
+    assert list(part) == list(whole)
+    for name, tensor in whole.items():
+        assert torch.equal(part[name], tensor[:, :slots]), name
+
+
+def test_the_first_slots_of_a_target_that_shifts_are_those_of_the_whole(
+    llama: HuggingFaceTarget,
+) -> None:
+    theirs = ForeignTarget(llama, "theirs")
+    whole = supervise(theirs, "probs")
+    part = compute_supervision(theirs, *tokens(), mapping=MAPPING, encoding="probs", slots=5)
+    for name, tensor in whole.items():
+        assert torch.equal(part[name], tensor[:, :5]), name
