@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from broker.log_writer import LogWriter
+
 FORMATS = ("logfmt", "json")
 
 
@@ -80,9 +82,7 @@ def _logfmt(value: Any) -> str:
 
 def configure(style: str = "logfmt", level: str = "info") -> None:
     """Send all log lines of this process to stderr, as ``logfmt`` or ``json``."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter(style))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[_to_stderr(style)], force=True)
 
 
 def attach(level: str = "info", style: str = "logfmt") -> None:
@@ -93,11 +93,19 @@ def attach(level: str = "info", style: str = "logfmt") -> None:
     for handler in list(logger.handlers):
         if isinstance(handler.formatter, _Formatter):
             logger.removeHandler(handler)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter(style))
-    logger.addHandler(handler)
+    logger.addHandler(_to_stderr(style))
     logger.setLevel(level.upper())
     logger.propagate = False
+
+
+def _to_stderr(style: str) -> logging.Handler:
+    handler: logging.Handler
+    try:
+        handler = LogWriter(sys.stderr.fileno())
+    except OSError:  # no file but an object, as in a notebook
+        handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(style))
+    return handler
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:

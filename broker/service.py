@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
 import logging
 import os
 import threading
 import time
 import uuid
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -45,6 +47,8 @@ _logger = logging.getLogger("draftmq.broker")
 #: libzmq's I/O threads where they encrypt, which takes four times as long as the rest; connections
 #: are spread over them. One moves more in the clear than a network card does.
 _CRYPTO_THREADS = 4
+#: A loop that has not come round for so long stands still, to those who look from outside.
+_STANDS_S = 2.0
 
 
 class Broker:
@@ -95,6 +99,8 @@ class Broker:
         self._max_connections = max_connections()
         self._reread_at = 0.0
         self._reread_now = False
+        #: who asked whether the loop goes round
+        self._asked: collections.deque[threading.Event] = collections.deque()
         self._http: HttpServer | None = None
 
     # -- life -----------------------------------------------------------------------------------
@@ -123,7 +129,7 @@ class Broker:
                     self._context, side, address, self.core.config, known, curve, self._note
                 )
             if self._http_address is not None:
-                shown = pages(self.snapshot, self.trace)
+                shown = pages(self.snapshot, self.trace, self.alive)
                 self._http = HttpServer(self._http_address, shown, admits)
                 self._http.start()
         except BrokerError:
@@ -179,9 +185,16 @@ class Broker:
         """``HOST:PORT`` of the HTTP server, if there is one."""
         return self._http.address if self._http else None
 
+    def alive(self) -> bool:
+        """Whether the loop comes round within 2 s; from any thread."""
+        answered = threading.Event()
+        self._asked.append(answered)
+        self._wakeup.set()
+        return answered.wait(_STANDS_S)
+
     def snapshot(self) -> dict[str, Any]:
-        """What ``/status`` shows; from any thread."""
-        with self._lock:
+        """What ``/status`` shows; from any thread. Raises ``TimeoutError`` if the loop stands."""
+        with self._looking():
             seen = snapshot(self.core, time.monotonic())
         traffic = {
             side.value: {"received": port.received_bytes, "sent": port.sent_bytes}
@@ -191,7 +204,7 @@ class Broker:
 
     def trace(self) -> dict[str, Any]:
         """What ``/trace`` shows: when the last requests passed through; from any thread."""
-        with self._lock:
+        with self._looking():
             last = list(self.core.measures.last)
         requests = [asdict(times) | {"id": times.id._asdict()} for times in last]
         return {"broker": self.core.incarnation, "requests": requests}
@@ -199,6 +212,15 @@ class Broker:
     def __repr__(self) -> str:
         with self._lock:
             return repr(self.core)
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        if not self._lock.acquire(timeout=_STANDS_S):
+            raise TimeoutError("the broker's loop stands still")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -213,6 +235,8 @@ class Broker:
                 ready = waiter.wait(timer, time.monotonic())
                 if self._wakeup in ready:
                     self._wakeup.clear()
+                while self._asked:
+                    self._asked.popleft().set()
                 self._guard(time.monotonic(), ready)
                 for port in self._ports.values():
                     self._handle(port.events(time.monotonic(), ready))

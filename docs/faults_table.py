@@ -184,7 +184,7 @@ FAULTS = (
     Fault(
         "file descriptors run out",
         "at the broker",
-        "new peers wait; those that are there go on",
+        "new peers wait; connected ones go on",
         f"{_DOORS}::test_a_broker_without_descriptors_goes_on",
     ),
     Fault(

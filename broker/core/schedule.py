@@ -30,8 +30,7 @@ _TRIED_AFTER, _TRIED_AFTER_S = 10, 5.0
 
 
 class Candidates:
-    """Those workers of a pool that have something in common, to be chosen from without a look at
-    each.
+    """Workers of one pool, of which the best is found without a look at each of them.
 
     Among equally fast workers the one that is free first finishes first, whatever the request. So
     there is a heap by that time for each class of speed, of which there are few, and a choice

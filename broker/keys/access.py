@@ -38,7 +38,7 @@ class Access:
             return
         if key is None or not allow:
             missing = "--key (the broker's own)" if key is None else "--allow (whom to let in)"
-            raise KeyFileError(f"keys come in twos: {missing} is missing")
+            raise KeyFileError(f"a key needs its counterpart: {missing} is missing")
         require_curve()
         self._secret = read_secret(key, Role.BROKER)
         self._allowed = AllowList(allow)

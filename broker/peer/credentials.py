@@ -50,7 +50,7 @@ def credentials(
         return Credentials()
     if not key or not brokers:
         missing = "--broker-key (the broker's public key)" if key else f"--key (a {role.value}'s)"
-        raise KeyFileError(f"keys come in twos: {missing} is missing")
+        raise KeyFileError(f"a key needs its counterpart: {missing} is missing")
     require_curve()
     secret = read_secret(key, role)
     public = secret.public

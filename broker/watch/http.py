@@ -114,7 +114,10 @@ class HttpServer(WsgiServer):
         elif environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             status, kind, body = text("GET only", "405 Method Not Allowed")
         else:
-            status, kind, body = page(environ)
+            try:
+                status, kind, body = page(environ)
+            except TimeoutError as error:  # whoever is looked at does not answer
+                status, kind, body = text(str(error), "503 Service Unavailable")
         policy = _POLICY + _inline(body) if kind.startswith("text/html") else _POLICY
         headers = [("Content-Type", kind), ("Content-Length", str(len(body))), *extra]
         start(status, [*headers, ("Content-Security-Policy", policy), *_HEADERS])

@@ -12,16 +12,25 @@ from broker.watch.http import Page, Pages, as_json, text
 from broker.watch.metrics import metrics
 
 Values = dict[str, Any]
+_UNAVAILABLE = "503 Service Unavailable"
 
 
-def pages(snapshot: Callable[[], Values], trace: Callable[[], Values]) -> Pages:
-    """The pages of one broker; ``snapshot`` and ``trace`` may be called from any thread."""
+def pages(
+    snapshot: Callable[[], Values], trace: Callable[[], Values], alive: Callable[[], bool]
+) -> Pages:
+    """The pages of one broker; the functions may be called from any thread."""
+
+    def healthy(environ: Mapping[str, Any]) -> Page:
+        """Healthy while the loop goes round: what stands still should be started anew."""
+        if alive():
+            return text("ok")
+        return text("the loop stands still", _UNAVAILABLE)
 
     def ready(environ: Mapping[str, Any]) -> Page:
         """Ready once a worker is there: requests sent now will be served."""
         if snapshot()["workers"]:
             return text("ready")
-        return text("no worker is attached", "503 Service Unavailable")
+        return text("no worker is attached", _UNAVAILABLE)
 
     def exposed(environ: Mapping[str, Any]) -> Page:
         seen = snapshot()
@@ -30,7 +39,7 @@ def pages(snapshot: Callable[[], Values], trace: Callable[[], Values]) -> Pages:
     live = (Path(__file__).parent / "page.html").read_bytes()
     return {
         "/": lambda environ: ("200 OK", "text/html; charset=utf-8", live),
-        "/healthz": lambda environ: text("ok"),
+        "/healthz": healthy,
         "/readyz": ready,
         "/status": lambda environ: as_json(snapshot()),
         "/metrics": exposed,

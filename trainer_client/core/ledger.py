@@ -82,7 +82,7 @@ COUNTERS: Mapping[str, str] = {
 
 
 class Ledger:
-    """The books. Nothing here decides anything but that what is finished stands nowhere."""
+    """The client's records: links, tickets and counters. No finished request stands in them."""
 
     def __init__(
         self,

@@ -229,7 +229,7 @@ class WorkerCore:
                 held.endpoints.remove(endpoint)
                 for packet in answer:
                     self._send(endpoint, packet)
-        # Late news of a transfer is none.
+        # A direct reply that no broker can get now is not kept: its transfer would be over.
         if not held.endpoints or m.comes_directly(answer[0].message):
             del self.held[request_id]
 

@@ -11,10 +11,14 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+import zmq
 
 from broker.errors import BrokerError
+from broker.protocol import encode
+from broker.protocol import messages as m
 from broker.service import Broker
 from broker.watch.http import HttpServer, text
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +157,18 @@ def test_an_address_that_is_taken_is_an_error_that_says_so(address: str) -> None
 def test_serving_http_loads_no_torch() -> None:
     program = "import broker.watch.pages, broker.service, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_loop_that_stands_still_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker.service._STANDS_S", 0.2)
+    with Broker(http="127.0.0.1:0") as broker, zmq.Context() as context:
+        address = broker.http_address
+        assert address is not None
+        assert get(address, "/healthz")[0] == 200
+        with broker._lock, context.socket(zmq.DEALER) as dealer:  # as a handler without an end
+            dealer.linger = 0
+            dealer.connect(broker.client_endpoint)
+            dealer.send(encode(m.ClientHello("rank0", 1, "", 0)).frames[0])
+            eventually(lambda: get(address, "/healthz")[0] == 503)
+            assert get(address, "/status")[0] == 503
+        eventually(lambda: get(address, "/healthz")[0] == 200)

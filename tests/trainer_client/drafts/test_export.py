@@ -198,7 +198,7 @@ def rename(old: str, new: str) -> Callable[[dict, dict], None]:
         (drop_key("draft_vocab_size"), "draft_vocab_size is None: SGLang reads it without"),
         (drop_key("norm_before_residual"), "norm_before_residual is not said"),
         (drop_key("target_hidden_size"), "target_hidden_size is missing"),
-        (drop_key("rope_theta"), "RoPE is said in one form only"),
+        (drop_key("rope_theta"), "the config has RoPE in one form only"),
         (drop_keys("rope_theta", "rope_parameters"), "no RoPE is said"),
         (change_config(rope_scaling=None), "RoPE scaling is {'rope_type': 'default'} in rope_sc"),
         (change_config(rope_theta=1e4), "rope_theta is 10000.0 in one place and 500000.0"),

@@ -140,8 +140,8 @@ def _rope_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
         return
     if new is None or theta is None:
         yield warning(
-            "RoPE is said in one form only; transformers 4 reads rope_theta and rope_scaling, "
-            "transformers 5 rope_parameters (vllm#38111, Automodel#2920)"
+            "the config has RoPE in one form only; transformers 4 reads rope_theta and "
+            "rope_scaling, transformers 5 rope_parameters (vllm#38111, Automodel#2920)"
         )
         return
     if new.get("rope_theta") != theta:
