@@ -10,7 +10,7 @@ message moves) give a sample for each turn, as it is served.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,10 @@ class Spans:
     said: tuple[tuple[int, int], ...]
 
 
+#: Words that no conversation has, to see where a template puts an answer's.
+_WORDS = "What is said here"
+
+
 class Renderer:
     """One tokenizer's chat template. ``loss_on`` is ``all`` assistant turns or the ``last``."""
 
@@ -39,9 +43,20 @@ class Renderer:
         self._loss_on = loss_on
         self._options = dict(options or {})
         self._tail: tuple[str, str] | None = None
+        self._given = self._options.pop("chat_template", None)
+        self._template = self._given or getattr(tokenizer, "chat_template", None)
+        if isinstance(self._template, dict):
+            self._template = self._template.get("default")
+        self._marked = bool(re.search(r"{%-?\s*generation\b", self._template or ""))
 
-    def samples(self, origin: str, chat: Chat) -> list[Spans]:
-        """The samples of a conversation. Raises :class:`BadLine` where the template refuses it."""
+    def samples(
+        self, origin: str, chat: Chat, too_long: Callable[[str], bool] = lambda prompt: False
+    ) -> list[Spans]:
+        """The samples of a conversation. Raises :class:`BadLine` where the template refuses it.
+
+        Turns whose prompt is ``too_long`` are not rendered one by one: a conversation costs what
+        is kept of it, not the square of its turns.
+        """
         turns = [
             index
             for index, message in enumerate(chat.messages)
@@ -51,11 +66,38 @@ class Renderer:
             turns = turns[-1:]
         if not turns:
             raise BadLine(f"{origin} has no assistant turn with loss", "no turn with loss")
-        served = [self._served(origin, chat, index) for index in turns]
+        if self._marked and (marked := self._by_marks(origin, chat, turns)):
+            return [marked]
+        served = []
+        for index in turns:
+            served.append(self._served(origin, chat, index))
+            if too_long(served[-1].text[: served[-1].said[0][0]]):
+                break
         whole = self._render(origin, chat.messages, chat.tools)
         if all(whole.startswith(each.text[: each.said[-1][1]]) for each in served):
             return [Spans(whole, tuple(each.said[-1] for each in served))]
         return served
+
+    def _by_marks(self, origin: str, chat: Chat, turns: Sequence[int]) -> Spans | None:
+        """What the template itself marks as the assistant's (``{% generation %}``)."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        names = getattr(self._tokenizer, "special_tokens_map", {})
+        options = {**names, **self._options, "return_assistant_tokens_mask": True}
+        try:
+            rendered: Any = render_jinja_template(
+                [list(chat.messages)], chat.tools, chat_template=self._template, **options
+            )
+            (text,), (marks,) = rendered
+        except Exception as error:
+            said = f"{origin}: the chat template does not take this: {error}"
+            raise BadLine(said, "refused by the chat template") from None
+        every = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if len(marks) != len(every):
+            return None
+        told = [span for index, span in zip(every, marks, strict=True) if index in turns]
+        kept = tuple((begin, end) for begin, end in told if begin < end)
+        return Spans(sound(origin, text), kept) if kept else None
 
     def _served(self, origin: str, chat: Chat, index: int) -> Spans:
         """The turn at ``index`` with the history before it, as it is served."""
@@ -66,13 +108,23 @@ class Renderer:
         if fitting:
             begin = max(map(len, fitting))
         elif prompts and before:
-            text, begin = self._joined(prompts, message)
+            text, begin = self._joined(prompts, text, message)
         else:  # the template refuses a generation prompt here: the answer is where its words are
-            begin = text.rfind(message["content"].strip())
+            begin = self._where_words_are(text, chat, index)
             if begin <= 0:
                 said = f"{origin}: the chat template does not show where message {index + 1} begins"
                 raise BadLine(said, "an answer that is not found")
-        return Spans(text, ((begin, self._end(text, begin)),))
+        return Spans(sound(origin, text), ((begin, self._end(text, begin)),))
+
+    def _where_words_are(self, text: str, chat: Chat, index: int) -> int:
+        """Where the answer begins, found by giving other words in its place; 0: not found."""
+        other = chat.messages[index] | {"content": _WORDS}
+        try:
+            told = self._apply([*chat.messages[:index], other], chat.tools)
+        except Exception:
+            return 0
+        begin = told.rfind(_WORDS)
+        return begin if begin > 0 and text.startswith(told[:begin]) else 0
 
     def _prompts(self, before: Sequence[Any], tools: Any) -> Iterator[str]:
         """Ways in which the turn's prompt may be rendered, the usual one first."""
@@ -86,15 +138,32 @@ class Renderer:
                 seen.add(prompt)
                 yield prompt
 
-    def _joined(self, prompts: Sequence[str], message: Mapping[str, Any]) -> tuple[str, int]:
+    def _joined(
+        self, prompts: Sequence[str], text: str, message: Mapping[str, Any]
+    ) -> tuple[str, int]:
         """A prompt and what is said after it, where the template's history leaves parts of it out.
 
-        Of what the prompt supplies already (an opened thought) the answer's copy is left out.
+        What is said is the thought, where the history leaves it out, and what the template writes
+        of the rest (words, calls, stop token). What the prompt supplies already (an opened thought)
+        is left out of the answer.
         """
-        answer, stop = message["content"], self._ending()[0]
-        overlaps = [(_overlap(prompt, answer), prompt) for prompt in prompts]
-        overlap, prompt = max(overlaps, key=lambda each: each[0])
-        return prompt + answer[overlap:] + stop, len(prompt)
+        prompt = max(prompts, key=lambda each: _common(each, text))
+        at = _common(prompt, text)
+        rest, opened = text[at:], prompt[at:]
+        thought, content = _thought(message), message["content"]
+        shown = thought in rest and ("</think>" in rest or "</think>" not in content)
+        if thought and not shown:
+            closing = opened.strip().replace("<", "</", 1) if "<" in opened else "</think>"
+            head, mark, said = content.rpartition("</think>")
+            before = head + mark + said[: len(said) - len(said.lstrip())]
+            if not mark:
+                before = f"{opened}{thought}\n{closing}\n\n"
+            rest = before + rest.lstrip()
+        elif thought:  # the template opens it otherwise than the prompt does
+            opened = opened.strip()
+            rest = rest[rest.find(opened) + len(opened) :].lstrip() if opened in rest else rest
+        overlap = _overlap(prompt, rest)
+        return prompt + rest[overlap:], len(prompt)
 
     def _end(self, text: str, begin: int) -> int:
         """Where an answer ends: with its stop token, and not with what a template puts behind."""
@@ -108,10 +177,9 @@ class Renderer:
         return self._tail
 
     def _find_ending(self) -> tuple[str, str]:
-        words = "What is said here"
-        chat = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": words}]
+        chat = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": _WORDS}]
         try:
-            tail = self._apply(chat, None).rpartition(words)[2]
+            tail = self._apply(chat, None).rpartition(_WORDS)[2]
         except Exception:  # it wants other conversations than this one
             return "", ""
         special = sorted(map(str, _specials(self._tokenizer)), key=len, reverse=True)
@@ -130,7 +198,7 @@ class Renderer:
     def _apply(self, messages: Sequence[Any], tools: Any, **options: Any) -> str:
         known = self._options | options | ({"tools": tools} if tools else {})
         try:
-            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **known))
+            return self._tokenizer_text(messages, known)
         except Exception:
             if all(message["role"] != "developer" for message in messages):
                 raise
@@ -138,7 +206,40 @@ class Renderer:
                 message | {"role": "system"} if message["role"] == "developer" else message
                 for message in messages
             ]
-            return str(self._tokenizer.apply_chat_template(as_system, tokenize=False, **known))
+            return self._tokenizer_text(as_system, known)
+
+    def _tokenizer_text(self, messages: Sequence[Any], known: Mapping[str, Any]) -> str:
+        given = {"chat_template": self._given} if self._given else {}
+        options = {**given, **known}
+        return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+
+
+def sound(origin: str, text: str) -> str:
+    """The text, which a tokenizer can take. Raises :class:`BadLine` for half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        said = f"{origin} has {half}, half of a surrogate pair; repair the text"
+        raise BadLine(said, "half of a surrogate pair") from None
+    return text
+
+
+def _thought(message: Mapping[str, Any]) -> str:
+    """What a turn thinks before it speaks, without the marks around it; empty where it does not."""
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        if message.get(name):
+            return str(message[name]).strip()
+    head, mark, _ = message["content"].rpartition("</think>")
+    return head.rpartition("<think>")[2].strip() if mark else ""
+
+
+def _common(prompt: str, text: str) -> int:
+    """Characters that both begin with, to the last whole mark (``<...>``)."""
+    pairs = enumerate(zip(prompt, text, strict=False))
+    shared = next((at for at, (one, other) in pairs if one != other), min(len(prompt), len(text)))
+    mark = prompt.rfind("<", 0, shared)
+    return mark if mark >= 0 and ">" not in prompt[mark:shared] else shared
 
 
 def _specials(tokenizer: Any) -> set[str]:

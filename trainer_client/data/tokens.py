@@ -1,4 +1,8 @@
-"""Text to tokens, with a loss mask that comes from characters."""
+"""Text to tokens, with a loss mask that is exact to the character.
+
+A served answer begins with a token of its own: the prompt was tokenized before there was an answer.
+Where a tokenizer would merge across the edge of an answer, the text is cut there first.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ class Encoder:
         count = len(dressed) - len(bare)
         #: the ids of a beginning of sequence, where the tokenizer has one
         self.begins = tuple(dressed[:count]) if count > 0 and dressed[count:] == bare else ()
+        self._anchor = self._find_anchor()
 
     def plain(self, text: str) -> list[int]:
         """Tokens of a text and nothing else."""
@@ -41,21 +46,59 @@ class Encoder:
             offsets = encoded["offset_mapping"]
         except (KeyError, NotImplementedError):  # a tokenizer in Python knows no offsets
             return self.pieces(rendered)
-        mask = tuple(
-            int(any(begin < last and first < end for first, last in rendered.said))
-            for begin, end in offsets
-        )
-        return tuple(encoded["input_ids"]), mask
+        mask = _mask(offsets, rendered)
+        return (tuple(encoded["input_ids"]), mask) if mask else self.pieces(rendered)
 
     def pieces(self, rendered: Spans) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Each piece by itself, as prompt and answer are when they are served."""
         ids: list[int] = []
         mask: list[int] = []
         for begin, end, said in _cut(rendered.said, len(rendered.text)):
-            piece = self.plain(rendered.text[begin:end])
+            text = rendered.text[begin:end]
+            piece = self._goes_on(text) if begin else self.plain(text)
             ids += piece
             mask += [int(said)] * len(piece)
         return tuple(ids), tuple(mask)
+
+    def _goes_on(self, text: str) -> list[int]:
+        """Tokens of a text in the middle of another, without what marks a text's beginning."""
+        if self._anchor is None:
+            return self.plain(text)
+        word, token = self._anchor
+        ids = self.plain(word + text)
+        return ids[1:] if ids and ids[0] == token else self.plain(text)
+
+    def _find_anchor(self) -> tuple[str, int] | None:
+        """A special token that is one token and swallows nothing of the text behind it."""
+        for word in map(str, getattr(self._tokenizer, "all_special_tokens", ())):
+            ids, spaced = self.plain(word), self.plain(word + " a")
+            if len(ids) == 1 and spaced[:1] == ids and spaced != self.plain(word + "a"):
+                return word, ids[0]
+        return None
+
+
+def _mask(offsets: Sequence[tuple[int, int]], rendered: Spans) -> tuple[int, ...] | None:
+    """Which tokens the assistant says; None where offsets do not show each edge of an answer.
+
+    They do not where a token lies across an edge, or where a tokenizer trims white space off its
+    offsets beside one.
+    """
+    edges = iter([edge for span in rendered.said for edge in span])
+    edge: int | None = next(edges)
+    said, at = 0, 0
+    mask = []
+    for first, last in offsets:
+        if first == last:
+            return None
+        while edge is not None and edge <= first:
+            if at < first and at <= edge:
+                return None
+            edge, said = next(edges, None), 1 - said
+        if edge is not None and first < edge < last:
+            return None
+        mask.append(said)
+        at = max(at, last)
+    return tuple(mask)
 
 
 def _cut(said: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int, bool]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer_client.data.files import BadLine, Record, read_records
 from trainer_client.data.records import Chat, Tokens, understand
-from trainer_client.data.rendering import Renderer, Spans
+from trainer_client.data.rendering import Renderer, Spans, sound
 from trainer_client.data.tokens import Encoder
 from trainer_client.errors import DataError
 
@@ -131,17 +131,22 @@ class _Reader:
         if isinstance(known, Tokens):
             return [Sample(known.input_ids, known.loss_mask, origin)]
         if isinstance(known, Chat):
-            rendered = self._renderer.samples(origin, known)
+            rendered = self._renderer.samples(origin, known, self._too_long)
             return [Sample(*self._encoder.spans(each), origin) for each in rendered]
         if isinstance(record.value, str):
             return self._cut(origin, known.text)
-        if known.loss_from:  # in pieces, as it is served: what was asked, then the rest
-            spans = Spans(known.text, ((known.loss_from, len(known.text)),))
-            ids, mask = self._encoder.pieces(spans)
+        sound(origin, known.text)
+        if known.said:  # in pieces, as it is served: what was asked, then the rest
+            ids, mask = self._encoder.pieces(Spans(known.text, known.said))
             begins = self._encoder.missing(ids)
             return [Sample((*begins, *ids), (*(0 for _ in begins), *mask), origin)]
         ids = tuple(self._encoder.text(known.text))
         return [Sample(ids, (1,) * len(ids), origin)]
+
+    def _too_long(self, prompt: str) -> bool:
+        return len(prompt) > self._max_length and (
+            len(self._encoder.plain(prompt)) >= self._max_length
+        )
 
     def _cut(self, origin: str, text: str) -> list[Sample]:
         """Running text in samples of full length, each with the beginning of sequence."""
