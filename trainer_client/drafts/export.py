@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainer_client.drafts.kinds import kind_of, plain_config
 from trainer_client.eagle3.config import DraftConfig, rope_parameters
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.errors import ExportError
@@ -102,6 +103,7 @@ def engine_config(draft: Eagle3Draft, target_info: Mapping[str, Any]) -> dict[st
         "bos_token_id": target.get("bos_token_id"),
         "eos_token_id": target.get("eos_token_id"),
         "pad_token_id": target.get("pad_token_id"),
+        "num_aux_hidden_states": len(layers),  # which engines take the count from
         "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in layers],
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": layers,
@@ -110,14 +112,47 @@ def engine_config(draft: Eagle3Draft, target_info: Mapping[str, Any]) -> dict[st
     }
 
 
-#: Settings of vLLM's and speculators' variants, each of which changes the network.
-_OTHER_NETWORKS = (
-    "norm_before_residual",
-    "norm_before_fc",
-    "fc_norm",
-    "norm_output",
-    "attention_bias",
-)
+#: Settings of vLLM's and speculators' variants with the values that this network has.
+_THIS_NETWORK: dict[str, tuple[Any, ...]] = {
+    "norm_before_residual": (None, False),
+    "norm_before_fc": (None, False),
+    "fc_norm": (None, False),
+    "norm_output": (None, False),
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "use_aux_hidden_state": (None, True),
+    "num_aux_hidden_states": (None, 3),
+    "num_hidden_layers": (None, 1),
+    "hidden_act": (None, "silu"),
+}
+
+
+def _refuse_other_networks(
+    directory: Path, config: Mapping[str, Any], names: Collection[str]
+) -> None:
+    """Raise :class:`ExportError` where a config asks for what this network does not compute."""
+    kind = kind_of(config, names)
+    if not kind.family.startswith("EAGLE-3"):
+        raise ExportError(f"{directory} is a {kind}; only EAGLE-3 drafts are read here")
+    plain = plain_config(config)
+    inside = plain.get("eagle_config")
+    inside = inside if isinstance(inside, Mapping) else {}
+    differs = [
+        f"{name}={value}"
+        for name, known in _THIS_NETWORK.items()
+        for value in {repr(said.get(name)): said.get(name) for said in (plain, inside)}.values()
+        if value not in known
+    ]
+    window, positions = plain.get("sliding_window"), plain.get("max_position_embeddings")
+    sliding = "sliding_attention" in (plain.get("layer_types") or ())
+    if sliding and not (_is_int(window) and _is_int(positions) and window >= positions):
+        differs.append(f"sliding_window={window}")
+    if differs:
+        raise ExportError(f"{directory} is another kind of EAGLE-3 draft: {', '.join(differs)}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int)
 
 
 def read_draft(directory: Path, embeddings: Tensor | None = None) -> Eagle3Draft:
@@ -126,8 +161,8 @@ def read_draft(directory: Path, embeddings: Tensor | None = None) -> Eagle3Draft
     Raises :class:`ExportError` where it is not this network, or is incomplete.
     """
     config, tensors = read_config(directory), canonical(read_tensors(directory))
-    if differs := [f"{name}={config[name]}" for name in _OTHER_NETWORKS if config.get(name)]:
-        raise ExportError(f"{directory} is another kind of EAGLE-3 draft: {', '.join(differs)}")
+    _refuse_other_networks(directory, config, tensors)
+    config = plain_config(config)
     if "embed_tokens.weight" not in tensors and embeddings is not None:
         tensors["embed_tokens.weight"] = embeddings.detach()
     try:
@@ -155,8 +190,16 @@ def _sizes(config: Mapping[str, Any]) -> DraftConfig:
     return DraftConfig(**sizes, rope_parameters=rope_parameters(config))
 
 
+def draft_folder(directory: Path) -> Path:
+    """The draft itself where a run's folder is given, which has one inside."""
+    inside = directory / "draft"
+    alone = not (directory / "config.json").exists() and (inside / "config.json").exists()
+    return inside if alone else directory
+
+
 def read_config(directory: Path) -> dict[str, Any]:
-    """A draft's ``config.json``. Raises :class:`ExportError`."""
+    """A draft's ``config.json``, or that of a run's draft. Raises :class:`ExportError`."""
+    directory = draft_folder(directory)
     try:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -172,6 +215,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     Nothing is unpickled but tensors. Raises :class:`ExportError`.
     """
     tensors: dict[str, Tensor] = {}
+    directory = draft_folder(directory)
     try:
         files = sorted(directory.glob("*.safetensors"))
         for file in files:

@@ -24,6 +24,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "rope_scaling": dict,
     "rope_theta": (int, float),
     "target_hidden_size": int,
+    "num_aux_hidden_states": int,
+    "num_hidden_layers": int,
     "head_dim": int,
     _LAYER_IDS: list,
 }
@@ -70,7 +72,9 @@ def _type_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _size_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
-    if config.get("architectures") != [ARCHITECTURE]:
+    if config.get("architectures") == ["Eagle3LlamaForCausalLM"]:
+        yield warning(f"architectures is Eagle3LlamaForCausalLM, vLLM's name; write {ARCHITECTURE}")
+    elif config.get("architectures") != [ARCHITECTURE]:
         yield error(f"architectures is {config.get('architectures')}, engines want {ARCHITECTURE}")
     if config.get("model_type") != "llama":
         yield error(f"model_type is {config.get('model_type')!r}; transformers wants 'llama'")
@@ -98,8 +102,14 @@ def _network_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
         )
     elif "tie_word_embeddings" not in config:
         yield warning("tie_word_embeddings is not said; write false")
-    if config.get("num_hidden_layers") != 1:
-        yield error(f"num_hidden_layers is {config.get('num_hidden_layers')}, a draft has 1")
+    layers = config.get("num_hidden_layers")
+    if not _is_size(layers):
+        yield error(f"num_hidden_layers is {layers!r}; write 1")
+    elif layers != 1:
+        yield warning(
+            f"num_hidden_layers is {layers}: vLLM norms what enters a later layer by its "
+            "input_layernorm, SGLang by its hidden_norm; such a draft fits one of them"
+        )
     if config.get("hidden_act", "silu") != "silu":
         yield error(f"hidden_act is {config['hidden_act']!r}; vLLM's draft knows silu only")
     if "target_hidden_size" not in config:
@@ -124,8 +134,8 @@ def _layer_id_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
             f"SGLang reads {sglang} and adds 1; the first must be the second plus 1 (sglang#25454)"
         )
     for ids, lowest in ((vllm, 1), (sglang, 0)):
-        if ids is not None and (len(set(ids)) != 3 or min(ids) < lowest):
-            yield error(f"aux layers {ids} are not three distinct layers; write the trained ones")
+        if ids is not None and (not ids or len(set(ids)) != len(ids) or min(ids) < lowest):
+            yield error(f"aux layers {ids} are not distinct layers; write the trained ones")
         elif ids is not None and ids != sorted(ids):
             yield error(
                 f"aux layers {ids} do not ascend: engines sort them, and read another network than "

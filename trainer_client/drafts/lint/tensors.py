@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer_client.drafts.lint.findings import Finding, error, warning
+from trainer_client.drafts.lint.variants import aux_count, optional_names
 
 _LAYER = (
     "hidden_norm.weight",
@@ -27,6 +28,7 @@ _OPTIONAL = {"d2t", "t2d", "embed_tokens.weight"}
 #: The largest singular value of fresh random numbers, over what theory says of their size and
 #: spread, is 0.95 to 1.0; of a matrix after a minute of training it is 1.9 or more.
 _RANDOM = 1.15
+_NEVER_TRAINED = 1.02
 
 
 def name_findings(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
@@ -37,8 +39,13 @@ def name_findings(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
         yield warning("the layer is called 'layers.0'; older SGLang knows 'midlayer' only")
 
 
-def key_findings(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+def key_findings(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
     """Exactly the tensors that engines know, by their canonical names."""
+    layers = config.get("num_hidden_layers") or 1
+    optional = _OPTIONAL | optional_names(config, layers)
+    optional |= {f"layers.{at}.{name}" for at in range(1, min(layers, 64)) for name in _LAYER}
+    # the switches' own findings have said what they miss, or have without being on
+    switched = ("fc_norm.", "input_norm.")
     for name in sorted(_REQUIRED - set(tensors)):
         silent = ""
         if "hidden_norm" in name:
@@ -46,7 +53,9 @@ def key_findings(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
         elif name == "lm_head.weight":
             silent = "; vLLM takes the target's head in its place"
         yield error(f"tensor {name} is missing{silent}")
-    for name in sorted(set(tensors) - _REQUIRED - _OPTIONAL):
+    for name in sorted(set(tensors) - _REQUIRED - optional):
+        if name.startswith(switched) or name.endswith("_proj.bias"):
+            continue
         yield error(f"tensor {name} is unknown: SGLang skips it silently, vLLM fails")
 
 
@@ -56,7 +65,7 @@ def shape_findings(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     shapes = dict.fromkeys((name for name in _REQUIRED if "norm" in name), (hidden,)) | {
-        "fc.weight": (hidden, 3 * config.get("target_hidden_size", hidden)),
+        "fc.weight": (hidden, aux_count(config) * (config.get("target_hidden_size") or hidden)),
         "lm_head.weight": (config["draft_vocab_size"], hidden),
         "embed_tokens.weight": (config["vocab_size"], hidden),
         "d2t": (config["draft_vocab_size"],),
@@ -143,18 +152,46 @@ def weight_findings(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         yield warning(f"weights have several dtypes: {', '.join(dtypes)}")
     elif dtypes and said != dtypes[0]:
         yield warning(f"weights are {dtypes[0]}, the config says {said} (torch_dtype)")
+    yield from finite_findings(tensors)
+    random = _random_names(floats)
     for name, tensor in floats.items():
         if not bool(tensor.isfinite().all()):
-            yield error(f"tensor {name} has values that are not finite")
-        elif not bool(tensor.any()):
+            continue
+        if not bool(tensor.any()):
             yield error(f"tensor {name} is all zeros")
         elif "norm" in name and bool((tensor == 1).all()):
             yield warning(f"tensor {name} is all ones: untrained, or lost on the way")
-        elif tensor.ndim == 2 and "embed" not in name and _spread(tensor) < _RANDOM:
+        elif name in random:
             yield warning(
                 f"tensor {name} looks like fresh random numbers: untrained, or lost on the way "
                 "(sglang#27908)"
             )
+
+
+def finite_findings(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """Values that are no numbers."""
+    for name, tensor in sorted(tensors.items()):
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            yield error(f"tensor {name} has values that are not finite")
+
+
+def _random_names(floats: Mapping[str, Tensor]) -> set[str]:
+    """Matrices that were never trained, or were lost on the way.
+
+    A short training leaves most matrices as random as they were, and moves every norm. So a matrix
+    is called untrained where no norm has moved, or where most others are past randomness.
+    """
+    spreads = {
+        name: _spread(tensor)
+        for name, tensor in floats.items()
+        if tensor.ndim == 2 and "embed" not in name and bool(tensor.isfinite().all())
+    }
+    fresh = all(bool((tensor == 1).all()) for name, tensor in floats.items() if "norm" in name)
+    trained = [spread for spread in spreads.values() if spread >= _RANDOM]
+    if not fresh and 2 * len(trained) < len(spreads):
+        return set()
+    limit = _RANDOM if fresh else _NEVER_TRAINED
+    return {name for name, spread in spreads.items() if spread < limit}
 
 
 def _spread(matrix: Tensor) -> float:
