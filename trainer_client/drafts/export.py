@@ -145,14 +145,11 @@ def _refuse_other_networks(
     ]
     window, positions = plain.get("sliding_window"), plain.get("max_position_embeddings")
     sliding = "sliding_attention" in (plain.get("layer_types") or ())
-    if sliding and not (_is_int(window) and _is_int(positions) and window >= positions):
+    everything = isinstance(window, int) and isinstance(positions, int) and window >= positions
+    if sliding and not everything:
         differs.append(f"sliding_window={window}")
     if differs:
         raise ExportError(f"{directory} is another kind of EAGLE-3 draft: {', '.join(differs)}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int)
 
 
 def read_draft(directory: Path, embeddings: Tensor | None = None) -> Eagle3Draft:

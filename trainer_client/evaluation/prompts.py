@@ -56,19 +56,16 @@ def aux_layer_ids(draft: Path) -> tuple[int, ...] | None:
 
     Raises :class:`ExportError` for a draft whose settings ask for another network than ours.
     """
-    if not (draft / "config.json").is_file():
-        raise ExportError(f"{draft} is no draft: it has no config.json")
     config = read_config(draft)
     eagle = config.get("eagle_config") or {}
-    said = config | eagle
-    if said.get("use_aux_hidden_state") is False:
+    if any(each.get("use_aux_hidden_state") is False for each in (config, eagle)):
         raise ExportError(
             f"{draft} says use_aux_hidden_state: false, so it reads the last hidden state alone; "
             "only drafts that read three layers can be decoded with here"
         )
     name = "eagle_aux_hidden_state_layer_ids"
     layers = tuple(eagle.get(name) or (index - 1 for index in config.get(name) or ())) or None
-    count = said.get("num_aux_hidden_states") or (len(layers) if layers else 3)
+    count = (config | eagle).get("num_aux_hidden_states") or (len(layers) if layers else 3)
     if count != 3 or (layers and len(layers) != 3):
         raise ExportError(
             f"{draft} reads {count} hidden states (layers {layers or 'not said'}); only drafts "
