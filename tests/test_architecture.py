@@ -70,6 +70,13 @@ def test_the_trainer_takes_of_the_worker_its_tensors_transfers_and_targets(
     assert all(_within(there, *allowed) for there in from_worker), from_worker
 
 
+@pytest.mark.parametrize(("name", "path"), _all("broker", "worker", "trainer_client"))
+def test_only_the_room_for_nemo_needs_nemo(name: str, path: Path) -> None:
+    if not _within(name, "trainer_client.nemo"):
+        rooms = ("nemo_automodel", "trainer_client.nemo")
+        assert not [there for there in imported(path) if _within(there, *rooms)]
+
+
 @pytest.mark.parametrize(("name", "path"), _all("worker"))
 def test_the_worker_imports_nothing_of_the_trainer(name: str, path: Path) -> None:
     assert not [there for there in imported(path) if _within(there, "trainer_client")]

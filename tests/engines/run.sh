@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Load an exported draft in speculators and in vLLM on CPU, and compare with draftmq eval.
+# Run NeMo AutoModel's recipe through brokers and compare it with its co-located run; then load an
+# exported draft in speculators and in vLLM on CPU, and compare with draftmq eval.
 # Usage: run.sh [DRAFT]   (default: the newest draft of runs/demo*; without one, a demo is run first)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -12,6 +13,15 @@ if ! [ -e "$engines/.ready" ] || [ tests/engines/requirements.txt -nt "$engines/
     "$engines/bin/python" -m pip install --quiet --no-deps -r tests/engines/requirements.txt
     touch "$engines/.ready"
 fi
+
+nemo=build/engines/nemo
+if ! [ -e "$nemo/.ready" ] || [ tests/engines/nemo/requirements.txt -nt "$nemo/.ready" ]; then
+    "${PYTHON:-python3}" -m venv "$nemo"
+    deploy/install-torch.sh "$nemo/bin/python" torch==2.13.0
+    "$nemo/bin/python" -m pip install --quiet --no-deps -r tests/engines/nemo/requirements.txt
+    touch "$nemo/.ready"
+fi
+.venv/bin/python -m tests.engines.nemo
 
 draft=${1:-$(find runs -path 'runs/demo*/draft/config.json' -printf '%T@ %h\n' 2>/dev/null |
     sort -n | tail -n 1 | cut -d' ' -f2-)}
