@@ -247,7 +247,7 @@ def _application() -> Callable[..., Any]:
     server = HttpServer.__new__(HttpServer)
     broker = Broker()
     server._admits = door("0.0.0.0:0", write_token(directory, "o"))
-    server._pages = pages(broker.snapshot, broker.trace)
+    server._pages = pages(broker.snapshot, broker.trace, lambda: True)
     return server._application
 
 
