@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -116,17 +116,21 @@ def as_target(made: Any, *, name: str = "") -> Target:
 
 
 def _load_model(name: str, where: str, dtype: Any, options: dict[str, Any]) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    model: Any
+    loaded: Mapping[str, Any]
+    wanted = {"dtype": dtype, "output_loading_info": True, **options}
     try:
         config = AutoConfig.from_pretrained(where, **options)
         try:
-            return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+            model, loaded = AutoModelForCausalLM.from_pretrained(where, **wanted)
         except ValueError:
             if not hasattr(config, "text_config"):
                 raise
-            return AutoModelForImageTextToText.from_pretrained(where, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+            model, loaded = AutoModelForImageTextToText.from_pretrained(where, **wanted)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
             raise TargetError(
                 f"target {name!r} brings Python code of its own, which would run here with all "
@@ -137,6 +141,29 @@ def _load_model(name: str, where: str, dtype: Any, options: dict[str, Any]) -> A
             f"cannot load target {name!r}: {_first_line(error)}; give a folder with config.json "
             "and weights, a Hugging Face model id, or 'embedded'"
         ) from error
+    _refuse_random_weights(name, loaded)
+    return model
+
+
+def _refuse_random_weights(name: str, loaded: Mapping[str, Any]) -> None:
+    """Raise :class:`TargetError` where the checkpoint did not have every tensor of the model, which
+    transformers then draws at random, with a warning.
+    """
+    mismatched = {each if isinstance(each, str) else each[0] for each in loaded["mismatched_keys"]}
+    missing = sorted({*loaded["missing_keys"], *mismatched})
+    if not missing:
+        return
+    others = sorted(loaded["unexpected_keys"])
+    unknown = f"; it has {_some(others)}, which the model does not know" if others else ""
+    raise TargetError(
+        f"target {name!r} is not whole: its checkpoint lacks {_some(missing)}{unknown}. They would "
+        "be random numbers; is the download complete, and of this architecture?"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _is_path(where: str) -> bool:
