@@ -210,7 +210,7 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     calls = [_call(each) for each in _listed(where, "tool_calls", message.get("tool_calls"))]
     content = _content(where, message, may_be_absent=bool(calls))
     if given in _CALLING and isinstance(called := _from_json(content, None), dict):
-        calls, content = [{"type": "function", "function": called}], ""
+        calls, content = [_call({"type": "function", "function": called})], ""
     kept.pop("tool_calls", None)
     for name in ("reasoning_content", "reasoning", "thinking", "name"):
         if name in kept and not isinstance(kept[name], str):

@@ -125,11 +125,11 @@ def _load_model(name: str, where: str, dtype: Any, options: dict[str, Any]) -> A
     try:
         config = AutoConfig.from_pretrained(where, **options)
         try:
-            model, loaded = AutoModelForCausalLM.from_pretrained(where, **wanted)
+            model, loaded = cast(Any, AutoModelForCausalLM).from_pretrained(where, **wanted)
         except ValueError:
             if not hasattr(config, "text_config"):
                 raise
-            model, loaded = AutoModelForImageTextToText.from_pretrained(where, **wanted)
+            model, loaded = cast(Any, AutoModelForImageTextToText).from_pretrained(where, **wanted)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
             raise TargetError(

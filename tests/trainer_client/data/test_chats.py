@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trainer_client.data.chats import tokenizer
+from trainer_client.data import records
 from trainer_client.errors import DataError
 from trainer_client.training.data import Dataset, read_dataset
 
@@ -263,3 +264,9 @@ def test_masks_are_those_of_an_independent_truth(
         if on
     ]
     assert tokenizer(style).decode(ids, clean_up_tokenization_spaces=False) == wanted
+
+
+def test_a_called_function_has_its_arguments_as_an_object() -> None:
+    called = {"from": "function_call", "value": '{"name": "f", "arguments": "{\\"x\\": 1}"}'}
+    (call,) = records._message("line 1", called)["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": {"x": 1}}
