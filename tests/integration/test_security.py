@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import logging
+import re
 import time
 import urllib.error
 import urllib.request
@@ -117,11 +118,16 @@ class Peer:
 
 def cannot_connect(keyed: KeyedCluster, match: str, **options: Any) -> None:
     """A trainer that waits in vain is told why, in its notice and at its deadline."""
-    with (
-        pytest.raises(DeadlineError, match=match),
-        keyed.trainer(timeout=1.5, config=PATIENCE, **options) as remote,
-    ):
-        remote.model_info()
+    with keyed.trainer(timeout=1.5, config=PATIENCE, **options) as remote:
+        knows_why(remote, match)
+        with pytest.raises(DeadlineError, match=match):
+            remote.model_info()
+
+
+def knows_why(remote: RemoteEagle3TargetModel, match: str) -> None:
+    """Wait for the transport's last word: the first may be that the handshake broke off."""
+    (link,) = remote._client.core.links.values()
+    eventually(lambda: re.search(match, link.trouble))
 
 
 def test_everything_works_with_keys(keyed: KeyedCluster, mapping: VocabMapping) -> None:
@@ -227,6 +233,7 @@ def test_a_trainer_with_a_key_and_a_broker_without(
     keys = Keyring(tmp_path)
     own = {"key": keys.make("t", Role.TRAINER), "broker_key": keys.broker_public}
     remote = cluster.trainer(timeout=1.5, config=PATIENCE, **own)
+    knows_why(remote, r"has no key \(draftmq broker --key\)")
     with pytest.raises(DeadlineError, match=r"has no key \(draftmq broker --key\)"):
         remote.model_info()
     assert 1 <= caplog.messages.count("cannot_connect") <= 2  # as it changes, not as it repeats
