@@ -126,7 +126,7 @@ def worker(
     if target is not None:
         served = load_target(
             target,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device=device,
             dtype=dtype,
             aux_layer_ids=aux_layers,
             trust_remote_code=trust_remote_code,

@@ -34,6 +34,11 @@ class Address:
         """Whether it names an IPv6 address."""
         return ":" in self.host and self.kind not in _LOCAL_KINDS
 
+    @property
+    def named(self) -> bool:
+        """Whether its host is a name, which must be looked up."""
+        return self.kind == "tcp" and not _is_ip(self.host.partition("%")[0])
+
 
 def connecting(text: str) -> Address:
     """Where a broker listens, as peers say it. Raises :class:`AddressError`."""
@@ -63,10 +68,17 @@ def is_local(address: str) -> bool:
 
 def is_loopback(host: str) -> bool:
     """Whether a host is this machine for itself: ``localhost``, 127.0.0.0/8, ::1."""
-    try:
+    if _is_ip(host):
         return ipaddress.ip_address(host).is_loopback
+    return host == "localhost" or host.endswith(".localhost")
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        return False
+    return True
 
 
 def _zeromq(text: str, example: str) -> Address:

@@ -13,7 +13,7 @@ from broker.keys.addresses import connecting
 from broker.protocol.limits import Limits
 from broker.protocol.wire import Buffer
 from broker.transport.kernel import Progress, borrow
-from broker.transport.names import Lookup, Route, is_numeric
+from broker.transport.names import Lookup, Route
 from broker.transport.sockets import HANDSHAKE_FAILED, Curve, Monitor, configure, has_message
 
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
@@ -45,7 +45,7 @@ class Dealer:
         self._context = context
         self._curve = curve
         self._address = connecting(endpoint)
-        self._named = self._address.kind == "tcp" and not is_numeric(self._address.host)
+        self._named = self._address.named
         self._lookup = Lookup(self._address.host, wake)
         self._route = Route([] if self._named else [self._address.host])
         self._descriptor = -1

@@ -6,7 +6,6 @@ first address only; one silent name server would stop every connection of a proc
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -15,15 +14,6 @@ from collections.abc import Callable, Sequence
 LIMIT_S = 5.0
 #: Questions about one name that may be open at once, for a name server that came back.
 _MOST_OPEN = 2
-
-
-def is_numeric(host: str) -> bool:
-    """Whether a host is an IP address, which nobody must look up."""
-    try:
-        ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    return True
 
 
 class Lookup:

@@ -56,7 +56,6 @@ def evaluate(
 
     Exits 1 when the text is not that of plain greedy decoding.
     """
-    import torch
     from rich.progress import track
 
     from trainer_client.evaluation.decoding import evaluate as run_evaluation
@@ -65,7 +64,6 @@ def evaluate(
 
     own = aux_layer_ids(draft)
     layers = tuple(map(int, aux_layers.split(","))) if aux_layers else own
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_target(target, device=device, dtype=dtype, aux_layer_ids=layers)
     embeddings = loaded.get_input_embeddings().weight
     check_fit(draft, target, embeddings.shape[1], loaded.vocab_size)

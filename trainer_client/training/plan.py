@@ -16,6 +16,7 @@ from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.targets.batch import TargetBackend
 from trainer_client.training import identity
 from trainer_client.training.data import Dataset, Sample, Schedule, read_dataset
+from trainer_client.training.place import Found, look
 from trainer_client.training.ranks import Ranks
 from trainer_client.training.settings import TrainSettings
 from trainer_client.training.validation import hold_out
@@ -105,6 +106,32 @@ def make_plan(
             "export)"
         )
     return Plan(dataset, mapping, coverage, schedule, total_steps, held_out, here)
+
+
+def agreed_plan(
+    settings: TrainSettings, backend: TargetBackend, tokenizer: Any, ranks: Ranks
+) -> tuple[Found, Plan]:
+    """What rank 0 finds in the run's directory, and the plan that every rank has made alike.
+
+    Raises what :func:`trainer_client.training.place.look` and :func:`make_plan` raise, and
+    :class:`trainer_client.training.identity.RunError` where ranks differ.
+    """
+    found = ranks.told_by_first(lambda: look(settings.output, resume=settings.resume))
+    plan = identity.agree(
+        ranks.rank,
+        ranks.world_size,
+        lambda: make_plan(
+            settings,
+            backend,
+            tokenizer,
+            ranks,
+            found.identity,
+            selected_token_ids=found.selected_token_ids,
+            done=found.step,
+        ),
+        lambda plan: plan.identity,
+    )
+    return found, plan
 
 
 def _vocabulary(

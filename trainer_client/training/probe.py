@@ -9,11 +9,9 @@ import torch
 
 from trainer_client.eagle3.unroll import Eagle3Unroll
 from trainer_client.targets.batch import TargetBackend
-from trainer_client.training import identity
 from trainer_client.training.data import collate
 from trainer_client.training.memory import peak_bytes
-from trainer_client.training.place import look
-from trainer_client.training.plan import make_draft, make_plan
+from trainer_client.training.plan import agreed_plan, make_draft
 from trainer_client.training.ranks import Ranks
 from trainer_client.training.settings import TrainSettings
 from trainer_client.training.trainer import Trainer, make_optimizer
@@ -35,21 +33,7 @@ def probe(
     :func:`trainer_client.training.run.train` raises before its first step.
     """
     ranks, device = ranks or Ranks(), device or torch.device("cpu")
-    found = ranks.told_by_first(lambda: look(settings.output, resume=settings.resume))
-    plan = identity.agree(
-        ranks.rank,
-        ranks.world_size,
-        lambda: make_plan(
-            settings,
-            backend,
-            tokenizer,
-            ranks,
-            found.identity,
-            selected_token_ids=found.selected_token_ids,
-            done=found.step,
-        ),
-        lambda plan: plan.identity,
-    )
+    found, plan = agreed_plan(settings, backend, tokenizer, ranks)
     mapping, samples = plan.mapping, plan.dataset.samples
     backend.set_vocab_mapping(mapping.selected_token_ids, mapping.selected_token_mask)
     draft = make_draft(settings, backend, mapping).to(device)

@@ -32,6 +32,14 @@ def summing() -> Iterator[None]:
         raise RankLostError(f"another rank of this run has gone ({reason})") from error
 
 
+def added_up(tensor: Tensor) -> Tensor:
+    """The sum of this tensor over all ranks, in its place. Raises :class:`RankLostError`."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        with summing():
+            dist.all_reduce(tensor)
+    return tensor
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Which of the training processes this is."""

@@ -23,8 +23,8 @@ from trainer_client.errors import RequestError, TrainerClientError
 from trainer_client.targets.batch import Eagle3TargetBatch, TargetBackend
 from trainer_client.training import identity, metrics, validation
 from trainer_client.training.data import MicroBatch, collate
-from trainer_client.training.place import Found, held, look
-from trainer_client.training.plan import Plan, make_draft, make_plan
+from trainer_client.training.place import Found, held
+from trainer_client.training.plan import Plan, agreed_plan, make_draft
 from trainer_client.training.prefetch import Prefetcher
 from trainer_client.training.ranks import RankLostError, Ranks
 from trainer_client.training.refused import PartialBatch, ask_one_by_one
@@ -53,21 +53,7 @@ def train(
     """
     stop, ranks = stop or Stop(), ranks or Ranks()
     with held(settings.output) if ranks.first else contextlib.nullcontext():
-        found = ranks.told_by_first(lambda: look(settings.output, resume=settings.resume))
-        plan = identity.agree(
-            ranks.rank,
-            ranks.world_size,
-            lambda: make_plan(
-                settings,
-                backend,
-                tokenizer,
-                ranks,
-                found.identity,
-                selected_token_ids=found.selected_token_ids,
-                done=found.step,
-            ),
-            lambda plan: plan.identity,
-        )
+        found, plan = agreed_plan(settings, backend, tokenizer, ranks)
         on_plan(plan)
         run = _Run(settings, backend, plan, ranks, device or torch.device("cpu"), stop)
         run.begin(found)

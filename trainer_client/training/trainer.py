@@ -18,7 +18,7 @@ from trainer_client.eagle3.unroll import Eagle3Unroll, UnrollOutput, simulated_a
 from trainer_client.errors import TrainerClientError
 from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.training.memory import peak_bytes
-from trainer_client.training.ranks import summing
+from trainer_client.training.ranks import added_up, summing
 from trainer_client.training.refused import PartialBatch, rows
 from trainer_client.training.staging import staged
 
@@ -199,11 +199,7 @@ class Trainer:
         """
         zeros = torch.zeros(self._unroll.depths, dtype=torch.int64, device=self.device)
         counts = sum((self._unroll.counts(batch) for batch in batches), zeros)
-        counts = torch.cat((counts, torch.tensor([n_refused], device=self.device)))
-        if self._distributed:
-            with summing():
-                dist.all_reduce(counts)
-        return counts
+        return added_up(torch.cat((counts, torch.tensor([n_refused], device=self.device))))
 
     def _gradient(
         self,
@@ -296,10 +292,7 @@ class Trainer:
 
     def _over_ranks(self, *values: Tensor) -> list[Tensor]:
         """Each of these added up over the ranks, in float64 and in one message."""
-        flat = torch.cat([value.flatten().double() for value in values])
-        if self._distributed:
-            with summing():
-                dist.all_reduce(flat)
+        flat = added_up(torch.cat([value.flatten().double() for value in values]))
         return list(flat.split([value.numel() for value in values]))
 
 

@@ -9,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from trainer_client.eagle3.unroll import Eagle3Unroll, simulated_accept_length
 from trainer_client.targets.batch import LmHeadRows, TargetBackend
 from trainer_client.training.data import Dataset, Sample, collate
 from trainer_client.training.identity import write_whole
-from trainer_client.training.ranks import Ranks, summing
+from trainer_client.training.ranks import Ranks, added_up
 
 #: In a run's directory: the step with the least held-out loss so far.
 BEST = "best.json"
@@ -58,18 +56,11 @@ def measure(
             output = unroll(**batch.to_trainer_inputs(), lm_head=lm_head)
         counts = unroll.counts(batch)
         losses = output.depth_losses.double() * counts
-        sums += torch.stack([losses, counts.double(), *_chains(output.chain_hits, output.chains)])
-    if ranks.world_size > 1:
-        with summing():
-            dist.all_reduce(sums)
-    losses, counts, hits, chains = sums.cpu()
+        sums += torch.stack([losses, counts, output.chain_hits, output.chains])
+    losses, counts, hits, chains = added_up(sums).cpu()
     weights = torch.tensor(unroll.weights, dtype=torch.float64)
     loss = (losses / counts.clamp_min(1) * weights).sum() / weights.sum()
     return float(loss), simulated_accept_length(hits, chains)
-
-
-def _chains(hits: Tensor, chains: Tensor) -> tuple[Tensor, Tensor]:
-    return hits.double(), chains.double()
 
 
 def best_step(output: Path) -> tuple[int, float] | None:

@@ -37,6 +37,8 @@ def load_target(
 ) -> HuggingFaceTarget:
     """A Hugging Face model as a target: an id, a folder, or ``embedded`` for the shipped one.
 
+    ``device`` is a GPU if there is one, where it is empty.
+
     ``dtype`` is that of the checkpoint unless given ("float32", "bfloat16", "float16").
     Raises :class:`TargetError`, in one sentence that says what to do.
     """
@@ -171,6 +173,7 @@ def _is_path(where: str) -> bool:
 
 
 def _device(device: str, torch: Any) -> Any:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
     except RuntimeError as error:

@@ -189,7 +189,8 @@ def test_requests_spread_over_brokers_and_fail_over() -> None:
     assert rig.requests(B) == at_a
 
 
-def test_a_broker_that_is_back_is_told_what_went_elsewhere() -> None:
+def gone_elsewhere() -> tuple[Rig, m.RequestId]:
+    """A request that went to B when A was lost, and A is back."""
     rig = Rig(A, B)
     rig.welcome(A, broker="a")
     request = rig.submit(1)
@@ -198,8 +199,13 @@ def test_a_broker_that_is_back_is_told_what_went_elsewhere() -> None:
     rig.welcome(B, broker="b")
     assert rig.requests(B) == [1]
     rig.welcome(A, broker="a")
-    assert (A, m.Cancel(request.message.id)) in rig.sent
-    assert (B, m.Cancel(request.message.id)) not in rig.sent
+    return rig, request.message.id
+
+
+def test_a_broker_that_is_back_is_told_what_went_elsewhere() -> None:
+    rig, request_id = gone_elsewhere()
+    assert (A, m.Cancel(request_id)) in rig.sent
+    assert (B, m.Cancel(request_id)) not in rig.sent
 
 
 def test_with_one_broker_its_requests_wait_for_its_return() -> None:
@@ -336,17 +342,10 @@ def test_what_another_try_can_mend_is_tried_again_and_no_error(code: str) -> Non
 
 
 def test_a_failure_of_a_broker_that_no_longer_has_the_request_does_not_end_it() -> None:
-    rig = Rig(A, B)
-    rig.welcome(A, broker="a")
-    request = rig.submit(1)
-    assert isinstance(request.message, m.Request)
-    rig.handle(Disconnected(A))
-    rig.welcome(B, broker="b")
-    assert rig.requests(B) == [1]
-    rig.welcome(A, broker="a")
-    rig.arrive(m.Failure(request.message.id, "lost_workers", "given up"), A)
+    rig, request_id = gone_elsewhere()
+    rig.arrive(m.Failure(request_id, "lost_workers", "given up"), A)
     assert not rig.ended
-    rig.arrive(m.Failure(request.message.id, "target_failed", "no"), B)
+    rig.arrive(m.Failure(request_id, "target_failed", "no"), B)
     assert len(rig.ended) == 1
 
 

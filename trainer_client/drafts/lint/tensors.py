@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -152,10 +152,11 @@ def weight_findings(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         yield warning(f"weights have several dtypes: {', '.join(dtypes)}")
     elif dtypes and said != dtypes[0]:
         yield warning(f"weights are {dtypes[0]}, the config says {said} (torch_dtype)")
-    yield from finite_findings(tensors)
-    random = _random_names(floats)
+    broken = _not_finite(floats)
+    yield from map(_is_not_finite, broken)
+    random = _random_names(floats, broken)
     for name, tensor in floats.items():
-        if not bool(tensor.isfinite().all()):
+        if name in broken:
             continue
         if not bool(tensor.any()):
             yield error(f"tensor {name} is all zeros")
@@ -170,12 +171,22 @@ def weight_findings(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
 def finite_findings(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
     """Values that are no numbers."""
-    for name, tensor in sorted(tensors.items()):
-        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-            yield error(f"tensor {name} has values that are not finite")
+    return map(_is_not_finite, _not_finite(tensors))
 
 
-def _random_names(floats: Mapping[str, Tensor]) -> set[str]:
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [
+        name
+        for name, tensor in sorted(tensors.items())
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all())
+    ]
+
+
+def _is_not_finite(name: str) -> Finding:
+    return error(f"tensor {name} has values that are not finite")
+
+
+def _random_names(floats: Mapping[str, Tensor], broken: Collection[str]) -> set[str]:
     """Matrices that were never trained, or were lost on the way.
 
     A short training leaves most matrices as random as they were, and moves every norm. So a matrix
@@ -184,7 +195,7 @@ def _random_names(floats: Mapping[str, Tensor]) -> set[str]:
     spreads = {
         name: _spread(tensor)
         for name, tensor in floats.items()
-        if tensor.ndim == 2 and "embed" not in name and bool(tensor.isfinite().all())
+        if tensor.ndim == 2 and "embed" not in name and name not in broken
     }
     fresh = all(bool((tensor == 1).all()) for name, tensor in floats.items() if "norm" in name)
     trained = [spread for spread in spreads.values() if spread >= _RANDOM]
