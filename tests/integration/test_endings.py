@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -244,10 +245,12 @@ def test_the_other_samples_of_its_step_are_learned_as_if_it_were_not_there(tmp_p
 # -- several ranks --------------------------------------------------------------------------------
 
 
-def _rank(rank: int, world: int, place: str, wanted: TrainSettings, what: str) -> None:
+def _rank(
+    rank: int, world: int, place: str, meeting: str, wanted: TrainSettings, what: str
+) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{place}/store-{what}", world)
+    store = dist.FileStore(meeting, world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=_PATIENCE)
     ranks = Ranks(rank, world)
     ends = Ends(3 if rank == 1 and what == "stop" else 0)
@@ -272,7 +275,9 @@ _PATIENCE = timedelta(seconds=60)
 
 
 def _spawn(tmp_path: Path, wanted: TrainSettings, what: str, world: int = 2) -> list[str]:
-    mp.spawn(_rank, (world, str(tmp_path), wanted, what), nprocs=world)
+    # A new file to meet at each time: one left by ranks that are gone names their addresses.
+    meeting = tempfile.mkdtemp(dir=tmp_path) + "/store"
+    mp.spawn(_rank, (world, str(tmp_path), meeting, wanted, what), nprocs=world)
     return [(tmp_path / f"{what}{rank}.txt").read_text() for rank in range(world)]
 
 
