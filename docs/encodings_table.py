@@ -11,16 +11,31 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from broker.protocol.wish import NAMES
 from trainer_client.eagle3.supervision import of_topk
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.supervision import compute_supervision
 from worker.supervision.topk import top_probs
 from worker.targets import EMBEDDED, load_target
-from worker.targets.contract import TargetOutputs
+from worker.targets.contract import Needs, TargetOutputs
 
 PATH = Path(__file__).with_name("encodings.md")
 H, D, V, T = 4096, 32_000, 128_256, 2048
-ENCODINGS = ("probs", "hidden", "topk")
+#: wish -> for what; the names first
+WISHES_FOR = {
+    "probs": "EAGLE-3, bit for bit",
+    "hidden": "EAGLE-3",
+    "topk": "EAGLE-3, lossy",
+    "layers=1,15,28;last": "EAGLE-3, EAGLE-3.1, P-EAGLE",
+    "layers=1,15,28;last;states=fp8": "the same",
+    "layers=1,8,15,22,29": "DFlash, hard targets",
+    "layers=1,8,15,22,29;states=fp8": "the same",
+    "layers=1,8,15,22,29;last": "DSpark, DFlash with KL",
+    "layers=1,8,15,22,29;last;states=fp8": "the same",
+    "last": "MTP fine-tuning",
+    "last=fp8": "the same",
+}
+WISHES = tuple(WISHES_FOR)
 #: kept of the embedded target's distributions, to see what is lost
 KEPT = (8, 64, 256)
 
@@ -28,13 +43,21 @@ KEPT = (8, 64, 256)
 class _Shapes:
     """A target of that size whose tensors have shapes and no content."""
 
-    name, encodings, vocab_size = "shapes", ENCODINGS, V
+    name, encodings, vocab_size, layers = "shapes", NAMES, V, ()
+    model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=32))
 
-    def forward(self, input_ids: torch.Tensor, *_: torch.Tensor) -> TargetOutputs:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        loss_mask: torch.Tensor,
+        needs: Needs | None = None,
+    ) -> TargetOutputs:
         def states(size: int) -> torch.Tensor:
             return torch.empty(*input_ids.shape, size, dtype=torch.bfloat16, device="meta")
 
-        return TargetOutputs(states(3 * H), states(V), states(H))
+        layers = 3 if needs is None else len(needs.layers)
+        return TargetOutputs(states(H * layers), states(V), states(H))
 
 
 def bytes_per_token(encoding: str) -> float:
@@ -74,13 +97,14 @@ def lost(kept: int, samples: int = 4, length: int = 128) -> tuple[float, float]:
 
 
 def _sizes() -> str:
-    lines = ["| encoding | bytes a token | MiB a step of 2,048 tokens | of `probs` |"]
-    lines.append("|---|---|---|---|")
+    lines = ["| wish | bytes a token | MiB a step of 2,048 tokens | of `probs` | for |"]
+    lines.append("|---|---|---|---|---|")
     whole = bytes_per_token("probs")
-    for encoding in ENCODINGS:
+    for encoding, purpose in WISHES_FOR.items():
         size = bytes_per_token(encoding)
         lines.append(
-            f"| `{encoding}` | {size:,.0f} | {size * T / 2**20:.0f} | {size / whole:.2f} |"
+            f"| `{encoding}` | {size:,.0f} | {size * T / 2**20:.0f} | {size / whole:.2f} "
+            f"| {purpose} |"
         )
     return "\n".join(lines) + "\n"
 

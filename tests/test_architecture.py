@@ -66,7 +66,7 @@ def test_the_trainer_takes_of_the_worker_its_tensors_transfers_and_targets(
     name: str, path: Path
 ) -> None:
     from_worker = [there for there in imported(path) if _within(there, "worker")]
-    allowed = ("worker.supervision", "worker.direct", "worker.targets")
+    allowed = ("worker.supervision", "worker.direct", "worker.targets", "worker.errors")
     assert all(_within(there, *allowed) for there in from_worker), from_worker
 
 

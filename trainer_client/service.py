@@ -183,7 +183,6 @@ class Client:
         mapping_id: str = "",
         encoding: str = "",
         offer: str = "",
-        slots: int = 0,
     ) -> PendingReply:
         """Send a request as soon as a broker has room for it.
 
@@ -209,7 +208,6 @@ class Client:
             manifest=manifest,
             direct=self._direct.offer if self._direct is not None else None,
             offer=offer,
-            slots=slots,
         )
         packet = encode(request, payload, self._limits())
         pending = PendingReply(request_id, self._cancel, self._loop.ident)

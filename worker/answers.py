@@ -19,24 +19,25 @@ from broker.protocol import messages as m
 from broker.protocol.bounds import plain_text
 from broker.protocol.errors import RemoteProtocolError
 from broker.protocol.names import bounded
+from broker.protocol.wish import Wish
 from worker.direct.parts import specs
 from worker.direct.sender import Plan, Sender
 from worker.errors import BadRequest
 from worker.staging import Mark, Staging, staging_for
-from worker.supervision.batching import Tokens, compute_together
-from worker.supervision.checks import check_sizes, name_unsound, soundness
+from worker.supervision.batching import compute_together
+from worker.supervision.checks import check_shapes, expected_shapes, name_unsound, soundness
 from worker.supervision.mapping import VocabMapping
+from worker.supervision.requests import Tokens, validate_tokens
 from worker.supervision.supervision import (
+    compute_packed,
     compute_supervision,
-    first_slots,
     input_embeddings,
     lm_head_rows,
-    validate_request,
+    suited,
 )
 from worker.targets.contract import Target, TargetFacts
 
 _logger = logging.getLogger("draftmq.worker")
-_TOKENS = ("input_ids", "attention_mask", "loss_mask")
 
 
 def description(facts: TargetFacts) -> m.ModelDescription:
@@ -51,6 +52,8 @@ def description(facts: TargetFacts) -> m.ModelDescription:
         aux_layer_ids=tuple(facts.aux_layer_ids),
         dtype=facts.dtype,
         encodings=tuple(facts.encodings),
+        layers=tuple(facts.layers),
+        engine=bounded(facts.engine),
         tokenizer=facts.tokenizer,
         config_json=json.dumps(facts.config),
     )
@@ -65,6 +68,9 @@ class Work:
     waited_s: float = 0.0
     #: what ``generate`` runs on
     tokens: Tokens | None = None
+    #: what it is asked for, and over which vocabulary, if any
+    wish: Wish | None = None
+    mapping: VocabMapping | None = None
     #: the result, on the target's device
     tensors: dict[str, Tensor] | None = None
     #: whether all its values are numbers, there when the tensors are; bool [1]
@@ -162,38 +168,28 @@ class Answerer:
             raise BadRequest(f"unknown operation {request.operation!r}; known are {known}")
         if request.operation != "generate":
             return
-        if request.encoding not in self.facts.encodings:
-            offered = ", ".join(self.facts.encodings)
-            raise BadRequest(f"encoding {request.encoding!r} is not offered here; choose {offered}")
-        if tuple(tensors) != _TOKENS:
-            raise BadRequest(f"wants the tensors {_TOKENS}, got {tuple(tensors)}")
+        work.mapping = self._mapping(request) if request.mapping_id else None
+        work.wish = suited(self.target, work.mapping, request.encoding)
         facts = self.facts
-        validate_request(
-            **tensors,
-            vocab_size=facts.vocab_size,
-            max_tokens=facts.max_position_embeddings,
-            slots=request.slots,
-        )
-        self._mapping(request)
+        validate_tokens(tensors, work.wish, facts.vocab_size, facts.max_position_embeddings)
         work.tokens = tensors
 
     def _computed_together(self, works: Sequence[Work]) -> bool:
         """False where it failed: then each is run alone, and fails alone."""
-        request = works[0].request
         try:
             with torch.inference_mode():
                 made = compute_together(
                     self.target,
                     [work.tokens for work in works if work.tokens is not None],
-                    mapping=self._mapping(request),
-                    encoding=request.encoding,
+                    mapping=works[0].mapping,
+                    encodings=[work.request.encoding for work in works],
                 )
         except Exception as error:
             fields = {"requests": len(works), "error": f"{type(error).__name__}: {error}"}
             _logger.warning("batch_failed", extra={"fields": fields})
             return False
         for work, tensors in zip(works, made, strict=True):
-            work.tensors = first_slots(tensors, work.request.slots)
+            work.tensors = tensors
         return True
 
     def _compute(self, work: Work) -> None:
@@ -206,12 +202,9 @@ class Answerer:
             work.tensors = lm_head_rows(self.target, self._mapping(request))
         else:
             assert work.tokens is not None
-            work.tensors = compute_supervision(
-                self.target,
-                **work.tokens,
-                mapping=self._mapping(request),
-                encoding=request.encoding,
-                slots=request.slots,
+            compute = compute_packed if "lengths" in work.tokens else compute_supervision
+            work.tensors = compute(
+                self.target, **work.tokens, mapping=work.mapping, encoding=request.encoding
             )
 
     def _check(self, work: Work) -> None:
@@ -220,16 +213,21 @@ class Answerer:
         """
         if work.tensors is None or work.failure is not None:
             return
-        if work.tokens is not None:
-            rows, length = work.tokens["input_ids"].shape
-            check_sizes(
-                work.tensors,
-                (rows, work.request.slots or length),
+        if work.tokens is not None and work.wish is not None:
+            wanted = expected_shapes(
+                work.tokens,
+                work.wish,
                 hidden_size=self.facts.hidden_size,
-                aux_layer_ids=self.facts.aux_layer_ids,
-                draft_vocab_size=self._mapping(work.request).draft_vocab_size,
+                layers=len(self._layers(work)),
+                draft_vocab_size=work.mapping.draft_vocab_size if work.mapping else 0,
             )
+            check_shapes({name: tensor.shape for name, tensor in work.tensors.items()}, wanted)
         work.sound = soundness(work.tensors)
+
+    def _layers(self, work: Work) -> tuple[int, ...]:
+        """Whose states the answer has."""
+        wish = work.wish
+        return self.facts.aux_layer_ids if wish is None or wish.name else wish.layers
 
     def _mapping(self, request: m.Request) -> VocabMapping:
         mapping = self.mappings.get(request.mapping_id)
@@ -254,8 +252,7 @@ class Answerer:
                 assert work.tensors is not None
                 with self._staging.after(work.done, (*work.tensors.values(), work.sound)):
                     if not bool(work.sound):
-                        layers = self.facts.aux_layer_ids
-                        name_unsound(work.tensors, self.facts.hidden_size, layers)
+                        name_unsound(work.tensors, self.facts.hidden_size, self._layers(work))
                     return self._reply(work, work.tensors, limits)
         assert work.failure is not None
         return (work.failure,)
@@ -272,7 +269,7 @@ class Answerer:
             worker=self.worker,
             model=self._description.model,
             fingerprint=self.facts.fingerprint,
-            aux_layer_ids=tuple(self.facts.aux_layer_ids),
+            aux_layer_ids=tuple(self._layers(work)),
             tokens_hash=payload_hash(work.packet),
             mapping_id=request.mapping_id,
             encoding=request.encoding,

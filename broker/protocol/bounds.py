@@ -67,6 +67,8 @@ Tokens = Annotated[int, _between(0, 1 << 40)]
 Step = Annotated[int, _between(-(1 << 62), 1 << 62)]
 #: Of a vocabulary, a hidden state, a stack of layers.
 Size = Annotated[int, _between(0, 1 << 31)]
+#: Of a decoder layer, -1 for the embeddings below the first.
+Layer = Annotated[int, _between(-1, 1 << 20)]
 VocabSize = Annotated[int, _between(1, 1 << 31)]
 Port = Annotated[int, _between(1, 65535)]
 #: Requests that a worker holds at once.

@@ -16,6 +16,7 @@ from broker.protocol.bounds import (
     Count,
     Credits,
     Interval,
+    Layer,
     LongName,
     Name,
     Port,
@@ -41,6 +42,7 @@ DTYPE_BYTES: dict[str, int] = {
     "bfloat16": 2,
     "float32": 4,
     "float64": 8,
+    "float8_e4m3fn": 1,
 }
 
 #: Ways of a direct transfer: CUDA IPC within one host, NCCL between GPUs, shared memory within one
@@ -82,7 +84,11 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """What a worker serves. Two workers are of one pool when their :meth:`identity` is equal."""
+    """What a worker serves. Two workers are of one pool when their :meth:`identity` is equal.
+
+    ``aux_layer_ids`` are those of the named wishes; ``layers`` can be had in a wish, empty: all.
+    ``engine`` is what runs the model, and its version.
+    """
 
     model: Name
     fingerprint: Name
@@ -93,6 +99,8 @@ class ModelDescription:
     aux_layer_ids: tuple[Size, ...]
     dtype: Name
     encodings: tuple[Name, ...]
+    layers: tuple[Layer, ...]
+    engine: Name
     tokenizer: LongName
     config_json: str
 
@@ -249,7 +257,8 @@ class Request:
     before it is known, ``model`` names a model, and may be empty where the broker has one only.
     ``direct`` is nil where the answer must come on the wire: in a resend, and after a direct
     transfer failed; ``avoid`` then names the worker that it failed with.
-    The answer is of the first ``slots`` slots of each row, or with 0 of all: rows may be padded.
+    ``encoding`` is the wish (:mod:`broker.protocol.wish`); its ``mapping_id`` is empty where it is
+    not over a vocabulary.
     """
 
     KIND: ClassVar[int] = 8
@@ -265,14 +274,14 @@ class Request:
     direct: DirectOffer | None = None
     avoid: Name = ""
     offer: Name = ""
-    slots: Size = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """The answer, with its identity, which the client checks before anyone sees a tensor.
 
-    ``tokens_hash`` is that of the request's payload. ``info_json`` answers ``model_info``; with
+    ``tokens_hash`` is that of the request's payload, ``encoding`` its wish, ``aux_layer_ids`` the
+    layers whose states these are. ``info_json`` answers ``model_info``; with
     other operations it has ``waited_s``, from the request's arrival until it was computed. The
     tensors are the payload. Or there is none: with ``transfer`` they come directly, and with
     ``parts`` as the payload of so many messages behind this one (:class:`Part`). An
@@ -284,7 +293,7 @@ class Reply:
     worker: Name
     model: Name
     fingerprint: Name
-    aux_layer_ids: tuple[Size, ...]
+    aux_layer_ids: tuple[Layer, ...]
     tokens_hash: int
     mapping_id: Name
     encoding: LongName

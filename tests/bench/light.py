@@ -23,6 +23,8 @@ MODEL = m.ModelDescription(
     aux_layer_ids=(1, 2, 3),
     dtype="float32",
     encodings=("probs",),
+    layers=(),
+    engine="",
     tokenizer="",
     config_json="{}",
 )

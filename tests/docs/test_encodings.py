@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from broker.protocol.wish import NAMES
 from docs import encodings_table
-from trainer_client.targets.colocated import ENCODINGS
 from worker.supervision.topk import TOP_K
 
 TEXT = encodings_table.PATH.read_text(encoding="utf-8")
@@ -13,11 +13,11 @@ TEXT = encodings_table.PATH.read_text(encoding="utf-8")
 
 def test_the_bytes_are_those_of_real_replies() -> None:
     assert encodings_table._sizes() in TEXT, "run python -m docs.encodings_table"
-    assert set(encodings_table.ENCODINGS) == set(ENCODINGS) - {"logits"}
+    assert encodings_table.WISHES[: len(NAMES)] == NAMES
 
 
 def test_hidden_is_at_most_0_22_of_probs() -> None:
-    sizes = {name: encodings_table.bytes_per_token(name) for name in encodings_table.ENCODINGS}
+    sizes = {name: encodings_table.bytes_per_token(name) for name in NAMES}
     assert sizes["hidden"] <= 0.22 * sizes["probs"]
     assert sizes["topk"] < sizes["hidden"]
 

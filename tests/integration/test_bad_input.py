@@ -35,6 +35,7 @@ from trainer_client.targets.remote import RemoteEagle3TargetModel
 from worker.answers import Answerer, Work
 from worker.errors import WorkerError
 from worker.supervision.mapping import VocabMapping
+from worker.targets.foreign import ForeignTarget
 
 
 def test_token_ids_beyond_the_vocabulary(cluster: Cluster, mapping: VocabMapping) -> None:
@@ -99,8 +100,10 @@ def test_an_unknown_model_names_those_that_are_there(cluster: Cluster) -> None:
 
 
 def test_an_encoding_that_is_not_offered(cluster: Cluster, mapping: VocabMapping) -> None:
-    cluster.worker()
-    with pytest.raises(BadRequestError, match="encodings probs, hidden, topk; 'float8' is not one"):
+    cluster.worker(ForeignTarget(cluster.target, "tiny"))
+    with pytest.raises(BadRequestError, match="encodings probs, topk; 'hidden' is not one"):
+        cluster.trainer(mapping, encoding="hidden")
+    with pytest.raises(ValueError, match="'float8' is no wish of supervision"):
         cluster.trainer(mapping, encoding="float8")
 
 

@@ -75,8 +75,8 @@ ONES = torch.ones_like(IDS)
             generate(2, IDS, VocabMapping(shuffled(torch.arange(3)), VOCAB)),
             "bad_request: no usable vocab mapping",
         ),
-        (changed(encoding="smoke"), "bad_request: encoding 'smoke' is not offered here; choose"),
-        (changed(slots=7), "bad_request: supervision of 7 slots is asked for, and the rows have 6"),
+        (changed(encoding="smoke"), "bad_request: 'smoke' is no wish of supervision"),
+        (changed(encoding="probs;rows=0-7"), "bad_request: rows=0-7 is asked for, and there are 6"),
         (changed(operation="sing"), "bad_request: unknown operation 'sing'; known are generate"),
         (with_tensors({"input_ids": IDS}), "bad_request: wants the tensors ('input_ids',"),
         (with_tensors({}), "bad_request: wants the tensors"),
@@ -148,7 +148,7 @@ def test_a_mapping_for_another_vocabulary_is_not_kept(answerer: Answerer) -> Non
 def test_an_answer_is_of_as_many_slots_as_were_asked_for(
     answerer: Answerer, together: bool
 ) -> None:
-    works = [Work(changed(slots=4)), Work(changed(slots=0))]
+    works = [Work(changed(encoding="probs;rows=0-4")), Work(changed())]
     for group in [works] if together else [[work] for work in works]:
         answerer.compute(group)
     for work, slots in zip(works, (4, 6), strict=True):

@@ -21,6 +21,7 @@ from trainer_client.commands.progress import Progress
 from trainer_client.eagle3.draft import Attention
 from trainer_client.errors import TrainerClientError
 from trainer_client.targets.remote import RemoteEagle3TargetModel
+from trainer_client.targets.wished import check_for_training
 from trainer_client.training.early import look_first
 from trainer_client.training.probe import probe
 from trainer_client.training.ranks import Ranks
@@ -105,6 +106,15 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _encoding(context: click.Context, option: click.Parameter, value: str) -> str:
+    if value != "auto":
+        try:
+            check_for_training(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+    return value
+
+
 _TRAIN_EXAMPLE = """\b
 Example:
   draftmq train --broker tcp://HOST:5555 --data chat.jsonl --output runs/one
@@ -124,9 +134,10 @@ Example:
 @click.option("--model", default="", help="Which model, where the broker has several.")
 @click.option(
     "--encoding",
-    type=click.Choice(("auto", "probs", "hidden", "topk")),
     default="auto",
-    help="What workers send; auto takes 'hidden' where it is offered; 'topk' is lossy.",
+    callback=_encoding,
+    help="What workers send: probs, hidden, topk (lossy), auto (hidden where it is offered), or a "
+    "wish such as 'layers=1,17,32;last;states=fp8' (docs/encodings.md).",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run code of the tokenizer's own.")
 @click.option("--tokenizer", help="Name or path (default: the target's own).")

@@ -12,8 +12,9 @@ from broker.peer.link import Link
 from broker.peer.parts import Assembly
 from broker.protocol import Packet, RemoteProtocolError, payload_hash
 from broker.protocol import messages as m
+from broker.protocol.wish import WishError, parse_wish
 from trainer_client.core.events import Deliver, JoinChannel, Received, ReceiveDirectly
-from trainer_client.core.ledger import Arriving, Ledger, Ticket
+from trainer_client.core.ledger import Arriving, Identity, Ledger, Ticket
 from trainer_client.core.places import Place
 
 
@@ -176,23 +177,28 @@ class Answers:
         if stranger := self._stranger(ticket.packet, reply):
             self._ledger.fail(reply.id, "identity", stranger)
             return False
-        identity = (reply.fingerprint, reply.aux_layer_ids)
-        self._ledger.identities.setdefault(reply.model, identity)
+        request = ticket.request
+        known = self._ledger.identities.setdefault(reply.model, Identity(reply.fingerprint))
+        if _wished_layers(request) is None:
+            known.aux_layer_ids = reply.aux_layer_ids
         return True
 
     def _stranger(self, packet: Packet, reply: m.Reply) -> str:
         """Why a reply is not the one to this request, or nothing."""
         request = packet.message
         assert isinstance(request, m.Request)
-        first = self._ledger.identities.get(reply.model, (reply.fingerprint, reply.aux_layer_ids))
+        known = self._ledger.identities.get(reply.model, Identity(reply.fingerprint))
+        layers = _wished_layers(request)
+        if layers is None:  # the worker's own, which are the same for ever
+            layers = known.aux_layer_ids or reply.aux_layer_ids
         expected = {
             "tokens_hash": (payload_hash(packet), reply.tokens_hash),
             "mapping_id": (request.mapping_id, reply.mapping_id),
             "encoding": (request.encoding, reply.encoding),
             "model": (request.model or reply.model, reply.model),
             "offer": (request.offer or reply.offer, reply.offer),
-            "fingerprint": (first[0], reply.fingerprint),
-            "aux_layer_ids": (first[1], reply.aux_layer_ids),
+            "fingerprint": (known.fingerprint, reply.fingerprint),
+            "aux_layer_ids": (layers, reply.aux_layer_ids),
         }
         wrong = [
             f"{name} is {got!r} where {wanted!r} was expected"
@@ -202,3 +208,12 @@ class Answers:
         if not wrong:
             return ""
         return f"worker {reply.worker} sent a reply that is not ours: {'; '.join(wrong)}"
+
+
+def _wished_layers(request: m.Request) -> tuple[int, ...] | None:
+    """The layers that a request asks for; None where it takes the worker's own."""
+    try:
+        wish = parse_wish(request.encoding)
+    except WishError:
+        return None  # a worker will refuse it
+    return None if wish.name else wish.layers

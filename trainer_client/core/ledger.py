@@ -17,6 +17,15 @@ from trainer_client.core.events import Action, Fail, Log
 from trainer_client.core.places import TRANSITIONS, IllegalMoveError, Place
 
 
+@dataclass
+class Identity:
+    """What does not change in a model's replies."""
+
+    fingerprint: str
+    #: of named wishes; empty until one was answered
+    aux_layer_ids: tuple[int, ...] = ()
+
+
 @dataclass(eq=False)
 class Arriving:
     """A reply, and what has come of its payload: all at once, or in parts."""
@@ -113,8 +122,8 @@ class Ledger:
         #: those that are answered and whose tensors are coming directly; a subset of the tickets
         self.receiving: set[m.RequestId] = set()
         self.mappings: dict[str, Packet] = {}
-        #: model -> fingerprint and aux layer ids of its first reply; later ones must have the same
-        self.identities: dict[str, tuple[str, tuple[int, ...]]] = {}
+        #: model -> what its first reply said of it; later ones must say the same
+        self.identities: dict[str, Identity] = {}
         self.counters = dict.fromkeys(COUNTERS, 0)
         #: since when there is something to be said if nothing happens
         self.noticed_at = now

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from broker.protocol.wish import Wish, parse_wish
 from trainer_client.targets.batch import Eagle3TargetBatch, HasWeight, LmHeadRows
+from trainer_client.targets.wished import TargetSupervision, check_for_training, tokens_to_send
 from worker.supervision.mapping import VocabMapping
-from worker.supervision.supervision import compute_supervision, lm_head_rows, validate_request
+from worker.supervision.requests import Tokens, validate_request, validate_tokens
+from worker.supervision.supervision import compute_packed, compute_supervision, lm_head_rows
 from worker.targets import as_target
 from worker.targets.contract import describe
-
-#: ``logits`` is the seed's: the full vocabulary [B, T, V], projected by the trainer.
-ENCODINGS = ("probs", "hidden", "topk", "logits")
 
 
 class ColocatedTarget:
@@ -24,6 +24,8 @@ class ColocatedTarget:
 
     ``target`` is a worker's target or any object with the co-located contract; the supervision is
     made by the code that workers run, and refused by the same checks (``BadRequest``).
+    ``encoding`` is that of the remote target, or ``logits``, the seed's: the full vocabulary
+    [B, T, V], projected by the trainer.
     Raises ``ValueError`` for an encoding that is none, or that the target does not offer.
     """
 
@@ -33,18 +35,29 @@ class ColocatedTarget:
         self.target = as_target(target, name=name)
         self.facts = describe(self.target, name)
         self.encoding = encoding
-        if encoding not in ("logits", *self.facts.encodings):
+        self._wish: Wish | None = None  # none says "logits"
+        if encoding != "logits":
+            check_for_training(encoding)
+            self._wish = parse_wish(encoding)
+            self.encoding = str(self._wish)
+            self._refuse_unoffered(self._wish)
+        self._mapping: VocabMapping | None = None
+
+    def _refuse_unoffered(self, wish: Wish) -> None:
+        wanted = wish.name or ("hidden" if wish.last else "")
+        if wanted and wanted not in self.facts.encodings:
             offered = ", ".join((*self.facts.encodings, "logits"))
-            why = getattr(self.target, "hidden_refused", "") if encoding in ENCODINGS else ""
+            why = getattr(self.target, "hidden_refused", "")
             raise ValueError(
-                f"encoding {encoding!r} is not to be had from {self.facts.model!r}"
+                f"encoding {self.encoding!r} is not to be had from {self.facts.model!r}"
                 f"{f': {why}' if why else ''}; choose {offered}"
             )
-        self._mapping: VocabMapping | None = None
 
     def model_info(self) -> dict[str, Any]:
         """The facts of the target, as a worker would tell them."""
         facts = asdict(self.facts)
+        if self._wish is not None and self._wish.layers:
+            facts["aux_layer_ids"] = self._wish.layers
         return {key: list(v) if isinstance(v, tuple) else v for key, v in facts.items()}
 
     def get_input_embeddings(self) -> HasWeight:
@@ -73,24 +86,44 @@ class ColocatedTarget:
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
     ) -> Eagle3TargetBatch:
         """Supervision of ids and masks [B, T], on the target's device."""
-        limit = self.facts.max_position_embeddings
-        validate_request(input_ids, attention_mask, loss_mask, self.facts.vocab_size, limit)
-        if self.encoding == "logits":
+        if self._wish is None:
+            limit = self.facts.max_position_embeddings
+            validate_request(input_ids, attention_mask, loss_mask, self.facts.vocab_size, limit)
             batch = self.target.generate_batch(
                 input_ids=input_ids, attention_mask=attention_mask, loss_mask=loss_mask
             )
             fields = ("aux_hidden_states", "input_ids", "attention_mask", "loss_mask", "logits")
             return Eagle3TargetBatch(**{field: getattr(batch, field) for field in fields})
-        tensors = compute_supervision(
-            self.target,
-            input_ids,
-            attention_mask,
-            loss_mask,
-            mapping=self._need_mapping(),
-            encoding=self.encoding,
-        )
+        if not self._wish.name:
+            made = self.supervise(self._wish, input_ids, attention_mask, loss_mask)
+            return made.to_batch(input_ids, attention_mask, loss_mask)
+        tokens = tokens_to_send(input_ids, attention_mask, loss_mask, None)
+        tensors = self._compute(self._wish, tokens)
         mask = attention_mask.to(tensors["input_ids"].device)
         return Eagle3TargetBatch(attention_mask=mask, **dict[str, Any](tensors))
+
+    def supervise(
+        self,
+        wish: Wish | str,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> TargetSupervision:
+        """What a wish names, of rows [B, T] or packed documents [N]; see the remote target's."""
+        wish = parse_wish(wish) if isinstance(wish, str) else wish
+        if wish.name:
+            raise ValueError(f"{wish.name!r} is supervision for EAGLE-3; ask generate_batch for it")
+        tokens = tokens_to_send(input_ids, attention_mask, loss_mask, lengths)
+        return TargetSupervision.of(self._compute(wish, tokens), wish, self.facts.dtype)
+
+    def _compute(self, wish: Wish, tokens: Tokens) -> dict[str, Tensor]:
+        facts = self.facts
+        validate_tokens(tokens, wish, facts.vocab_size, facts.max_position_embeddings)
+        compute = compute_packed if "lengths" in tokens else compute_supervision
+        mapping = self._need_mapping() if wish.over_vocabulary else None
+        return compute(self.target, **tokens, mapping=mapping, encoding=str(wish))
 
     def generate_batch_async(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor

@@ -26,6 +26,10 @@ def _list_of(of: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, list) and bool(value) and all(map(of, value))
 
 
+def _layers(value: object) -> bool:
+    return isinstance(value, list) and all(each == -1 or _whole(each) for each in value)
+
+
 #: field -> what it must be, for the error | whether it is
 _FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "model": ("a text", _text),
@@ -37,6 +41,8 @@ _FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "dtype": ("a text", _text),
     "max_position_embeddings": ("a number from 0", _whole),
     "encodings": ("names of encodings", _list_of(_text)),
+    "layers": ("layer numbers from -1, or none", _layers),
+    "engine": ("a text", _text),
     "tokenizer": ("a text", _text),
     "config": ("an object", lambda value: isinstance(value, dict)),
     "offer": ("a text", _text),

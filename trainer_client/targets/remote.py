@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
 
@@ -17,14 +17,22 @@ from broker.peer.credentials import KeyLike
 from broker.peer.tensors import to_frames
 from broker.protocol import encode
 from broker.protocol import messages as m
+from broker.protocol.wish import NAMES, Wish, parse_wish
 from trainer_client.core import ClientConfig
 from trainer_client.errors import BadRequestError
 from trainer_client.service import Answer, Client, PendingReply
 from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.targets.facts import model_facts
+from trainer_client.targets.wished import (
+    TargetSupervision,
+    check_for_training,
+    check_wish,
+    tokens_to_send,
+)
 from trainer_client.trace import Trace
 from worker.direct.config import DirectConfig
 from worker.direct.receiver import Receiver
+from worker.errors import BadRequest
 from worker.supervision.mapping import VocabMapping
 
 _logger = logging.getLogger("draftmq.client")
@@ -79,11 +87,14 @@ class RemoteEagle3TargetModel:
     CPU, for a trainer that copies it while it computes. ``key`` and ``broker_key`` are for brokers
     that want keys, as for :class:`trainer_client.service.Client`.
 
-    ``encoding`` is what the workers send: ``probs``, the contract's ``target_probs``; ``hidden``,
-    the last hidden state, a fifth of the bytes; ``topk``, the most likely tokens, fewer bytes and
-    not exact; ``auto``, which is ``hidden`` where that is offered, else ``probs``.
+    ``encoding`` is what batches are made of: ``probs``, the contract's ``target_probs``;
+    ``hidden``, the last hidden state, a fifth of the bytes; ``topk``, the most likely tokens, fewer
+    bytes and not exact; ``auto``, which is ``hidden`` where that is offered, else ``probs``; or any
+    wish (:mod:`broker.protocol.wish`) that has layers and one of ``last``, ``probs`` and ``topk``.
+    For other families of drafts :meth:`supervise` takes a wish of its own with each call.
 
-    Errors are :class:`trainer_client.errors.RequestError`; see there.
+    Raises ``ValueError`` for an encoding that is none. Other errors are
+    :class:`trainer_client.errors.RequestError`; see there.
     """
 
     def __init__(
@@ -112,6 +123,9 @@ class RemoteEagle3TargetModel:
         urls = list(urls)
         for url in urls:
             connecting(url)
+        if encoding != "auto":
+            check_for_training(encoding)
+            encoding = str(parse_wish(encoding))
         if isinstance(direct, str):
             direct = DirectConfig(mode=direct)
         self._client = Client(
@@ -147,7 +161,7 @@ class RemoteEagle3TargetModel:
     def model_info(self) -> dict[str, Any]:
         """What the workers say of their model: ``model``, ``fingerprint``, ``num_hidden_layers``,
         ``hidden_size``, ``vocab_size``, ``aux_layer_ids``, ``dtype``, ``max_position_embeddings``,
-        ``encodings``, ``tokenizer``, ``config``. Waits for the first worker.
+        ``encodings``, ``layers``, ``engine``, ``tokenizer``, ``config``. Waits for a worker.
         """
         return dict(self._info)
 
@@ -155,13 +169,17 @@ class RemoteEagle3TargetModel:
     def _info(self) -> dict[str, Any]:
         info = model_facts(self._ask("model_info").reply)
         self._refuse_other_brokers(info)
-        wanted = self._wanted_encoding
-        if wanted != "auto" and wanted not in info["encodings"]:
+        if self._wanted_encoding == "auto":
+            return info
+        wish = parse_wish(self._wanted_encoding)
+        if wish.name and wish.name not in info["encodings"]:
             raise BadRequestError(
                 "bad_request",
                 f"the model {info['model']!r} is served with the encodings "
-                f"{', '.join(info['encodings'])}; {wanted!r} is not one of them",
+                f"{', '.join(info['encodings'])}; {wish.name!r} is not one of them",
             )
+        if wish.layers:  # those of this client's batches
+            info["aux_layer_ids"] = list(wish.layers)
         return info
 
     def _refuse_other_brokers(self, info: dict[str, Any]) -> None:
@@ -186,7 +204,7 @@ class RemoteEagle3TargetModel:
 
     @property
     def encoding(self) -> str:
-        """What the workers send: ``probs``, ``hidden`` or ``topk``."""
+        """What batches are made of: ``probs``, ``hidden``, ``topk``, or the text of a wish."""
         if self._wanted_encoding != "auto":
             return self._wanted_encoding
         return "hidden" if "hidden" in self._info["encodings"] else "probs"
@@ -249,35 +267,62 @@ class RemoteEagle3TargetModel:
 
         Raises :class:`BadRequestError` at once for what no worker would accept.
         """
-        from worker.supervision.supervision import validate_request
+        wish = parse_wish(self.encoding)
+        masks = (attention_mask, loss_mask)
+        if not wish.name:
+            if slots:
+                raise ValueError(f"slots are for {NAMES}, and this client's wish is {wish}")
+            handle = self.supervise(wish, input_ids, *masks, step=step)
+            return handle.then(lambda made: made.to_batch(input_ids, *masks))
+        if slots:
+            wish = wish.within(0, slots)
+        pending = self._submit(wish, tokens_to_send(input_ids, *masks, None), step)
+        mask = attention_mask[:, :slots] if slots else attention_mask
+        return RemoteHandle(pending, lambda answer: self._batch(answer, mask))
 
-        limit = self._info["max_position_embeddings"]
+    def supervise(
+        self,
+        wish: Wish | str,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        step: int | None = None,
+    ) -> RemoteHandle[TargetSupervision]:
+        """Ask for what a wish names, of rows [B, T], or with ``lengths`` int64 [documents] of
+        packed documents [N]; a mapping is needed only where the wish is over a vocabulary.
+
+        Raises :class:`BadRequestError` at once for what no worker would accept, and ``ValueError``
+        for a text that is no wish, or the name of one, which :meth:`generate_batch` is for.
+        """
+        wish = parse_wish(wish) if isinstance(wish, str) else wish
+        if wish.name:
+            raise ValueError(f"{wish.name!r} is supervision for EAGLE-3; ask generate_batch for it")
         try:
-            validate_request(
-                input_ids, attention_mask, loss_mask, self._info["vocab_size"], limit, slots
-            )
-        except Exception as error:
+            tokens = tokens_to_send(input_ids, attention_mask, loss_mask, lengths)
+        except BadRequest as error:
+            raise BadRequestError("bad_request", str(error)) from error
+        pending = self._submit(wish, tokens, step)
+        return RemoteHandle(pending, lambda answer: self._supervision(answer, wish))
+
+    def _submit(self, wish: Wish, tokens: dict[str, Tensor], step: int | None) -> PendingReply:
+        try:
+            check_wish(tokens, wish, self._info)
+        except BadRequest as error:
             raise BadRequestError("bad_request", str(error)) from error
         self._step = self._step + 1 if step is None else step
-        tensors = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "loss_mask": loss_mask,
-        }
-        pending = self._client.submit(
+        return self._client.submit(
             "generate",
-            tensors,
+            tokens,
             timeout_s=self._deadline_s,
             model=self._model,
             offer=self._info["offer"],
             step=self._step,
-            n_tokens=input_ids.numel(),
-            mapping_id=self._mapping_id(),
-            encoding=self.encoding,
-            slots=slots,
+            n_tokens=tokens["input_ids"].numel(),
+            mapping_id=self._mapping_id() if wish.over_vocabulary else "",
+            encoding=str(wish),
         )
-        mask = attention_mask[:, :slots] if slots else attention_mask
-        return RemoteHandle(pending, lambda answer: self._batch(answer, mask))
 
     @property
     def window(self) -> int:
@@ -326,10 +371,20 @@ class RemoteEagle3TargetModel:
         return self._mapping.id
 
     def _batch(self, answer: Answer, attention_mask: Tensor) -> Eagle3TargetBatch:
-        for tensor in answer.tensors.values():
-            if (
-                tensor.is_cuda
-            ):  # it came directly, on a stream of its channel's, and is used on ours
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        _use_here(answer.tensors)
         batch = Eagle3TargetBatch(attention_mask=attention_mask, **dict[str, Any](answer.tensors))
         return batch if self._host_batches else batch.map(lambda t: t.to(self._device))
+
+    def _supervision(self, answer: Answer, wish: Wish) -> TargetSupervision:
+        _use_here(answer.tensors)
+        tensors = dict(answer.tensors)
+        if not self._host_batches:  # what is fp8 is made wide where it is used
+            tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        return TargetSupervision.of(tensors, wish, self._info["dtype"])
+
+
+def _use_here(tensors: Mapping[str, Tensor]) -> None:
+    """Tensors that came directly, on a stream of their channel's, are used on this one's."""
+    for tensor in tensors.values():
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -9,6 +9,7 @@ import torch
 
 from trainer_client.eagle3.unroll import Eagle3Unroll
 from trainer_client.targets.batch import TargetBackend
+from trainer_client.targets.wished import takes_head
 from trainer_client.training.data import collate
 from trainer_client.training.memory import peak_bytes
 from trainer_client.training.plan import agreed_plan, make_draft
@@ -42,7 +43,7 @@ def probe(
         make_optimizer(draft, settings.learning_rate, settings.weight_decay),
         rate=lambda step: settings.learning_rate,
         max_grad_norm=settings.max_grad_norm,
-        lm_head=backend.lm_head_rows() if backend.encoding == "hidden" else None,
+        lm_head=backend.lm_head_rows() if takes_head(backend.encoding) else None,
         device=device,
     )
     longest = sorted(samples, key=lambda sample: -len(sample.input_ids))[: settings.batch_size]

@@ -21,6 +21,7 @@ from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.eagle3.unroll import Eagle3Unroll
 from trainer_client.errors import RequestError, TrainerClientError
 from trainer_client.targets.batch import Eagle3TargetBatch, TargetBackend
+from trainer_client.targets.wished import takes_head
 from trainer_client.training import identity, metrics, validation
 from trainer_client.training.data import MicroBatch, collate
 from trainer_client.training.place import Found, held
@@ -94,7 +95,7 @@ class _Run:
             found.newest.restore(self.draft, self.optimizer)
         self._ranks.share(self.draft, self.optimizer)
         self._done = self._saved = found.step
-        lm_head = backend.lm_head_rows() if backend.encoding == "hidden" else None
+        lm_head = backend.lm_head_rows() if takes_head(backend.encoding) else None
         if plan.held_out and found.newest is not None:
             self._best = (validation.best_step(settings.output) or (None, 0))[0]
         self._unroll = Eagle3Unroll(self.draft, depths=settings.ttt_depths)

@@ -78,4 +78,5 @@ def _shape(request: m.Request) -> tuple[int, int] | None:
 
 def _kind(request: m.Request) -> tuple[object, ...]:
     tensors = tuple((spec.name, spec.dtype) for spec in request.manifest)
-    return (request.operation, request.model, request.mapping_id, request.encoding, tensors)
+    wish = request.encoding.partition(";rows=")[0]  # what is sent of a forward is not its kind
+    return (request.operation, request.model, request.mapping_id, wish, tensors)

@@ -10,46 +10,46 @@ from torch import Tensor
 
 from worker.errors import TargetError
 from worker.supervision.mapping import VocabMapping
-from worker.supervision.supervision import suits, supervision
+from worker.supervision.requests import Tokens
+from worker.supervision.supervision import run, suited, supervision
 from worker.targets.contract import Target
-
-#: ``input_ids``, ``attention_mask``, ``loss_mask``: each [B, T].
-Tokens = dict[str, Tensor]
 
 
 @torch.no_grad()
 def compute_together(
-    target: Target, requests: Sequence[Tokens], *, mapping: VocabMapping, encoding: str
+    target: Target,
+    requests: Sequence[Tokens],
+    *,
+    mapping: VocabMapping | None,
+    encodings: Sequence[str],
 ) -> list[dict[str, Tensor]]:
     """What :func:`worker.supervision.compute_supervision` gives for each, from one forward.
+
+    The wishes (``encodings``) differ in their ``rows`` at the most.
 
     The target sees [sum of B, longest T]; padding has token 0, behind what is attended to, so
     that positions stay what they were. A product of other sizes may be summed in another order:
     the last bits can differ from those that each request gets alone.
 
-    Raises :class:`worker.errors.BadRequest` where the encoding or the mapping does not suit.
+    Raises :class:`worker.errors.BadRequest` where the wish or the mapping does not suit.
     """
-    suits(target, mapping, encoding)
-    outputs = target.forward(**padded(requests))
+    wishes = [suited(target, mapping, encoding) for encoding in encodings]
+    outputs = run(target, padded(requests), wishes[0])
     if outputs.shifted:
         raise TargetError(
             f"target {target.name!r} says that it is batchable and gives shifted outputs; cut "
             "apart, they would end in what belongs to the padding"
         )
     made, first = [], 0
-    for tokens in requests:
+    for tokens, wish in zip(requests, wishes, strict=True):
         rows, length = tokens["input_ids"].shape
         part = outputs.cut(slice(first, first + rows), slice(0, length))
-        made.append(
-            supervision(
-                part, tokens["input_ids"], tokens["loss_mask"], mapping=mapping, encoding=encoding
-            )
-        )
+        made.append(supervision(part, tokens, wish, mapping))
         first += rows
     return made
 
 
-def padded(requests: Sequence[Tokens]) -> Tokens:
+def padded(requests: Sequence[Tokens]) -> dict[str, Tensor]:
     """All rows [sum of B, longest T]; zeros on the right of the shorter ones."""
     longest = max(tokens["input_ids"].shape[1] for tokens in requests)
     return {

@@ -8,33 +8,75 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from broker.protocol.wish import Wish
 from worker.errors import TargetError
+from worker.supervision.requests import Tokens
+from worker.supervision.topk import TOP_K
 
 
-def check_sizes(
-    tensors: Mapping[str, Tensor],
-    shape: Sequence[int],
-    *,
-    hidden_size: int,
-    aux_layer_ids: Sequence[int],
-    draft_vocab_size: int,
-) -> None:
-    """Raise :class:`TargetError` where supervision for ids [B, T] (``shape``) has other sizes."""
-    widths = {
-        "aux_hidden_states": hidden_size * len(aux_layer_ids),
-        "last_hidden_state": hidden_size,
-        "target_probs": draft_vocab_size,
-        "position_mask": 1,
-        "rest_mass": 1,
+def expected_shapes(
+    tokens: Tokens, wish: Wish, *, hidden_size: int, layers: int, draft_vocab_size: int
+) -> dict[str, tuple[int, ...]]:
+    """What the tensors of a reply have for shapes, by their names.
+
+    ``layers`` is L, of the wish or of the target's own; ``draft_vocab_size`` is D, or 0 where the
+    wish is not over a vocabulary.
+    """
+    *rows, positions = tokens["input_ids"].shape
+    first, end = wish.rows or (0, positions)
+    all_of = (*rows, end - first)
+    chosen = all_of
+    if wish.at_loss:
+        chosen = (int(tokens["loss_mask"][..., first:end].bool().sum()),)
+    if wish.name:
+        return _named_shapes(all_of, wish, hidden_size, layers, draft_vocab_size)
+    shapes = _travelling("states", (*all_of, layers, hidden_size), wish.fp8_states)
+    if not wish.layers:
+        shapes = {}
+    if wish.last:
+        shapes |= _travelling("last", (*chosen, hidden_size), wish.fp8_last)
+    if wish.probs:
+        shapes["probs"] = (*chosen, draft_vocab_size)
+    if wish.topk:
+        shapes |= _topk_shapes(chosen, min(wish.topk, draft_vocab_size))
+    return shapes
+
+
+def _named_shapes(
+    lead: tuple[int, ...], wish: Wish, hidden_size: int, layers: int, draft_vocab_size: int
+) -> dict[str, tuple[int, ...]]:
+    supervision = {
+        "probs": {"target_probs": (*lead, draft_vocab_size)},
+        "hidden": {"last_hidden_state": (*lead, hidden_size)},
+        "topk": _topk_shapes(lead, min(TOP_K, draft_vocab_size)),
     }
-    for name, tensor in tensors.items():
-        wanted = (*shape, widths[name]) if name in widths else None
-        if name in ("input_ids", "loss_mask"):
-            wanted = tuple(shape)
-        if wanted is not None and tuple(tensor.shape) != wanted:
+    return {
+        "aux_hidden_states": (*lead, layers * hidden_size),
+        "position_mask": (*lead, 1),
+        "input_ids": lead,
+        "loss_mask": lead,
+        **supervision[wish.name],
+    }
+
+
+def _topk_shapes(lead: tuple[int, ...], k: int) -> dict[str, tuple[int, ...]]:
+    return {"topk_log_probs": (*lead, k), "topk_ids": (*lead, k), "rest_mass": (*lead, 1)}
+
+
+def _travelling(name: str, shape: tuple[int, ...], fp8: bool) -> dict[str, tuple[int, ...]]:
+    return {name: shape, f"{name}_scale": shape[:-1]} if fp8 else {name: shape}
+
+
+def check_shapes(
+    got: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]], who: str = "the target"
+) -> None:
+    """Raise :class:`TargetError` where tensors by name have not the shapes that were expected."""
+    if set(got) != set(wanted):
+        raise TargetError(f"{who} gave the tensors {sorted(got)}, {sorted(wanted)} were expected")
+    for name, shape in wanted.items():
+        if tuple(got[name]) != tuple(shape):
             raise TargetError(
-                f"the target gave {name} of shape {tuple(tensor.shape)}, {wanted} was expected "
-                f"(batch, tokens, width; layers {tuple(aux_layer_ids)}, H={hidden_size})"
+                f"{who} gave {name} of shape {tuple(got[name])}, {tuple(shape)} was expected"
             )
 
 
@@ -52,14 +94,23 @@ def name_unsound(tensors: Mapping[str, Tensor], hidden_size: int, layers: Sequen
         if not _has_values(tensor) or bool(_good(name, tensor).all()):
             continue
         place = (~_good(name, tensor)).nonzero()[0].tolist()
-        value, where = float(tensor[tuple(place)]), f"{place}"
-        if name == "aux_hidden_states":
-            layer = layers[place[2] // hidden_size]
-            where = f"row {place[0]}, position {place[1]}, layer {layer}"
         raise TargetError(
-            f"the target gave {value} in {name} at {where}; nothing of it was sent. Half precision "
+            f"the target gave {float(tensor[tuple(place)])} in {name} at "
+            f"{_where(name, place, hidden_size, layers)}; nothing of it was sent. Half precision "
             "overflows in some models: try --dtype bfloat16 or float32, and look at that sample"
         )
+
+
+def _where(name: str, place: list[int], hidden_size: int, layers: Sequence[int]) -> str:
+    """``place`` in words, where it has a layer."""
+    if name == "aux_hidden_states":
+        *slot, layer = *place[:-1], place[-1] // hidden_size
+    elif name in ("states", "states_scale"):
+        *slot, layer = place[: len(place) - (name == "states")]
+    else:
+        return f"{place}"
+    row = f"row {slot[0]}, " if len(slot) > 1 else ""
+    return f"{row}position {slot[-1]}, layer {layers[layer]}"
 
 
 def says_unsound(text: str) -> bool:
@@ -68,7 +119,9 @@ def says_unsound(text: str) -> bool:
 
 
 def _has_values(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and bool(tensor.numel())
+    # what is fp8 shows in its scale, and has no isfinite of its own
+    wide = tensor.is_floating_point() and tensor.dtype != torch.float8_e4m3fn
+    return wide and bool(tensor.numel())
 
 
 def _good(name: str, tensor: Tensor) -> Tensor:

@@ -1,18 +1,24 @@
-"""From a target's outputs to what a draft learns from: ``probs``, ``hidden``, ``topk``."""
+"""From a wish and token ids to what a draft learns from, by one forward of a target."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from broker.protocol.wish import Wish, WishError, parse_wish
 from worker.errors import BadRequest
+from worker.supervision.eagle3 import named
 from worker.supervision.mapping import VocabMapping
-from worker.supervision.projection import draft_probs
-from worker.supervision.topk import top_probs
-from worker.targets.contract import Target, TargetOutputs, full_tensor, shift_left
-
-_INTEGERS = (torch.int64, torch.int32)
-_MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8)
+from worker.supervision.requests import Tokens
+from worker.supervision.unshifted import OF_ALL_POSITIONS, unshifted
+from worker.targets.contract import (
+    Needs,
+    Target,
+    TargetOutputs,
+    full_tensor,
+    layers_of,
+    text_config,
+)
 
 
 @torch.no_grad()
@@ -22,109 +28,126 @@ def compute_supervision(
     attention_mask: Tensor,
     loss_mask: Tensor,
     *,
-    mapping: VocabMapping,
+    mapping: VocabMapping | None = None,
     encoding: str,
-    slots: int = 0,
 ) -> dict[str, Tensor]:
-    """Run the target on ids and masks [B, T] and say what slot t should learn of token t + 1.
+    """Run the target on ids and masks [B, T] and give what the wish ``encoding`` asks for.
 
-    ``probs``: aux_hidden_states [B, T, 3H], target_probs [B, T, D] float32, position_mask
-    [B, T, 1] bool, input_ids [B, T] int64, loss_mask [B, T]. ``hidden``: the same with
-    last_hidden_state [B, T, H] in place of target_probs; ``topk``: with the tensors of
-    :func:`worker.supervision.topk.top_probs` in place of target_probs. All but the aux states are
-    moved left by one with zeros at the end. ``probs`` has the bits of NeMo AutoModel's co-located
-    EAGLE-3 target: the argmax over the full vocabulary in the logits' dtype, the softmax in float32
-    over the selected logits only, so that no full-vocabulary float32 copy is ever made, and of the
-    draft's no second one (:func:`worker.supervision.projection.draft_probs`). With ``slots`` the
-    answer is of the first so many slots of each row, with the bits that they have in the whole.
-    Raises :class:`BadRequest` for an encoding or a mapping that does not suit the target.
+    The tensors are those of :func:`worker.supervision.eagle3.named` for the names ``probs``,
+    ``hidden`` and ``topk``, else those of :func:`worker.supervision.unshifted.unshifted`.
+    Raises :class:`BadRequest` for a wish or a mapping that does not suit the target.
     """
-    suits(target, mapping, encoding)
-    outputs = target.forward(input_ids, attention_mask, loss_mask)
-    if slots:  # the last of them speaks of one token more
-        kept = slice(0, slots + 1)
-        outputs = outputs.cut(slice(None), kept)
-        input_ids, loss_mask = input_ids[:, kept], loss_mask[:, kept]
-    made = supervision(outputs, input_ids, loss_mask, mapping=mapping, encoding=encoding)
-    return first_slots(made, slots)
+    tokens = {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
+    wish = suited(target, mapping, encoding)
+    return supervision(run(target, tokens, wish), tokens, wish, mapping)
 
 
-def first_slots(made: dict[str, Tensor], slots: int) -> dict[str, Tensor]:
-    """Supervision [B, T, ...] of the first ``slots`` slots of each row, or of all with 0."""
-    return {name: tensor[:, :slots] for name, tensor in made.items()} if slots else made
+@torch.no_grad()
+def compute_packed(
+    target: Target,
+    input_ids: Tensor,
+    lengths: Tensor,
+    loss_mask: Tensor | None = None,
+    *,
+    mapping: VocabMapping | None = None,
+    encoding: str,
+) -> dict[str, Tensor]:
+    """The same for documents that follow one another: ids [N], lengths [documents], mask [N].
+
+    Where the tensors of rows have [B, T, ...], these have [N, ...]. Each document is run alone, and
+    has the bits that it has in a request of its own; one outside of ``rows`` is not run.
+    """
+    wish = suited(target, mapping, encoding)
+    mask = torch.zeros_like(input_ids) if loss_mask is None else loss_mask
+    first, end = wish.rows or (0, input_ids.numel())
+    made, at = [], 0
+    for length in lengths.tolist():
+        of_it: Wish | None = wish
+        if wish.rows is not None:
+            kept = max(first - at, 0), min(end - at, length)
+            of_it = wish.within(*kept) if kept[0] < kept[1] else None
+        if of_it is not None:
+            ids = input_ids[at : at + length].unsqueeze(0)
+            tokens = {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "loss_mask": mask[at : at + length].unsqueeze(0),
+            }
+            made.append(supervision(run(target, tokens, of_it), tokens, of_it, mapping))
+        at += length
+    return {name: torch.cat([_flat(each[name], name, wish) for each in made]) for name in made[0]}
+
+
+def _flat(tensor: Tensor, name: str, wish: Wish) -> Tensor:
+    """Of one document: [1, T, ...] as [T, ...]; chosen positions [M, ...] as they are."""
+    return tensor if wish.at_loss and name not in OF_ALL_POSITIONS else tensor.flatten(0, 1)
 
 
 def supervision(
-    outputs: TargetOutputs,
-    input_ids: Tensor,
-    loss_mask: Tensor,
-    *,
-    mapping: VocabMapping,
-    encoding: str,
+    outputs: TargetOutputs, tokens: Tokens, wish: Wish, mapping: VocabMapping | None
 ) -> dict[str, Tensor]:
     """:func:`compute_supervision` of a forward that has run."""
-    device = outputs.logits.device
-    selected_token_ids, selected_token_mask = mapping.on(device)
-    shifted_loss_mask = shift_left(loss_mask.to(device))
-    top_ids = _aligned(outputs, outputs.logits.argmax(dim=-1))  # [B, T]
-    known = selected_token_mask[top_ids] & shifted_loss_mask.bool()
-    common = {
-        "aux_hidden_states": outputs.aux_hidden_states,
-        "position_mask": known.unsqueeze(-1),
-        "input_ids": shift_left(input_ids.to(device, torch.int64)),
-        "loss_mask": shifted_loss_mask,
-    }
-    if encoding == "hidden":
-        assert outputs.last_hidden_state is not None  # by target.encodings
-        last = _aligned(outputs, full_tensor(outputs.last_hidden_state).to(device))
-        return common | {"last_hidden_state": last}
-    if encoding == "topk":
-        top = top_probs(outputs.logits, selected_token_ids)
-        return common | {name: _aligned(outputs, part) for name, part in top.items()}
-    probs = draft_probs(outputs.logits, selected_token_ids, shifted=outputs.shifted)
-    return common | {"target_probs": probs}
+    if not wish.name:
+        return unshifted(outputs, tokens["loss_mask"], wish, mapping)
+    assert mapping is not None  # a name is over the vocabulary
+    return named(outputs, tokens["input_ids"], tokens["loss_mask"], wish, mapping)
 
 
-def validate_request(
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    loss_mask: Tensor,
-    vocab_size: int,
-    max_tokens: int | None = None,
-    slots: int = 0,
-) -> None:
-    """Check ids and masks [B, T] before the target sees them; on a GPU a bad id ends the process.
+def run(target: Target, tokens: Tokens, wish: Wish) -> TargetOutputs:
+    """The forward of rows [B, T] that a wish takes, and no more of it than it needs."""
+    rows = (tokens["input_ids"], tokens["attention_mask"], tokens["loss_mask"])
+    if wish.name:
+        return target.forward(*rows)
+    if hasattr(target, "layers"):
+        needs = Needs(wish.layers, wish.last, wish.over_vocabulary)
+        return target.forward(*rows, needs)  # type: ignore[call-arg]
+    outputs = target.forward(*rows)  # it gives its own layers, whatever is needed
+    own = list(target.aux_layer_ids)
+    states = outputs.aux_hidden_states.unflatten(-1, (len(own), -1))
+    wanted = states[..., [own.index(layer) for layer in wish.layers], :].flatten(-2)
+    return TargetOutputs(wanted, outputs.logits, outputs.last_hidden_state, outputs.shifted)
 
-    ``max_tokens`` is the longest sequence that the target has positions for (0: it does not say).
-    Raises :class:`BadRequest` with both numbers.
+
+def suited(target: Target, mapping: VocabMapping | None, encoding: str) -> Wish:
+    """The wish that a text says. Raises :class:`BadRequest` where the target cannot fulfil it."""
+    try:
+        wish = parse_wish(encoding)
+    except WishError as error:
+        raise BadRequest(str(error)) from None
+    offered = ", ".join(target.encodings)
+    wanted = wish.name or ("hidden" if wish.last else "")
+    if wanted and wanted not in target.encodings:
+        why = getattr(target, "hidden_refused", "") if wanted == "hidden" else ""
+        raise BadRequest(
+            f"target {target.name!r} does not offer {encoding!r}"
+            f"{f' because {why}' if why else ''}; it offers {offered}"
+        )
+    check_layers(
+        wish.layers,
+        layers_of(target),
+        int(text_config(target.model.config).num_hidden_layers),
+        target.name,
+    )
+    if wish.over_vocabulary:
+        if mapping is None:
+            raise BadRequest(f"the wish {encoding!r} is over a vocab mapping, and none was named")
+        _same_vocabulary(target, mapping)
+    return wish
+
+
+def check_layers(wanted: tuple[int, ...], had: tuple[int, ...], num_layers: int, name: str) -> None:
+    """Raise :class:`BadRequest` for layers that a target does not have or give (``had``; empty:
+    it gives all).
     """
-    tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
-    for name, tensor in tensors.items():
-        allowed = _INTEGERS if name == "input_ids" else _MASKS
-        if tensor.dtype not in allowed:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-            raise BadRequest(f"{name} is {tensor.dtype}; it must be one of {names}")
-        if tensor.ndim != 2:
-            raise BadRequest(f"{name} must be [batch, tokens], got shape {tuple(tensor.shape)}")
-        if tensor.shape != input_ids.shape:
-            raise BadRequest(
-                f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(input_ids.shape)}; "
-                "they must be equal"
-            )
-    if not input_ids.numel():
-        raise BadRequest(f"the batch is empty: input_ids has shape {tuple(input_ids.shape)}")
-    if max_tokens and input_ids.shape[1] > max_tokens:
+    missing = [
+        layer for layer in wanted if (layer not in had if had else not -1 <= layer < num_layers)
+    ]
+    if missing:
+        can = ", ".join(map(str, had)) if had else f"-1 to {num_layers - 1}"
         raise BadRequest(
-            f"the sequences have {input_ids.shape[1]} tokens, the target has positions for "
-            f"{max_tokens}; cut the data to that"
+            f"layers {','.join(map(str, missing))} are asked for, and target {name!r} with its "
+            f"{num_layers} layers gives {can}"
         )
-    if slots > input_ids.shape[1]:
-        raise BadRequest(
-            f"supervision of {slots} slots is asked for, and the rows have {input_ids.shape[1]}"
-        )
-    lowest, highest = (int(bound) for bound in input_ids.aminmax())
-    if lowest < 0 or highest >= vocab_size:
-        _name_bad_id(input_ids, vocab_size)
 
 
 def lm_head_rows(target: Target, mapping: VocabMapping) -> dict[str, Tensor]:
@@ -145,23 +168,12 @@ def lm_head_rows(target: Target, mapping: VocabMapping) -> dict[str, Tensor]:
 
 
 def input_embeddings(target: Target) -> dict[str, Tensor]:
-    """The target's input embeddings: weight [V, H]."""
-    return {"weight": full_tensor(target.get_input_embeddings().weight.detach())}
+    """The target's input embeddings: weight [V, H].
 
-
-def _aligned(outputs: TargetOutputs, tensor: Tensor) -> Tensor:
-    return tensor if outputs.shifted else shift_left(tensor)
-
-
-def suits(target: Target, mapping: VocabMapping, encoding: str) -> None:
-    """Raises :class:`BadRequest` for an encoding or a mapping that does not suit the target."""
-    if encoding not in target.encodings:
-        why = getattr(target, "hidden_refused", "") if encoding == "hidden" else ""
-        raise BadRequest(
-            f"target {target.name!r} does not offer the encoding {encoding!r}"
-            f"{f' because {why}' if why else ''}; it offers {', '.join(target.encodings)}"
-        )
-    _same_vocabulary(target, mapping)
+    Rows beyond the logits' V, as Mllama has them for its images, are not of the vocabulary.
+    """
+    weight = full_tensor(target.get_input_embeddings().weight.detach())
+    return {"weight": weight[: target.vocab_size]}
 
 
 def _same_vocabulary(target: Target, mapping: VocabMapping) -> None:
@@ -170,12 +182,3 @@ def _same_vocabulary(target: Target, mapping: VocabMapping) -> None:
             f"the vocab mapping is for {mapping.vocab_size} target tokens, target "
             f"{target.name!r} has {target.vocab_size}"
         )
-
-
-def _name_bad_id(input_ids: Tensor, vocab_size: int) -> None:
-    row, column = ((input_ids < 0) | (input_ids >= vocab_size)).nonzero()[0].tolist()
-    raise BadRequest(
-        f"input_ids[{row}, {column}] is {int(input_ids[row, column])}, and the target's vocabulary "
-        f"has {vocab_size} tokens (valid: 0 to {vocab_size - 1}); was the data tokenized with the "
-        "target's tokenizer?"
-    )

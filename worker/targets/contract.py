@@ -13,11 +13,24 @@ from worker.errors import TargetError
 
 
 @dataclass(frozen=True)
-class TargetOutputs:
-    """One forward. ``shifted``: logits and last hidden state are moved left by one already."""
+class Needs:
+    """What a forward is wanted for; it need not go on where it has that."""
 
-    aux_hidden_states: Tensor  # [B, T, 3H], the target's dtype, never shifted
-    logits: Tensor  # [B, T, V], the target's dtype
+    #: ids, ascending: their outputs, and with -1 the input of layer 0
+    layers: tuple[int, ...]
+    last: bool
+    logits: bool
+
+
+@dataclass(frozen=True)
+class TargetOutputs:
+    """One forward. ``shifted``: logits and last hidden state are moved left by one already.
+
+    L is the number of the layers that were wanted, which is three unless :class:`Needs` says.
+    """
+
+    aux_hidden_states: Tensor  # [B, T, L * H], the target's dtype, never shifted
+    logits: Tensor | None  # [B, T, V], the target's dtype
     last_hidden_state: Tensor | None = None  # [B, T, H], what the lm_head multiplies
     shifted: bool = False
 
@@ -26,7 +39,7 @@ class TargetOutputs:
         last = self.last_hidden_state
         return TargetOutputs(
             self.aux_hidden_states[rows, slots],
-            self.logits[rows, slots],
+            None if self.logits is None else self.logits[rows, slots],
             None if last is None else last[rows, slots],
             self.shifted,
         )
@@ -91,6 +104,10 @@ class Target(ColocatedContract, Protocol):
     @property
     def encodings(self) -> tuple[str, ...]: ...  # of "probs", "hidden", "topk"
 
+    # A target whose forward takes ``needs: Needs`` as a fourth argument has ``layers``, a tuple of
+    # the layers that it can give; empty, it can give any. And ``engine`` says what runs it, with
+    # the version, where other engines or versions give other last bits ("transformers 5.18.0").
+
     @property
     def vocab_size(self) -> int: ...
 
@@ -121,6 +138,8 @@ class TargetFacts:
     dtype: str  # "float32", "bfloat16", ...
     max_position_embeddings: int  # 0 where the target does not say
     encodings: tuple[str, ...]
+    layers: tuple[int, ...]  # that can be had; empty: all, and -1 for the embeddings
+    engine: str  # what runs the target, and its version; empty where it does not say
     tokenizer: str
     config: dict[str, Any]
 
@@ -138,9 +157,17 @@ def describe(target: Target, name: str = "") -> TargetFacts:
         dtype=str(target.dtype).removeprefix("torch."),
         max_position_embeddings=int(getattr(config, "max_position_embeddings", 0) or 0),
         encodings=target.encodings,
+        layers=layers_of(target),
+        engine=str(getattr(target, "engine", "")),
         tokenizer=target.tokenizer,
         config=plain_config(config),
     )
+
+
+def layers_of(target: Target) -> tuple[int, ...]:
+    """The layers that a target can give, ascending; empty: all."""
+    layers = getattr(target, "layers", None)
+    return tuple(sorted(target.aux_layer_ids if layers is None else layers))
 
 
 def text_config(config: Any) -> Any:
@@ -207,6 +234,7 @@ def colocated_batch(
 ) -> TargetBatch:
     """The batch of the co-located contract, of unshifted outputs."""
     last = outputs.last_hidden_state
+    assert outputs.logits is not None  # a forward without needs has all
     return TargetBatch(
         aux_hidden_states=outputs.aux_hidden_states,
         logits=shift_left(outputs.logits),

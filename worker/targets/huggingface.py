@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 from worker.errors import TargetError
 from worker.targets.compiled import CompiledLayers, warm_up
 from worker.targets.contract import (
     HasWeight,
+    Needs,
     TargetBatch,
     TargetOutputs,
     choose_aux_layer_ids,
@@ -47,10 +49,23 @@ _ROPES_OF_THE_LONGEST = {"dynamic", "longrope", "su"}
 class _Capture:
     """What the hooks keep of one forward."""
 
+    needs: Needs
     trial: bool = False  # keeps the head's output too, which is as large as the logits
     layers: dict[int, Tensor] = field(default_factory=dict)  # [B, T, H] each
     head_input: Tensor | None = None  # [B, T, H]
     head_output: Tensor | None = None  # [B, T, V]
+
+    def keep(self, layer: int, state: Tensor) -> None:
+        """Take a layer's output. Raises :class:`_EnoughError` where nothing behind it is needed."""
+        if layer in self.needs.layers:
+            self.layers[layer] = state
+            needs = self.needs
+            if layer == needs.layers[-1] and not (needs.last or needs.logits):
+                raise _EnoughError
+
+
+class _EnoughError(Exception):
+    """Ends a forward that has given what it was for: what follows would be computed for nobody."""
 
 
 #: The forward under way in this thread. Another thread's forward of the same model finds its own,
@@ -58,21 +73,34 @@ class _Capture:
 _current: ContextVar[_Capture | None] = ContextVar("draftmq_capture", default=None)
 
 
+def _keep_embeddings(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    capture = _current.get()
+    if capture is not None:
+        capture.keep(-1, args[0] if args else kwargs["hidden_states"])
+
+
 def _keep_layer(layer: int, module: nn.Module, args: Any, output: Any) -> None:
     capture = _current.get()
     if capture is not None:
-        capture.layers[layer] = output[0] if isinstance(output, tuple) else output
+        capture.keep(layer, output[0] if isinstance(output, tuple) else output)
 
 
-def _keep_head(module: nn.Module, args: Any, output: Tensor) -> None:
+def _keep_head_input(module: nn.Module, args: Any) -> None:
     capture = _current.get()
     if capture is not None and args:
         capture.head_input = args[0]
-        capture.head_output = output if capture.trial else None
+        if not capture.needs.logits:
+            raise _EnoughError
+
+
+def _keep_head_output(module: nn.Module, args: Any, output: Tensor) -> None:
+    capture = _current.get()
+    if capture is not None and capture.trial:
+        capture.head_output = output
 
 
 class HuggingFaceTarget:
-    """A frozen model with three aux hidden states, its logits, and what its head multiplies.
+    """A frozen model with its layers' hidden states, its logits, and what its head multiplies.
 
     ``last_hidden_state`` is the very tensor that enters ``lm_head``, and the logits are the
     model's own. ``hidden`` is offered only where a trial forward shows that the logits are the
@@ -98,20 +126,27 @@ class HuggingFaceTarget:
         self._one_forward = threading.Lock()
         #: what :meth:`close` takes away again
         self._handles: list[Any] = [
-            self._layers[layer].register_forward_hook(partial(_keep_layer, layer))
-            for layer in self.aux_layer_ids
+            layer.register_forward_hook(partial(_keep_layer, number))
+            for number, layer in enumerate(self._layers)
         ]
+        self._handles.append(
+            self._layers[0].register_forward_pre_hook(_keep_embeddings, with_kwargs=True)
+        )
         head = model.get_output_embeddings()
         if head is not None:
-            self._handles.append(head.register_forward_hook(_keep_head))
+            self._handles.append(head.register_forward_pre_hook(_keep_head_input))
+            self._handles.append(head.register_forward_hook(_keep_head_output))
         try:
-            trial, aux, logits = self._try()
+            trial, logits = self._try()
+            #: what can be had of it; empty: every layer
+            self.layers = self._layers_of(trial)
         except Exception:
             self.close()
             raise
         #: V: what the logits have, which may be more than the tokenizer knows
         self.vocab_size = int(logits.shape[-1])
-        self.dtype = aux.dtype
+        self.dtype = trial.layers[self.aux_layer_ids[0]].dtype
+        self.engine = f"transformers {transformers.__version__}"
         self.batchable = _batchable(model)
         self.hidden_refused = _why_not_hidden(head, trial, logits)
         self.encodings = ("probs", "topk") if self.hidden_refused else ("probs", "hidden", "topk")
@@ -139,18 +174,38 @@ class HuggingFaceTarget:
     ) -> TargetBatch:
         """The co-located contract: ids and masks [B, T], padded on the right."""
         outputs = self.forward(input_ids, attention_mask, loss_mask)
-        device = outputs.logits.device
+        device = outputs.aux_hidden_states.device
         return colocated_batch(
             outputs, input_ids.to(device), attention_mask.to(device), loss_mask.to(device)
         )
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        loss_mask: Tensor | None = None,
+        needs: Needs | None = None,
     ) -> TargetOutputs:
-        """Unshifted outputs: a shift of logits [B, T, V] would be one more copy of them."""
+        """Unshifted outputs: a shift of logits [B, T, V] would be one more copy of them.
+
+        With ``needs`` nothing is run that they do not ask for, the head least of all.
+        """
         del loss_mask  # only for targets that want it
-        capture, aux, logits = self._run(input_ids, attention_mask)
-        return TargetOutputs(aux, logits, capture.head_input)
+        needs = needs or Needs(self.aux_layer_ids, last=True, logits=True)
+        capture, logits = self._run(input_ids, attention_mask, needs)
+        missing = [layer for layer in needs.layers if layer not in capture.layers]
+        if missing:
+            raise TargetError(f"the model's forward did not run its layers {missing}")
+        states = [full_tensor(capture.layers[layer]) for layer in needs.layers]
+        last = None if capture.head_input is None else full_tensor(capture.head_input)
+        where = next(t for t in (logits, last, *states) if t is not None).device
+        return TargetOutputs(
+            torch.cat([state.to(where) for state in states], dim=-1)
+            if states
+            else torch.empty(*input_ids.shape, 0, dtype=self.dtype, device=where),
+            logits,
+            last,
+        )
 
     def compile_forward(self) -> None:
         """Compile the decoder layers, here and now; last bits of all outputs may change.
@@ -159,7 +214,7 @@ class HuggingFaceTarget:
         """
         compiled = CompiledLayers(self._layers)
         try:
-            warm_up(self.name, self._run)
+            warm_up(self.name, self.forward)
         except TargetError:
             compiled.remove()
             raise
@@ -172,9 +227,10 @@ class HuggingFaceTarget:
 
     @torch.no_grad()  # not inference_mode: a co-located trainer saves these tensors for backward
     def _run(
-        self, input_ids: Tensor, attention_mask: Tensor, *, trial: bool = False
-    ) -> tuple[_Capture, Tensor, Tensor]:
-        capture = _Capture(trial)
+        self, input_ids: Tensor, attention_mask: Tensor, needs: Needs, *, trial: bool = False
+    ) -> tuple[_Capture, Tensor | None]:
+        """What the hooks kept, and the logits [B, T, V] where the forward went on to them."""
+        capture, outputs = _Capture(needs, trial), None
         with self._one_forward:
             before = _current.set(capture)
             try:
@@ -183,21 +239,38 @@ class HuggingFaceTarget:
                     attention_mask=attention_mask.to(self.device),
                     use_cache=False,
                 )
+            except _EnoughError:
+                return capture, None
             finally:
                 _current.reset(before)
         logits = full_tensor(outputs.logits if hasattr(outputs, "logits") else outputs)
-        missing = [layer for layer in self.aux_layer_ids if layer not in capture.layers]
-        if missing:
-            raise TargetError(f"the model's forward did not run its layers {missing}")
-        states = [
-            full_tensor(capture.layers[layer]).to(logits.device) for layer in self.aux_layer_ids
-        ]
-        return capture, torch.cat(states, dim=-1), logits
+        return capture, logits
 
-    def _try(self) -> tuple[_Capture, Tensor, Tensor]:
+    def _try(self) -> tuple[_Capture, Tensor]:
         rows = self.get_input_embeddings().weight.shape[0]
         ids = torch.arange(rows - 1, max(-1, rows - 9), -1).unsqueeze(0)  # [1, 8]
-        return self._run(ids, torch.ones_like(ids), trial=True)
+        needs = Needs(tuple(range(-1, len(self._layers))), last=True, logits=True)
+        capture, logits = self._run(ids, torch.ones_like(ids), needs, trial=True)
+        assert logits is not None
+        return capture, logits
+
+    def _layers_of(self, trial: _Capture) -> tuple[int, ...]:
+        """The layers whose states are [B, T, H]; empty for all.
+
+        Raises :class:`TargetError` where an aux layer is none of them.
+        """
+        hidden_size = int(text_config(self.model.config).hidden_size)
+        shapes = {layer: tuple(state.shape) for layer, state in trial.layers.items()}
+        right = [layer for layer, shape in shapes.items() if shape[2:] == (hidden_size,)]
+        for layer in self.aux_layer_ids:
+            if layer not in right:
+                got = f"gives states {shapes[layer]}" if layer in shapes else "is not run"
+                raise TargetError(
+                    f"layer {layer} of {self.name!r} {got} where (1, 8, {hidden_size}) was "
+                    "expected for 8 tokens of text; a draft cannot learn from that. Layers that "
+                    f"can be had: {', '.join(map(str, sorted(right))) or 'none'}"
+                )
+        return () if len(right) == len(self._layers) + 1 else tuple(sorted(right))
 
     def __repr__(self) -> str:
         return (

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from worker.targets.contract import (
+    Needs,
     TargetBatch,
     TargetOutputs,
     choose_aux_layer_ids,
@@ -44,10 +45,11 @@ class StubConfig:
 class StubTarget:
     """Deterministic and without a model: what it gives for a token depends on that token only.
 
-    Layer l's hidden state of token id v is ``states[l, v]`` (float, seeded), the last hidden state
-    ``states[-1, v]``, the logits that times ``lm_head`` [V, H]; so a test can say what is right
-    without running anything. ``delay_s`` and ``s_per_token`` make it slow; ``failures`` are raised
-    by the calls of those numbers, counted from 0. ``calls`` counts forwards.
+    Layer l's hidden state of token id v is ``states[l, v]`` (float, seeded; of layer -1, the
+    embeddings, that of layer 0), the last hidden state ``states[-1, v]``, the logits
+    that times ``lm_head`` [V, H]; so a test can say what is right without running anything.
+    ``delay_s`` and ``s_per_token`` make it slow; ``failures`` are raised by the calls of those
+    numbers, counted from 0. ``calls`` counts forwards.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class StubTarget:
         self.aux_layer_ids = choose_aux_layer_ids(requested, num_hidden_layers)
         self.batchable = True
         self.encodings = ("probs", "hidden", "topk")
+        self.layers: tuple[int, ...] = ()
+        self.engine = "stub"
         self.vocab_size = vocab_size
         self.dtype = dtype
         draw = torch.Generator().manual_seed(seed)
@@ -97,7 +101,11 @@ class StubTarget:
         return SimpleNamespace(weight=self.lm_head, bias=None)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        loss_mask: Tensor | None = None,
+        needs: Needs | None = None,
     ) -> TargetOutputs:
         """Look the states up. Raises the failure that this call was given, if any."""
         call, self.calls = self.calls, self.calls + 1
@@ -107,9 +115,14 @@ class StubTarget:
         if call in self.failures:
             raise self.failures[call]
         ids = input_ids.to(torch.int64)
-        aux = torch.cat([self.states[layer][ids] for layer in self.aux_layer_ids], dim=-1)
+        needs = needs or Needs(self.aux_layer_ids, last=True, logits=True)
+        states = [self.states[max(0, layer)][ids] for layer in needs.layers]
         last = self.states[-1][ids]
-        return TargetOutputs(aux, last @ self.lm_head.T, last)
+        return TargetOutputs(
+            torch.cat(states, dim=-1) if states else last[..., :0],
+            last @ self.lm_head.T if needs.logits else None,
+            last,
+        )
 
     def generate_batch(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor

@@ -34,6 +34,8 @@ def model(name: str = "tiny", **changes: object) -> m.ModelDescription:
         "aux_layer_ids": (1, 3, 4),
         "dtype": "float32",
         "encodings": ("probs", "hidden"),
+        "layers": (),
+        "engine": "",
         "tokenizer": "",
         "config_json": "{}",
     }

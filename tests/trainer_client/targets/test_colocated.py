@@ -132,7 +132,7 @@ def test_bad_input_is_refused_as_by_a_worker() -> None:
         backend().generate_batch(ids + 47, mask, loss_mask)
 
 
-@pytest.mark.parametrize("encoding", ["float8", "hidden"])
+@pytest.mark.parametrize("encoding", ["layers=1,2;last", "hidden"])
 def test_an_encoding_that_is_not_there_is_refused_with_those_that_are(encoding: str) -> None:
     foreign = ForeignTarget(StubTarget(vocab_size=V), "foreign")
     with pytest.raises(

@@ -61,7 +61,7 @@ def test_each_gets_what_it_gets_alone_to_the_last_bits(kind: str) -> None:
     assert target.batchable
     given = requests()
     for encoding in set(target.encodings) & {"probs", "hidden"}:
-        made = compute_together(target, given, mapping=MAPPING, encoding=encoding)
+        made = compute_together(target, given, mapping=MAPPING, encodings=[encoding] * len(given))
         for tokens, got in zip(given, made, strict=True):
             alone = compute_supervision(target, **tokens, mapping=MAPPING, encoding=encoding)
             assert list(got) == list(alone)
@@ -79,7 +79,7 @@ def test_each_gets_what_it_gets_alone_to_the_last_bits(kind: str) -> None:
 def test_what_a_request_gets_is_not_changed_by_who_is_beside_it() -> None:
     target = StubTarget(vocab_size=VOCAB)
     given = requests()
-    made = compute_together(target, given, mapping=MAPPING, encoding="hidden")
+    made = compute_together(target, given, mapping=MAPPING, encodings=["hidden"] * len(given))
     for tokens, got in zip(given, made, strict=True):
         alone = compute_supervision(target, **tokens, mapping=MAPPING, encoding="hidden")
         for name, tensor in alone.items():
@@ -103,7 +103,9 @@ def test_shifted_outputs_are_not_cut_apart() -> None:
     foreign = ForeignTarget(StubTarget(vocab_size=VOCAB), "theirs")
     assert not foreign.batchable
     with pytest.raises(TargetError, match="gives shifted outputs"):
-        compute_together(foreign, requests(), mapping=MAPPING, encoding="probs")
+        compute_together(
+            foreign, requests(), mapping=MAPPING, encodings=["probs"] * len(requests())
+        )
 
 
 class Picky(StubTarget):

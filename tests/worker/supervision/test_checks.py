@@ -30,8 +30,8 @@ class Spoiling(StubTarget):
         super().__init__()
         self._spoil = spoil
 
-    def forward(self, *tokens: Any) -> TargetOutputs:
-        return self._spoil(super().forward(*tokens))
+    def forward(self, *tokens: Any, **named: Any) -> TargetOutputs:
+        return self._spoil(super().forward(*tokens, **named))
 
 
 def put(

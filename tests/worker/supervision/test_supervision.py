@@ -10,11 +10,11 @@ from tests.vocab import shuffled
 from tests.worker.targets.tiny_models import VOCAB, shared, tokens
 from worker.errors import BadRequest
 from worker.supervision.mapping import VocabMapping
+from worker.supervision.requests import validate_request
 from worker.supervision.supervision import (
     compute_supervision,
     input_embeddings,
     lm_head_rows,
-    validate_request,
 )
 from worker.targets.foreign import ForeignTarget
 from worker.targets.huggingface import HuggingFaceTarget
@@ -188,7 +188,9 @@ def test_the_first_slots_have_the_bits_that_they_have_in_the_whole(
     llama: HuggingFaceTarget, encoding: str, slots: int
 ) -> None:
     whole = supervise(llama, encoding)
-    part = compute_supervision(llama, *tokens(), mapping=MAPPING, encoding=encoding, slots=slots)
+    part = compute_supervision(
+        llama, *tokens(), mapping=MAPPING, encoding=f"{encoding};rows=0-{slots}"
+    )
     assert list(part) == list(whole)
     for name, tensor in whole.items():
         assert torch.equal(part[name], tensor[:, :slots]), name
@@ -199,6 +201,6 @@ def test_the_first_slots_of_a_target_that_shifts_are_those_of_the_whole(
 ) -> None:
     theirs = ForeignTarget(llama, "theirs")
     whole = supervise(theirs, "probs")
-    part = compute_supervision(theirs, *tokens(), mapping=MAPPING, encoding="probs", slots=5)
+    part = compute_supervision(theirs, *tokens(), mapping=MAPPING, encoding="probs;rows=0-5")
     for name, tensor in whole.items():
         assert torch.equal(part[name], tensor[:, :5]), name

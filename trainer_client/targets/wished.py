@@ -1,0 +1,149 @@
+"""Wishes on the trainer's side: what is sent for one, and what its reply is for a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from broker.protocol.wish import Wish, parse_wish
+from trainer_client.targets.batch import Eagle3TargetBatch
+from worker.errors import BadRequest
+from worker.supervision.fp8 import from_fp8
+from worker.supervision.requests import Tokens, validate_tokens
+from worker.supervision.supervision import check_layers
+from worker.targets.contract import shift_left
+
+_OF_TOPK = ("topk_log_probs", "topk_ids", "rest_mass")
+
+
+@dataclass(frozen=True)
+class TargetSupervision:
+    """What a wish asked for, and nothing else. Nothing is shifted: slot t is of token t.
+
+    R positions were wanted of each of B rows, [B, R, ...]; or of packed documents, [R, ...]; where
+    the wish says ``at=loss``, all but the states have [M, ...] for the M positions with loss.
+    """
+
+    wish: Wish
+    states: Tensor | None = None  # [B, R, L, H], the target's dtype: outputs of the L layers
+    last: Tensor | None = None  # [B, R, H], the target's dtype: what its head multiplies
+    probs: Tensor | None = None  # [B, R, D] float32: the law of token t + 1 over the draft vocab
+    topk_log_probs: Tensor | None = None  # [B, R, K] float32, largest first
+    topk_ids: Tensor | None = None  # [B, R, K] draft ids, int16 or int32
+    rest_mass: Tensor | None = None  # [B, R, 1] float32: the probability of all other draft ids
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], wish: Wish, dtype: str) -> TargetSupervision:
+        """From the tensors of a reply; what came as fp8 becomes the target's ``dtype`` again."""
+        made = {name: t for name, t in tensors.items() if not name.endswith("_scale")}
+        for name, tensor in made.items():
+            if tensor.dtype == torch.float8_e4m3fn:
+                scale = tensors[f"{name}_scale"]
+                made[name] = from_fp8(tensor, scale, getattr(torch, dtype))
+        return cls(wish, **made)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors, as they are here."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TargetSupervision:
+        """The same with each of its tensors changed."""
+        return TargetSupervision(self.wish, **{n: change(t) for n, t in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def to_batch(
+        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
+    ) -> Eagle3TargetBatch:
+        """EAGLE-3's batch of the ids and masks [B, T] that were asked about.
+
+        What counts is what the loss mask says, also where the target's own token is not in the
+        draft vocabulary: to know that takes the whole head, which the wish did not ask for.
+        """
+        assert self.states is not None  # by check_for_training
+        device = self.states.device
+        mask = loss_mask.to(device)
+        shifted_mask = shift_left(mask)
+        names = {"last": "last_hidden_state", "probs": "target_probs"} | {n: n for n in _OF_TOPK}
+        supervision: dict[str, Any] = {
+            names[name]: shift_left(self._everywhere(tensor, mask.bool()))
+            for name, tensor in self._tensors().items()
+            if name != "states"
+        }
+        return Eagle3TargetBatch(
+            aux_hidden_states=self.states.flatten(-2),
+            input_ids=shift_left(input_ids.to(device, torch.int64)),
+            attention_mask=attention_mask.to(device),
+            loss_mask=shifted_mask,
+            position_mask=shifted_mask.bool().unsqueeze(-1),
+            **supervision,
+        )
+
+    def _everywhere(self, tensor: Tensor, mask: Tensor) -> Tensor:
+        """[B, T, ...], with zeros where ``at=loss`` left a position out."""
+        if not self.wish.at_loss:
+            return tensor
+        whole = tensor.new_zeros(*mask.shape, *tensor.shape[1:])
+        whole[mask] = tensor
+        return whole
+
+
+def check_for_training(encoding: str) -> None:
+    """Raise ``ValueError`` for a text that is no wish, or not what an EAGLE-3 draft learns from."""
+    wish = parse_wish(encoding)
+    if wish.name:
+        return
+    sources = sum((wish.last, wish.probs, bool(wish.topk)))
+    if not wish.layers or sources != 1 or wish.rows is not None:
+        raise ValueError(
+            f"an EAGLE-3 draft cannot be trained with {encoding!r}: it learns from layers and one "
+            "of last, probs=all or topk=K, at all positions; say for example "
+            "layers=1,17,32;last;states=fp8"
+        )
+
+
+def takes_head(encoding: str) -> bool:
+    """Whether batches of an encoding have what the trainer itself multiplies by the head."""
+    return encoding != "logits" and parse_wish(encoding).has_last
+
+
+def check_wish(tokens: Tokens, wish: Wish, info: Mapping[str, Any]) -> None:
+    """Refuse here what workers that say ``info`` of themselves would refuse.
+
+    Raises :class:`worker.errors.BadRequest`.
+    """
+    wanted = wish.name or ("hidden" if wish.last else "")
+    if wanted and wanted not in info["encodings"]:
+        raise BadRequest(
+            f"the model {info['model']!r} is served with {', '.join(info['encodings'])}; "
+            f"{str(wish)!r} needs {wanted!r}"
+        )
+    check_layers(wish.layers, tuple(info["layers"]), info["num_hidden_layers"], info["model"])
+    validate_tokens(tokens, wish, info["vocab_size"], info["max_position_embeddings"])
+
+
+def tokens_to_send(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    loss_mask: Tensor | None,
+    lengths: Tensor | None,
+) -> dict[str, Tensor]:
+    """The tensors of a request: rows [B, T], masks of ones where none are given; or packed [N]."""
+    if lengths is None:
+        ones = torch.ones_like(input_ids)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": ones if attention_mask is None else attention_mask,
+            "loss_mask": ones if loss_mask is None else loss_mask,
+        }
+    if attention_mask is not None:
+        raise BadRequest("packed documents have lengths and no padding; leave attention_mask away")
+    packed = {"input_ids": input_ids, "lengths": lengths}
+    return packed if loss_mask is None else packed | {"loss_mask": loss_mask}
