@@ -54,10 +54,10 @@ class Rig:
         packet = message if isinstance(message, Packet) else encode(message)
         self.handle(Arrived(endpoint, packet))
 
-    def submit(self, number: int, deadline_s: float = 600.0) -> Packet:
+    def submit(self, number: int, deadline_s: float = 600.0, encoding: str = "probs") -> Packet:
         octets = bytes([number])
         request = m.Request(
-            m.RequestId("me", 7, number), "generate", "", number, 1, "", "probs", deadline_s,
+            m.RequestId("me", 7, number), "generate", "", number, 1, "", encoding, deadline_s,
             (m.TensorSpec("input_ids", "uint8", (1,), 1),),
         )  # fmt: skip
         packet = encode(request, [octets])
@@ -249,6 +249,20 @@ def test_a_model_that_changes_in_mid_run_is_an_error() -> None:
     rig.reply(rig.submit(2), fingerprint="f1")
     assert isinstance(rig.ended[1], Fail)
     assert "fingerprint is 'f1' where 'f0' was expected" in rig.ended[1].text
+
+
+def test_a_reply_has_the_layers_of_its_own_wish_and_a_named_one_those_of_the_first() -> None:
+    wish = "layers=1,5;last"
+    rig = Rig()
+    rig.welcome()
+    rig.reply(rig.submit(1))
+    rig.reply(rig.submit(2, encoding=wish), encoding=wish, aux_layer_ids=(1, 5))
+    assert not any(isinstance(end, Fail) for end in rig.ended)
+    rig.reply(rig.submit(3, encoding=wish), encoding=wish, aux_layer_ids=(1, 6))
+    rig.reply(rig.submit(4), aux_layer_ids=(1, 5))
+    says = [end.text for end in rig.ended if isinstance(end, Fail)]
+    assert "aux_layer_ids is (1, 6) where (1, 5) was expected" in says[0]
+    assert "aux_layer_ids is (1, 5) where (1, 3, 4) was expected" in says[1]
 
 
 def test_a_request_that_was_damaged_on_its_way_is_sent_again() -> None:
