@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import threading
 from typing import Any
 
@@ -196,18 +197,19 @@ def test_leaving_a_prefetcher_early_cancels_what_is_under_way(
     class Sample:
         input_ids, attention_mask, loss_mask = tokens()
 
-    held = threading.Event()
+    held, calls = threading.Event(), itertools.count()
     forward = cluster.target.forward
 
     def slow(*ids: torch.Tensor) -> TargetOutputs:
-        held.wait(20)
+        if next(calls):  # all but the first, which the iterator shall give
+            held.wait(20)
         return forward(*ids)
 
-    iterator = iter(Prefetcher(remote, [Sample()] * 10, depth=4))
-    next(iterator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster.target, "forward", slow)
+        iterator = iter(Prefetcher(remote, [Sample()] * 10, depth=4))
         try:
+            next(iterator)
             eventually(lambda: len(cluster.broker.core.entries) == 4)
             iterator.close()
             eventually(lambda: len(cluster.broker.core.entries) == 0)
