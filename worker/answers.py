@@ -26,6 +26,7 @@ from worker.errors import BadRequest
 from worker.staging import Mark, Staging, staging_for
 from worker.supervision.batching import compute_together
 from worker.supervision.checks import check_shapes, expected_shapes, name_unsound, soundness
+from worker.supervision.fp8 import fp8_errors
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.requests import Tokens, validate_tokens
 from worker.supervision.supervision import (
@@ -76,6 +77,8 @@ class Work:
     #: whether all its values are numbers, there when the tensors are; bool [1]
     sound: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.bool))
     info_json: str = ""
+    #: tensor -> what fp8 lost of it, where this is the first of its wish
+    fp8_errors: dict[str, float] = field(default_factory=dict)
     failure: Packet | None = None
     #: where on the device's time line its forward begins and ends
     began: Mark = None
@@ -106,6 +109,8 @@ class Answerer:
         self._staging: Staging = staging_for(target.get_input_embeddings().weight.device)
         self.mappings: dict[str, VocabMapping] = {}
         self._description = description(facts)
+        #: the wish in fp8 whose error was looked at last
+        self._fp8_wish = ""
         self._facts = asdict(facts) | {"offer": self._description.offer}
 
     def learn(self, offer: Packet) -> None:
@@ -201,11 +206,16 @@ class Answerer:
         elif request.operation == "lm_head_rows":
             work.tensors = lm_head_rows(self.target, self._mapping(request))
         else:
-            assert work.tokens is not None
-            compute = compute_packed if "lengths" in work.tokens else compute_supervision
-            work.tensors = compute(
-                self.target, **work.tokens, mapping=work.mapping, encoding=request.encoding
-            )
+            work.tensors = self._supervision(work, request.encoding)
+            if work.wish is not None and work.wish.lossy and request.encoding != self._fp8_wish:
+                self._fp8_wish = request.encoding
+                exact = self._supervision(work, str(work.wish.exact()))
+                work.fp8_errors = fp8_errors(work.tensors, exact)
+
+    def _supervision(self, work: Work, encoding: str) -> dict[str, Tensor]:
+        assert work.tokens is not None
+        compute = compute_packed if "lengths" in work.tokens else compute_supervision
+        return compute(self.target, **work.tokens, mapping=work.mapping, encoding=encoding)
 
     def _check(self, work: Work) -> None:
         """Look at sizes now, and ask whether the values are numbers; the answer is waited for

@@ -32,6 +32,8 @@ class Measures:
         self.tokens = 0
         self.request_bytes = 0
         self.answer_bytes = 0
+        #: tensor ("states", "last") -> the relative error of fp8 in the first batch of a wish
+        self.fp8_errors: dict[str, float] = {}
 
     @property
     def staged(self) -> int:
@@ -65,6 +67,7 @@ class Measures:
             "tokens": self.tokens,
             "request_bytes": self.request_bytes,
             "answer_bytes": self.answer_bytes,
+            "fp8_errors": dict(self.fp8_errors),
             "wait_s": self.wait_s.plain(),
             "compute_s": self.compute_s.plain(),
         }
@@ -116,6 +119,13 @@ METRICS = (
         "counter",
         "Bytes of the answers.",
         lambda s: one(s["answer_bytes"]),
+    ),
+    Metric(
+        "draftmq_worker_fp8_relative_error",
+        "gauge",
+        "Norm of what fp8 lost over that of the states, in the first batch of the newest wish.",
+        lambda s: [((name,), error) for name, error in s["fp8_errors"].items()],
+        ("tensor",),
     ),
     Metric(
         "draftmq_worker_held",

@@ -87,6 +87,8 @@ class Pipeline:
         works = [Work(part.packet, now - part.received_at) for part in parts]
         self._answerer.compute(works)
         self._measures.computed += len(works)
+        for work in works:
+            self._measures.fp8_errors |= work.fp8_errors
         self._post(TargetFree())
         for work in works:
             self._staged.put(work)

@@ -101,6 +101,15 @@ class Wish:
         """Whether the reply has the last hidden state, which the trainer multiplies by the head."""
         return self.last or self.name == "hidden"
 
+    @property
+    def lossy(self) -> bool:
+        """Whether something of it travels as fp8."""
+        return self.fp8_states or self.fp8_last
+
+    def exact(self) -> Wish:
+        """The same with everything in the target's dtype."""
+        return replace(self, fp8_states=False, fp8_last=False)
+
     def within(self, first: int, end: int) -> Wish:
         """The same for the positions ``first <= t < end`` only."""
         return replace(self, rows=(first, end))

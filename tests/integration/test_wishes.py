@@ -95,6 +95,16 @@ def test_fp8_comes_directly_too(
         assert_equal(remote.supervise(wish, *rows(3)).result(), expected)
 
 
+def test_a_worker_measures_what_fp8_costs_in_the_first_batch_of_a_wish(cluster: Cluster) -> None:
+    worker = cluster.worker()
+    remote = cluster.trainer()
+    for _ in range(3):
+        remote.supervise("layers=1,3;last=fp8;states=fp8", *rows(0)).result()
+    errors = worker.measures.plain()["fp8_errors"]
+    assert set(errors) == {"states", "last"}
+    assert all(0.01 < error < 0.04 for error in errors.values())
+
+
 def test_no_mapping_is_needed_where_nothing_is_over_a_vocabulary(cluster: Cluster) -> None:
     cluster.worker()
     remote = cluster.trainer()

@@ -7,6 +7,8 @@ from an outlier in one of them (SmolLM2's first token has 22,863 in a layer whos
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,15 @@ def to_fp8(states: Tensor) -> tuple[Tensor, Tensor]:
 def from_fp8(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """States [..., H] in ``dtype``, of float8_e4m3fn [..., H] and scales float32 [...]."""
     return (values.float() * scale.unsqueeze(-1)).to(dtype)
+
+
+def fp8_errors(made: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """For each tensor that is float8_e4m3fn: :func:`relative_error` to what it was before."""
+    return {
+        name: relative_error(exact[name], tensor, made[f"{name}_scale"])
+        for name, tensor in made.items()
+        if tensor.dtype == torch.float8_e4m3fn
+    }
 
 
 def relative_error(states: Tensor, values: Tensor, scale: Tensor) -> float:
