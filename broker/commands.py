@@ -37,7 +37,7 @@ _COMMANDS = {
     "chaos": _Entry("broker.chaos.cli:chaos", "Stand between peers and a broker and break things."),
     "demo": _Entry(
         "trainer_client.commands.demo:demo",
-        "Run broker, workers and two trainers here; end with a trained draft.",
+        "Run all of it here, and end with a trained draft.",
         "all",
     ),
     "eval": _Entry(
@@ -51,6 +51,11 @@ _COMMANDS = {
         "train",
     ),
     "keygen": _Entry("broker.cli:keygen", "Make CURVE keys."),
+    "speculators-train": _Entry(
+        "trainer_client.commands.speculators:speculators_train",
+        "Run the training of vLLM's speculators on our workers.",
+        "worker",
+    ),
     "status": _Entry("broker.watch.look:status", "Show what a broker sees, once."),
     "top": _Entry("broker.watch.look:top", "Show what brokers see, live."),
     "train": _Entry("trainer_client.commands.train:train", "Train a draft.", "train"),

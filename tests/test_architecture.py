@@ -71,10 +71,22 @@ def test_the_trainer_takes_of_the_worker_its_tensors_transfers_and_targets(
 
 
 @pytest.mark.parametrize(("name", "path"), _all("broker", "worker", "trainer_client"))
-def test_only_the_room_for_nemo_needs_nemo(name: str, path: Path) -> None:
-    if not _within(name, "trainer_client.nemo"):
-        rooms = ("nemo_automodel", "trainer_client.nemo")
-        assert not [there for there in imported(path) if _within(there, *rooms)]
+@pytest.mark.parametrize(
+    ("room", "theirs", "doors"),
+    [
+        ("trainer_client.nemo", ("nemo_automodel",), ()),
+        (
+            "trainer_client.speculators",
+            ("speculators", "hs_connectors"),
+            ("trainer_client.commands.speculators",),
+        ),
+    ],
+)
+def test_only_the_room_for_another_trainer_needs_it(
+    name: str, path: Path, room: str, theirs: tuple[str, ...], doors: tuple[str, ...]
+) -> None:
+    if not _within(name, room, *doors):
+        assert not [there for there in imported(path) if _within(there, room, *theirs)]
 
 
 @pytest.mark.parametrize(("name", "path"), _all("worker"))
