@@ -22,7 +22,7 @@ from broker.protocol.names import bounded
 from broker.protocol.wish import Wish
 from worker.direct.parts import specs
 from worker.direct.sender import Plan, Sender
-from worker.errors import BadRequest
+from worker.errors import BadRequest, TargetGoneError
 from worker.staging import Mark, Staging, staging_for
 from worker.supervision.batching import compute_together
 from worker.supervision.checks import check_shapes, expected_shapes, name_unsound, soundness
@@ -189,6 +189,8 @@ class Answerer:
                     mapping=works[0].mapping,
                     encodings=[work.request.encoding for work in works],
                 )
+        except TargetGoneError:
+            raise
         except Exception as error:
             fields = {"requests": len(works), "error": f"{type(error).__name__}: {error}"}
             _logger.warning("batch_failed", extra={"fields": fields})
@@ -305,7 +307,9 @@ def _size(work: Work) -> int:
 
 @contextlib.contextmanager
 def _failing(work: Work) -> Iterator[None]:
-    """An error in here becomes the failure that answers the request."""
+    """An error in here becomes the failure that answers the request, but that the target is gone:
+    others can answer it.
+    """
     try:
         yield
     except BadRequest as error:
@@ -314,6 +318,8 @@ def _failing(work: Work) -> Iterator[None]:
         work.failure = _failure(work.request, "damaged", error)
     except LocalProtocolError as error:
         work.failure = _failure(work.request, "too_large", error)
+    except TargetGoneError:
+        raise
     except BaseException as error:  # a target's SystemExit is a failure, not our end
         fields = {"request": str(work.request.id)}
         _logger.exception("target_failed", extra={"fields": fields})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 _GRACE_S = 5.0
 
 
+#: A target that begins so is served inside vLLM.
+_VLLM = "vllm:"
+#: Requests that a worker in vLLM holds at once, and tokens that it runs together: rows of unequal
+#: lengths cost no padding there, so nothing is lost by running what waits.
+_VLLM_CREDITS, _VLLM_TOKENS = 16, 8192
+
+
 class _Layers(click.ParamType[tuple[int, ...]]):
     name = "I,J,K"
 
@@ -30,7 +38,22 @@ class _Layers(click.ParamType[tuple[int, ...]]):
         try:
             return tuple(int(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} is not three layer numbers like 1,5,8", param, ctx)
+            self.fail(f"{value!r} is not layer numbers like 1,5,8", param, ctx)
+
+
+class _Setting(click.ParamType[tuple[str, object]]):
+    name = "KEY=VALUE"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, object]:
+        key, equals, text = str(value).partition("=")
+        if not (key and equals):
+            self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
+        try:
+            return key, json.loads(text)
+        except ValueError:
+            return key, text
 
 
 _WORKER_EXAMPLE = """\b
@@ -46,10 +69,23 @@ Example:
     multiple=True,
     help="The broker's public key, or its file; one for all brokers, or one for each.",
 )
-@click.option("--target", help="Hugging Face id or path, or 'embedded'.")
+@click.option(
+    "--target",
+    help="Hugging Face id or path, or 'embedded'; with vllm: before it, it runs inside vLLM.",
+)
 @click.option("--target-factory", help="package.module:callable that makes the target instead.")
 @click.option("--model-name", default="", help="The name that trainers ask for (default: TARGET).")
 @click.option("--aux-layers", type=_Layers(), help="Layers whose outputs are taken [1,n/2-1,n-4].")
+@click.option(
+    "--layers", type=_Layers(), help="With vllm: the layers that can be asked for beside these."
+)
+@click.option("--tp", type=click.IntRange(min=1), default=1, help="With vllm: tensor parallel.")
+@click.option(
+    "--engine-arg",
+    type=_Setting(),
+    multiple=True,
+    help="With vllm: an argument of vllm.LLM, such as gpu_memory_utilization=0.8; repeatable.",
+)
 @click.option("--device", default="", help="cpu, cuda, ... (default: a GPU if there is one).")
 @click.option("--dtype", help="float32, bfloat16, ... (default: the checkpoint's).")
 @click.option("--revision", help="Revision of the model on the hub.")
@@ -58,21 +94,24 @@ Example:
 @click.option(
     "--credits",
     type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
     help="Requests held at once: with 2 the next is here when one ends. With --coalesce-tokens, "
-    "twice as many as should run together.",
+    "twice as many as should run together. [2, in vLLM 16]",
 )
 @click.option(
     "--coalesce-tokens",
     type=click.IntRange(min=0),
-    default=0,
     metavar="N",
-    help="Run waiting requests in one forward of at most N tokens, padded; may change last bits.",
+    help="Run waiting requests in one forward of at most N tokens, padded; may change last bits. "
+    "[0, in vLLM 8192]",
 )
 @click.option(
     "--compile/--no-compile",
     help="Run the target's layers as code of torch.compile; may change last bits.",
+)
+@click.option(
+    "--canary/--no-canary",
+    default=True,
+    help="Before attaching: compare a few prompts alone, together, and with transformers'.",
 )
 @click.option("--drain-s", default=30.0, show_default=True, help="Seconds to finish on SIGTERM.")
 @click.option("--name", help="This worker's own name (default: host, pid, random).")
@@ -90,14 +129,18 @@ def worker(
     target_factory: str | None,
     model_name: str,
     aux_layers: tuple[int, ...] | None,
+    layers: tuple[int, ...] | None,
+    tp: int,
+    engine_arg: tuple[tuple[str, object], ...],
     device: str,
     dtype: str | None,
     revision: str | None,
     trust_remote_code: bool,
     threads: int | None,
-    credits: int,
-    coalesce_tokens: int,
+    credits: int | None,
+    coalesce_tokens: int | None,
     compile: bool,
+    canary: bool,
     drain_s: float,
     name: str | None,
     direct: DirectConfig,
@@ -112,9 +155,10 @@ def worker(
 
     from broker.notify import notify
     from broker.signals import wait_until
+    from worker.canary import prove
     from worker.last_resort import LastResort
     from worker.service import Worker
-    from worker.targets import compile_target, load_factory, load_target
+    from worker.targets import compile_target, load_factory, load_target, load_vllm_target
 
     for endpoint in broker:  # before a model is loaded
         addresses.connecting(endpoint)
@@ -123,7 +167,22 @@ def worker(
     if threads is not None:
         torch.set_num_threads(threads)
     served: Target
-    if target is not None:
+    in_vllm = target is not None and target.startswith(_VLLM)
+    if not in_vllm and (layers or engine_arg or tp != 1):
+        raise click.UsageError("--layers, --tp and --engine-arg are for --target vllm:MODEL")
+    if in_vllm:
+        served = load_vllm_target(
+            str(target).removeprefix(_VLLM),
+            tensor_parallel=tp,
+            device=device,
+            dtype=dtype,
+            aux_layer_ids=aux_layers,
+            layers=layers or (),
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            options=dict(engine_arg),
+        )
+    elif target is not None:
         served = load_target(
             target,
             device=device,
@@ -136,14 +195,18 @@ def worker(
         served = load_factory(str(target_factory), name=model_name)
     if compile:
         compile_target(served)
+    if canary:
+        prove(served, quantised="quantization" in dict(engine_arg))
     service = Worker(
         served,
         broker,
         model=model_name,
         name=name,
-        credits=credits,
+        credits=credits or (_VLLM_CREDITS if in_vllm else 2),
         drain_s=drain_s,
-        coalesce_tokens=coalesce_tokens,
+        coalesce_tokens=(_VLLM_TOKENS if in_vllm else 0)
+        if coalesce_tokens is None
+        else coalesce_tokens,
         direct=direct,
         http=http,
         http_token=http_token,
@@ -160,6 +223,11 @@ def worker(
 
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, leave)
-    with LastResort(drain_s + _GRACE_S), service:
-        notify("READY=1")
-        wait_until(service.wait)
+    try:
+        with LastResort(drain_s + _GRACE_S), service:
+            notify("READY=1")
+            wait_until(service.wait)
+    finally:
+        close = getattr(served, "close", None)
+        if close is not None:
+            close()

@@ -30,7 +30,7 @@ from worker.answers import Answerer, description
 from worker.core import Drain, Exit, Log, WorkerCore
 from worker.direct.config import DirectConfig
 from worker.direct.sender import Sender
-from worker.errors import WorkerError
+from worker.errors import TargetGoneError, WorkerError
 from worker.metrics import METRICS, Measures
 from worker.pipeline import Pipeline
 from worker.targets import as_target
@@ -206,7 +206,8 @@ class Worker:
             self._pipeline.do(action)
 
     def _thread_failed(self, error: BaseException) -> None:
-        self._error = f"a thread of the worker broke: {error!r}"
+        told = isinstance(error, TargetGoneError)
+        self._error = str(error) if told else f"a thread of the worker broke: {error!r}"
         self._left.set()
 
     def _limits(self) -> Limits:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from worker.errors import TargetError
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.requests import Tokens
-from worker.supervision.supervision import run, suited, supervision
+from worker.supervision.supervision import padded, run, suited, supervision
 from worker.targets.contract import Target
 
 
@@ -47,16 +46,3 @@ def compute_together(
         made.append(supervision(part, tokens, wish, mapping))
         first += rows
     return made
-
-
-def padded(requests: Sequence[Tokens]) -> dict[str, Tensor]:
-    """All rows [sum of B, longest T]; zeros on the right of the shorter ones."""
-    longest = max(tokens["input_ids"].shape[1] for tokens in requests)
-    return {
-        name: torch.cat([_widened(tokens[name], longest) for tokens in requests])
-        for name in requests[0]
-    }
-
-
-def _widened(tensor: Tensor, length: int) -> Tensor:
-    return F.pad(tensor, (0, length - tensor.shape[1]))

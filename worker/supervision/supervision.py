@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from broker.protocol.wish import Wish, WishError, parse_wish
@@ -55,27 +58,64 @@ def compute_packed(
     """The same for documents that follow one another: ids [N], lengths [documents], mask [N].
 
     Where the tensors of rows have [B, T, ...], these have [N, ...]. Each document is run alone, and
-    has the bits that it has in a request of its own; one outside of ``rows`` is not run.
+    has the bits that it has in a request of its own; one outside of ``rows`` is not run. Only a
+    target for which unequal rows cost no padding (``ragged``) runs them in one forward.
     """
     wish = suited(target, mapping, encoding)
+    documents = list(_documents(input_ids, lengths, loss_mask, wish))
+    if getattr(target, "ragged", False):
+        outputs = _together(target, documents, wish)
+    else:
+        outputs = (run(target, tokens, of_it) for tokens, of_it in documents)
+    made = [
+        supervision(each, tokens, of_it, mapping)
+        for each, (tokens, of_it) in zip(outputs, documents, strict=True)
+    ]
+    return {name: torch.cat([_flat(each[name], name, wish) for each in made]) for name in made[0]}
+
+
+def _documents(
+    input_ids: Tensor, lengths: Tensor, loss_mask: Tensor | None, wish: Wish
+) -> Iterator[tuple[Tokens, Wish]]:
+    """Each document that has some of the wanted rows, as one row [1, T], and the wish for it."""
     mask = torch.zeros_like(input_ids) if loss_mask is None else loss_mask
     first, end = wish.rows or (0, input_ids.numel())
-    made, at = [], 0
+    at = 0
     for length in lengths.tolist():
-        of_it: Wish | None = wish
-        if wish.rows is not None:
-            kept = max(first - at, 0), min(end - at, length)
-            of_it = wish.within(*kept) if kept[0] < kept[1] else None
-        if of_it is not None:
+        kept = max(first - at, 0), min(end - at, length)
+        if kept[0] < kept[1]:
             ids = input_ids[at : at + length].unsqueeze(0)
             tokens = {
                 "input_ids": ids,
                 "attention_mask": torch.ones_like(ids),
                 "loss_mask": mask[at : at + length].unsqueeze(0),
             }
-            made.append(supervision(run(target, tokens, of_it), tokens, of_it, mapping))
+            yield tokens, wish.within(*kept) if wish.rows else wish
         at += length
-    return {name: torch.cat([_flat(each[name], name, wish) for each in made]) for name in made[0]}
+
+
+def _together(
+    target: Target, documents: Sequence[tuple[Tokens, Wish]], wish: Wish
+) -> Iterator[TargetOutputs]:
+    """One forward of a target for which rows of unequal lengths cost no padding, cut apart."""
+    rows = [tokens for tokens, _ in documents]
+    outputs = run(target, padded(rows), wish)
+    for number, tokens in enumerate(rows):
+        length = tokens["input_ids"].shape[1]
+        yield outputs.cut(slice(number, number + 1), slice(0, length))
+
+
+def padded(requests: Sequence[Tokens]) -> dict[str, Tensor]:
+    """All rows [sum of B, longest T]; zeros on the right of the shorter ones."""
+    longest = max(tokens["input_ids"].shape[1] for tokens in requests)
+    return {
+        name: torch.cat([_widened(tokens[name], longest) for tokens in requests])
+        for name in requests[0]
+    }
+
+
+def _widened(tensor: Tensor, length: int) -> Tensor:
+    return F.pad(tensor, (0, length - tensor.shape[1]))
 
 
 def _flat(tensor: Tensor, name: str, wish: Wish) -> Tensor:

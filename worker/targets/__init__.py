@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from worker.errors import TargetError
@@ -54,7 +56,7 @@ def load_target(
         )
     place = _device(device, torch)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
-    model = _load_model(name, where, _dtype(dtype, name, torch), options)
+    model = load_model(name, where, _dtype(dtype, name, torch), options)
     try:
         model = model.to(place)
     except (RuntimeError, AssertionError) as error:
@@ -117,7 +119,56 @@ def as_target(made: Any, *, name: str = "") -> Target:
     return ForeignTarget(made, name or type(made).__name__)
 
 
-def _load_model(name: str, where: str, dtype: Any, options: dict[str, Any]) -> Any:
+def load_vllm_target(
+    name: str,
+    *,
+    tensor_parallel: int = 1,
+    device: str = "",
+    dtype: str | None = None,
+    aux_layer_ids: Sequence[int] | None = None,
+    layers: Sequence[int] = (),
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Target:
+    """A model that vLLM runs, by the name that :func:`load_target` takes.
+
+    ``layers`` can be asked for beside the aux layers; ``options`` are those of ``vllm.LLM``. See
+    :class:`worker.targets.vllm.target.VllmTarget`. Raises :class:`TargetError`, in one sentence.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise TargetError(
+            f"'vllm:{name}' needs vLLM, and there is none here; pip install 'draftmq[vllm]', or "
+            f"serve it with --target {name}"
+        )
+    import torch
+
+    from worker.targets.vllm.target import VllmTarget
+
+    where = resolve(name)
+    loading = {"trust_remote_code": trust_remote_code, "revision": revision}
+    shared = {"trust_remote_code": True} if trust_remote_code else {}
+    return VllmTarget(
+        where,
+        name=name,
+        aux_layer_ids=aux_layer_ids,
+        layers=layers,
+        tensor_parallel=tensor_parallel,
+        dtype=_dtype(dtype, name, torch),
+        device=str(_device(device, torch)),
+        tokenizer=name if name == "embedded" else _tokenizer(where),
+        options={**shared, **({"revision": revision} if revision else {}), **options},
+        loading=loading,
+    )
+
+
+def load_model(
+    name: str, where: str, dtype: Any, options: Mapping[str, Any], config: Any = None
+) -> Any:
+    """The model of a checkpoint by transformers; ``config`` in the place of its own.
+
+    Raises :class:`TargetError` in one sentence, also where the checkpoint lacks a tensor.
+    """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -125,7 +176,9 @@ def _load_model(name: str, where: str, dtype: Any, options: dict[str, Any]) -> A
     loaded: Mapping[str, Any]
     wanted = {"dtype": dtype, "output_loading_info": True, **options}
     try:
-        config = AutoConfig.from_pretrained(where, **options)
+        if config is None:
+            config = AutoConfig.from_pretrained(where, **options)
+        wanted["config"] = config
         try:
             model, loaded = cast(Any, AutoModelForCausalLM).from_pretrained(where, **wanted)
         except ValueError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,24 +34,50 @@ def weights_fingerprint(model: Any) -> str:
     The bytes enter as their sum in 64-bit words, which is exact in any order and so the same on
     every device: about 15 GB/s on two CPU cores. A sum does not see what moved, hence a sample too.
     """
+    tensors = sorted(model.state_dict().items())
+    named = ((name, full_tensor(each)) for name, each in tensors if isinstance(each, Tensor))
+    return "w" + _digest(_identity(type(model).__name__, getattr(model, "config", None)), named)
+
+
+def files_fingerprint(config: Any, where: str) -> str:
+    """ "f" and 32 hex digits: of a config and every tensor in the safetensors files of a model, for
+    targets whose weights are in an engine, fused and cut, and perhaps quantised as it loads them.
+
+    ``where`` is a folder or the id of a model that was loaded from a hub.
+    """
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    folder = (
+        Path(where) if Path(where).is_dir() else Path(str(cached_file(where, "config.json"))).parent
+    )
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for name in sorted(file.keys()):
+                    yield name, file.get_tensor(name)
+
+    return "f" + _digest(_identity("files", config), tensors())
+
+
+def _digest(identity: list[Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(_identity(model), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            words, rest = _words(full_tensor(tensor))
-            line = f"{name} {tensor.dtype} {tuple(tensor.shape)} {int(words.sum())}"
-            digest.update(line.encode())
-            every = max(1, len(words) // SAMPLE_WORDS)
-            digest.update(words[::every].cpu().numpy().tobytes())
-            digest.update(rest.cpu().numpy().tobytes())
-    return "w" + digest.hexdigest()
+    digest.update(json.dumps(identity, sort_keys=True).encode())
+    for name, tensor in tensors:
+        words, rest = _words(tensor)
+        line = f"{name} {tensor.dtype} {tuple(tensor.shape)} {int(words.sum())}"
+        digest.update(line.encode())
+        every = max(1, len(words) // SAMPLE_WORDS)
+        digest.update(words[::every].cpu().numpy().tobytes())
+        digest.update(rest.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def _identity(model: Any) -> list[Any]:
-    config = getattr(model, "config", None)
+def _identity(kind: str, config: Any) -> list[Any]:
     to_dict = getattr(config, "to_diff_dict", None)  # what differs from the library's defaults
     settings = plain(to_dict()) if to_dict else {}
-    return [type(model).__name__, {k: v for k, v in settings.items() if k not in _VOLATILE}]
+    return [kind, {k: v for k, v in settings.items() if k not in _VOLATILE}]
 
 
 def _words(tensor: Tensor) -> tuple[Tensor, Tensor]:
