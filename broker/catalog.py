@@ -175,6 +175,14 @@ EVENTS = {
             "A broker will not work with it; `code` and `text` say why.",
             "`code` is in the table of codes.",
         ),
+        "canary_passed": Known(
+            "The target gave for a few prompts the same alone, together and by its reference; the "
+            "worker attaches now."
+        ),
+        "target_gone": Known(
+            "The target's engine has ended; the worker ends, and others get its requests.",
+            "Look at the engine's own log for the reason, and start the worker again.",
+        ),
         "target_failed": Known(
             "The target raised for a request; the traceback follows.",
             "Mend the target or the data. Other requests go on.",

@@ -28,9 +28,9 @@ class LogWriter(logging.Handler):
         self._begin()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._process != os.getpid():  # a fork has the lines, and no thread to write them
-            self._begin()
         try:
+            if self._ended or self._process != os.getpid():
+                self._begin()  # a fork has the lines, and no thread to write them
             if self._left_out and not self._lines.full():
                 self._note("lines_left_out", self._left_out)
                 self._left_out = 0
@@ -47,13 +47,18 @@ class LogWriter(logging.Handler):
             lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, _LAST_LINES_S)
 
     def close(self) -> None:
+        """End the thread; a line that comes after this begins another, since a library that
+        configures logging closes the handlers of all.
+        """
         self.flush()
-        if not self._lines.full():
+        if not self._ended and not self._lines.full():
+            self._ended = True
             self._lines.put_nowait(b"")
         super().close()
 
     def _begin(self) -> None:
         self._process = os.getpid()
+        self._ended = False
         self._lines: queue.Queue[bytes] = queue.Queue(self._most_lines)
         writing = threading.Thread(
             target=_write, args=(self._lines, self._descriptor), name="log-writer", daemon=True

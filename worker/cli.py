@@ -156,6 +156,7 @@ def worker(
     from broker.notify import notify
     from broker.signals import wait_until
     from worker.canary import prove
+    from worker.errors import WorkerError
     from worker.last_resort import LastResort
     from worker.service import Worker
     from worker.targets import compile_target, load_factory, load_target, load_vllm_target
@@ -224,9 +225,13 @@ def worker(
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, leave)
     try:
-        with LastResort(drain_s + _GRACE_S), service:
+        with LastResort(drain_s + _GRACE_S) as resort, service:
             notify("READY=1")
-            wait_until(service.wait)
+            try:
+                wait_until(service.wait)
+            except WorkerError:
+                resort.begin()  # a target that broke may hang, and never let its thread go
+                raise
     finally:
         close = getattr(served, "close", None)
         if close is not None:

@@ -48,6 +48,10 @@ class LastResort:
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         return self
 
+    def begin(self) -> None:
+        """Count from now, without a signal: what is left to do may hang."""
+        os.write(self._write, bytes([signal.SIGTERM]))
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

@@ -113,6 +113,8 @@ class Worker:
         self._loop = PeerLoop(
             "draftmq-worker", self.core, self._perform, self._thread_failed, _logger, shown.curves
         )
+        if hasattr(target, "when_gone"):
+            target.when_gone = self._thread_failed
         answerer = Answerer(target, self.facts, self.name, self._sender)
         self._pipeline = Pipeline(
             answerer, self.measures, self._limits, self._loop.post, self._thread_failed
@@ -206,8 +208,10 @@ class Worker:
             self._pipeline.do(action)
 
     def _thread_failed(self, error: BaseException) -> None:
-        told = isinstance(error, TargetGoneError)
-        self._error = str(error) if told else f"a thread of the worker broke: {error!r}"
+        self._error = f"a thread of the worker broke: {error!r}"
+        if isinstance(error, TargetGoneError):
+            self._error = str(error)
+            log(_logger, "error", "target_gone", {"error": self._error})
         self._left.set()
 
     def _limits(self) -> Limits:

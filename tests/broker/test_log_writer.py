@@ -78,3 +78,13 @@ def test_a_fork_writes_lines_of_its_own() -> None:
         "child",
         "parent",
     }
+
+
+def test_lines_that_come_after_a_library_closed_all_handlers_are_written() -> None:
+    """``logging.config.dictConfig`` closes every handler of the process, whoever made it."""
+    reading, handler = writer(100)
+    for text in ("before", "after", "again"):
+        handler.emit(record(text))
+        handler.close()
+        assert os.read(reading, 1 << 16).decode().rstrip().endswith(f"event={text}")
+    handler.close()

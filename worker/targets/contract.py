@@ -104,6 +104,8 @@ class Target(ColocatedContract, Protocol):
     @property
     def encodings(self) -> tuple[str, ...]: ...  # of "probs", "hidden", "topk"
 
+    # A target that can end by itself has ``when_gone``, which its worker sets to be told of it.
+
     # A target whose forward takes ``needs: Needs`` as a fourth argument has ``layers``, a tuple of
     # the layers that it can give; empty, it can give any. And ``engine`` says what runs it, with
     # the version, where other engines or versions give other last bits ("transformers 5.18.0").

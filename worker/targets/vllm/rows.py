@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,9 +54,12 @@ class RowsSender:
 
 
 class RowsReceiver:
-    """The worker's end. A thread takes what the engine sends, and notices when it is gone."""
+    """The worker's end. A thread takes what the engine sends; when the engine is gone, it calls
+    ``when_gone`` with the reason.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, when_gone: Callable[[str], None] = lambda why: None) -> None:
+        self._when_gone = when_gone
         self.address = f"draftmq-{uuid.uuid4().hex}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind("\0" + self.address)
@@ -65,6 +68,7 @@ class RowsReceiver:
         self._changed = threading.Condition()
         #: why nothing more will come, if so
         self.gone = ""
+        self._closing = False
         self._connection: socket.socket | None = None
         self._thread = threading.Thread(target=self._receive, name="draftmq-rows", daemon=True)
         self._thread.start()
@@ -76,11 +80,11 @@ class RowsReceiver:
         ``patience_s``.
         """
         with self._changed:
-            there = self._changed.wait_for(
+            self._changed.wait_for(
                 lambda: self.gone or all(each in self._rows for each in requests), patience_s
             )
-            if self.gone or not there:
-                missing = sum(each not in self._rows for each in requests)
+            missing = sum(each not in self._rows for each in requests)
+            if missing:
                 why = self.gone or f"they did not come within {patience_s} s"
                 raise RuntimeError(
                     f"states of {missing} of {len(requests)} prompts are missing: {why}"
@@ -89,6 +93,7 @@ class RowsReceiver:
 
     def close(self) -> None:
         """Stop listening, which ends the thread."""
+        self._closing = True
         with contextlib.suppress(OSError):  # there may be nobody any more
             self._listener.shutdown(socket.SHUT_RDWR)
         if self._connection is not None:
@@ -119,6 +124,8 @@ class RowsReceiver:
         with self._changed:
             self.gone = why
             self._changed.notify_all()
+        if not self._closing:
+            self._when_gone(why)
 
 
 class InProcess:

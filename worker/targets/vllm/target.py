@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from worker.targets.contract import (
     text_config,
 )
 from worker.targets.vllm.head import load_ends
+from worker.targets.vllm.leavings import remove, shared_by_children
 from worker.targets.vllm.rows import InProcess, RowsReceiver
 
 #: Beyond its answer, rows of a prompt are on their way for so long at the most.
@@ -67,7 +68,9 @@ class VllmTarget:
         self.dtype = self.ends.lower.dtype
         self.vocab_size = self.ends.lower.vocab_size
         self._one_forward = threading.Lock()
-        self._rows = InProcess() if tensor_parallel == 1 else RowsReceiver()
+        self._rows = InProcess() if tensor_parallel == 1 else RowsReceiver(self._ended)
+        #: told when the engine ends by itself, also while nothing runs
+        self.when_gone: Callable[[TargetGoneError], None] = lambda error: None
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(where, **(loading or {}))
@@ -84,6 +87,8 @@ class VllmTarget:
         self.ragged = True
         self._options = options or {}
         self._llm = self._start(tensor_parallel)
+        #: what its processes, if it has any, keep in /dev/shm
+        self._shared = shared_by_children() if tensor_parallel > 1 else frozenset()
 
     # -- what a worker asks of a target ---------------------------------------------------------
 
@@ -202,13 +207,10 @@ class VllmTarget:
             names = [answer.kv_transfer_params[ANSWERED] for answer in answers]
             states = self._rows.take(names, _PATIENCE_S)
         except Exception as error:
-            what = f"({type(error).__name__}: {error})"
+            what = f"{type(error).__name__}: {error}"
             if self._rows.gone or type(error).__name__ == "EngineDeadError":
-                raise TargetGoneError(
-                    f"vLLM's engine of target {self.name!r} is gone {what}; start this worker "
-                    "again, and look at vLLM's own log for its reason"
-                ) from error
-            raise TargetError(f"vLLM failed {what}") from error
+                raise self._gone(what) from error
+            raise TargetError(f"vLLM failed ({what})") from error
         for rows, length in zip(states, lengths, strict=True):
             if rows.shape[:2] != (length, len(self.layers)):
                 raise TargetError(
@@ -216,6 +218,16 @@ class VllmTarget:
                     f"{len(self.layers)} layers"
                 )
         return states, [answer.outputs[0].token_ids[0] for answer in answers]
+
+    def _ended(self, why: str) -> None:
+        remove(self._shared)
+        self.when_gone(self._gone(why))
+
+    def _gone(self, why: str) -> TargetGoneError:
+        return TargetGoneError(
+            f"vLLM's engine of target {self.name!r} is gone ({why}); start this worker again, and "
+            "look at vLLM's own log for the reason"
+        )
 
     def _normed(self, rows: Tensor) -> Tensor:
         device = self.ends.head.weight.device

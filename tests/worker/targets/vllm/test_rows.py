@@ -54,15 +54,23 @@ def test_rows_of_another_process_are_those_of_their_prompts(dtype: torch.dtype) 
 
 
 def test_an_engine_that_was_killed_is_said_to_be_gone() -> None:
-    receiver = RowsReceiver()
+    told: list[str] = []
+    receiver = RowsReceiver(told.append)
     pid = engine(receiver.address, [0], torch.float32, stay=True)
     receiver.take(["0"], 20)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     with pytest.raises(RuntimeError, match="states of 1 of 1 prompts are missing: the engine has"):
         receiver.take(["1"], 20)
-    eventually(lambda: receiver.gone)
+    eventually(lambda: told)
     receiver.close()
+
+
+def test_a_receiver_that_is_closed_tells_nobody() -> None:
+    told: list[str] = []
+    receiver = RowsReceiver(told.append)
+    receiver.close()
+    assert not told
 
 
 def test_rows_that_do_not_come_are_not_waited_for_for_ever() -> None:
