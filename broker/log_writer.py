@@ -25,6 +25,7 @@ class LogWriter(logging.Handler):
         super().__init__()
         self._descriptor, self._most_lines = descriptor, most_lines
         self._left_out = 0
+        self._ended = False
         self._begin()
 
     def emit(self, record: logging.LogRecord) -> None:
