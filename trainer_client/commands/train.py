@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from broker import logs
 from broker.keys import operators
 from trainer_client.commands.progress import Progress
+from trainer_client.eagle3.config import Family
 from trainer_client.eagle3.draft import Attention
 from trainer_client.errors import TrainerClientError
 from trainer_client.targets.remote import RemoteEagle3TargetModel
@@ -49,6 +50,7 @@ _HELP = {
     "max_length": "Tokens of a sample; what is longer is cut, and counted.",
     "loss_on": "Assistant turns that have loss: all of them, or each conversation's last.",
     "skip_bad_lines": "Leave out records that cannot be used, and count them by reason.",
+    "draft": "The family of the draft: its norms, and what the next depth reads.",
     "draft_vocab_size": "Tokens that the draft can emit: the most frequent in the data.",
     "draft_intermediate_size": "Width of the draft's MLP (0: like the target's).",
     "ttt_depths": "Depths of the training-time test.",
@@ -86,6 +88,7 @@ _TYPES = {
     "Depth": _Depth(),
     "Turns": click.Choice(get_args(Turns)),
     "Attention": click.Choice(get_args(Attention)),
+    "Family": click.Choice(get_args(Family)),
 }
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer_client.drafts.kinds import kind_of, plain_config
-from trainer_client.eagle3.config import DraftConfig, rope_parameters
+from trainer_client.eagle3.config import SWITCHES, DraftConfig, rope_parameters
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.errors import ExportError
 
@@ -97,7 +97,7 @@ def engine_config(draft: Eagle3Draft, target_info: Mapping[str, Any]) -> dict[st
         "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
         "initializer_range": 0.02,
         "tie_word_embeddings": False,
-        "norm_before_residual": False,
+        **{name: getattr(config, name) for name in SWITCHES},
         "use_cache": True,
         "torch_dtype": str(draft.fc.weight.dtype).removeprefix("torch."),
         "bos_token_id": target.get("bos_token_id"),
@@ -114,14 +114,9 @@ def engine_config(draft: Eagle3Draft, target_info: Mapping[str, Any]) -> dict[st
 
 #: Settings of vLLM's and speculators' variants with the values that this network has.
 _THIS_NETWORK: dict[str, tuple[Any, ...]] = {
-    "norm_before_residual": (None, False),
-    "norm_before_fc": (None, False),
-    "fc_norm": (None, False),
-    "norm_output": (None, False),
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
     "use_aux_hidden_state": (None, True),
-    "num_aux_hidden_states": (None, 3),
     "num_hidden_layers": (None, 1),
     "hidden_act": (None, "silu"),
 }
@@ -171,8 +166,13 @@ def read_draft(directory: Path, embeddings: Tensor | None = None) -> Eagle3Draft
     except (KeyError, TypeError) as error:
         raise ExportError(f"{directory}: config.json lacks or misstates {error}") from error
     except Exception as error:  # transformers' validators raise kinds of their own
-        raise ExportError(f"{directory} does not fit its config: {error}") from error
+        said = " ".join(str(error).split())
+        raise ExportError(f"{directory} does not fit its config: {said}") from error
     return draft.eval()
+
+
+#: Where a config has the layers that a draft reads.
+_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
 def _sizes(config: Mapping[str, Any]) -> DraftConfig:
@@ -181,9 +181,14 @@ def _sizes(config: Mapping[str, Any]) -> DraftConfig:
         "target_hidden_size": config["hidden_size"],
         "head_dim": config["hidden_size"] // config["num_attention_heads"],
     }
-    names = set(DraftConfig.__dataclass_fields__) - {"rope_parameters"}
+    inside = config.get("eagle_config") or {}
+    layers = config.get(_LAYERS) or inside.get(_LAYERS) or (0, 0, 0)
+    defaults["num_aux_hidden_states"] = len(layers)
+    names = set(DraftConfig.__dataclass_fields__) - {"rope_parameters", *SWITCHES}
     sizes = {name: config.get(name) or defaults[name] for name in defaults}
     sizes |= {name: config[name] for name in names - set(defaults)}
+    for name in SWITCHES:  # SGLang and vLLM look for norm_before_fc in eagle_config too
+        sizes[name] = bool(config.get(name) or inside.get(name))
     return DraftConfig(**sizes, rope_parameters=rope_parameters(config))
 
 

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
+
+
+#: The families of drafts that are trained here.
+Family = Literal["eagle3", "eagle3.1"]
+#: What makes another network of a draft, by the names that engines know.
+SWITCHES = ("fc_norm", "norm_before_fc", "norm_output", "norm_before_residual")
+#: What a family of drafts switches on.
+FAMILIES: dict[Family, dict[str, bool]] = {
+    "eagle3": {},
+    "eagle3.1": {"fc_norm": True, "norm_output": True},
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,15 @@ class DraftConfig:
     rope_parameters: Mapping[str, Any] = field(
         default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
     )
+    num_aux_hidden_states: int = 3  # L, layers of the target that are fused
+    #: EAGLE-3.1: each aux state has a norm of its own before they are fused
+    fc_norm: bool = False
+    #: one norm over all aux states instead
+    norm_before_fc: bool = False
+    #: EAGLE-3.1: the next depth reads what the head reads, behind the final norm
+    norm_output: bool = False
+    #: the residual of the layer is the normed hidden state; SGLang does not know it
+    norm_before_residual: bool = False
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -41,6 +61,10 @@ class DraftConfig:
                 f"the draft's hidden size ({self.hidden_size}) must be the target's "
                 f"({self.target_hidden_size}): both read the target's embeddings"
             )
+        if self.num_aux_hidden_states < 2:
+            raise ValueError("a draft fuses at least 2 aux states; SGLang skips fc where it is 1")
+        if self.fc_norm and self.norm_before_fc:
+            raise ValueError("fc_norm and norm_before_fc are two forms of one thing; choose one")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"the hidden size ({self.hidden_size}) is no multiple of "
@@ -78,6 +102,7 @@ class DraftConfig:
             "max_position_embeddings": info["max_position_embeddings"] or 2048,
             "rms_norm_eps": float(config.get("rms_norm_eps") or 1e-6),
             "rope_parameters": rope_parameters(config),
+            "num_aux_hidden_states": len(info.get("aux_layer_ids") or (0, 0, 0)),
         }
         return cls(**(sizes | overrides))
 
@@ -87,7 +112,7 @@ class DraftConfig:
 
         sizes = asdict(self) | {"num_hidden_layers": 1, "tie_word_embeddings": False}
         sizes["rms_norm_eps"] = float(self.rms_norm_eps)  # 1 is no float to transformers
-        for ours in ("draft_vocab_size", "target_hidden_size"):
+        for ours in ("draft_vocab_size", "target_hidden_size", "num_aux_hidden_states", *SWITCHES):
             del sizes[ours]
         return LlamaConfig(**sizes)
 

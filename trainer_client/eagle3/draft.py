@@ -1,7 +1,8 @@
-"""The EAGLE-3 draft: one Llama layer over [embedding, hidden], fed by three aux hidden states.
+"""The EAGLE-3 draft: one Llama layer over [embedding, hidden], fed by L aux hidden states.
 
-After Li et al., "EAGLE-3" (arXiv:2503.01840), section 3; parameters have the names that vLLM's and
-SGLang's ``llama_eagle3.py`` load. B batch, T tokens, H hidden size, D draft vocabulary.
+After Li et al., "EAGLE-3" (arXiv:2503.01840), section 3, and with the norms of EAGLE-3.1 (vLLM's
+speculators, pull request 610) where the config switches them on; parameters have the names that
+vLLM's and SGLang's ``llama_eagle3.py`` load. B batch, T tokens, H hidden size, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -124,6 +125,7 @@ class _Layer(nn.Module):
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
+        self.norm_before_residual = config.norm_before_residual
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = _Norm(size, eps=eps)
         self.hidden_norm = _Norm(size, eps=eps)
@@ -131,11 +133,14 @@ class _Layer(nn.Module):
         self.self_attn = _Attention(config)
         self.mlp = _Mlp(config)
 
-    def fused(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        return torch.cat((self.input_layernorm(embedded), self.hidden_norm(hidden)), dim=-1)
+    def fused(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads [B, T, 2H], and the residual [B, T, H]."""
+        normed = self.hidden_norm(hidden)
+        x = torch.cat((self.input_layernorm(embedded), normed), dim=-1)
+        return x, normed if self.norm_before_residual else hidden
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        hidden = hidden + self.self_attn.merge(attended)
+    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+        hidden = residual + self.self_attn.merge(attended)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -161,7 +166,12 @@ class Eagle3Draft(nn.Module):
             )
         size = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
-        self.fc = nn.Linear(3 * config.target_hidden_size, size, bias=False)
+        width, count = config.target_hidden_size, config.num_aux_hidden_states
+        self.fc = nn.Linear(count * width, size, bias=False)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(_Norm(width, config.rms_norm_eps) for _ in range(count))
+        if config.norm_before_fc:
+            self.input_norm = _Norm(count * width, config.rms_norm_eps)
         self.midlayer = _Layer(config)
         self.norm = _Norm(size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
@@ -188,7 +198,7 @@ class Eagle3Draft(nn.Module):
         self.lm_head.weight.copy_(lm_head)
         self.fc.weight.mul_(0.1)
         size = self.config.target_hidden_size
-        self.fc.weight[:, 2 * size :] += torch.eye(size, device=self.fc.weight.device)
+        self.fc.weight[:, -size:] += torch.eye(size, device=self.fc.weight.device)
 
     @property
     def selected_token_ids(self) -> Tensor:
@@ -196,10 +206,20 @@ class Eagle3Draft(nn.Module):
         return self.d2t + torch.arange(self.d2t.numel(), device=self.d2t.device)
 
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:
-        """Aux hidden states [B, T, 3H] of the target to the draft's [B, T, H]."""
+        """Aux hidden states [B, T, L * H] of the target to the draft's [B, T, H]."""
+        if self.config.fc_norm:
+            parts = aux_hidden_states.chunk(self.config.num_aux_hidden_states, dim=-1)
+            normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
+            aux_hidden_states = torch.cat(normed, dim=-1)
+        elif self.config.norm_before_fc:
+            aux_hidden_states = self.input_norm(aux_hidden_states)
         if torch.is_autocast_enabled(aux_hidden_states.device.type):
             return self.fc(aux_hidden_states)  # which casts them once, to what it computes in
         return self.fc(aux_hidden_states.to(self.fc.weight.dtype))
+
+    def fed_back(self, hidden: Tensor, normed: Tensor) -> Tensor:
+        """What the next token reads of this one's output, whose norm is ``normed``."""
+        return normed if self.config.norm_output else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., H] to logits [..., D] over the draft vocabulary."""
@@ -215,7 +235,7 @@ class Eagle3Draft(nn.Module):
         further on. ``attention_mask`` [B, T] is that of the unshifted tokens.
         """
         depth, length = len(cache.keys), input_ids.shape[1]
-        x = self.midlayer.fused(self.embed_tokens(input_ids), hidden)
+        x, residual = self.midlayer.fused(self.embed_tokens(input_ids), hidden)
         positions = torch.arange(depth, depth + length, device=x.device).unsqueeze(0)
         queries, keys, values = self.midlayer.self_attn.project(x, self._rotary(x, positions))
         cache.keys.append(keys)
@@ -227,16 +247,16 @@ class Eagle3Draft(nn.Module):
             attended = merged_attention(queries, cache.keys, cache.values)
         else:
             attended = unrolled_attention(queries, cache.keys, cache.values, attention_mask)
-        return self.midlayer.finish(hidden, attended)
+        return self.midlayer.finish(residual, attended)
 
     def decode(self, input_ids: Tensor, hidden: Tensor, cache: DecodeCache) -> Tensor:
         """Ordinary incremental decoding of n more tokens [1, n]: hidden [1, n, H]."""
         begin, count = cache.length, input_ids.shape[1]
-        x = self.midlayer.fused(self.embed_tokens(input_ids), hidden)
+        x, residual = self.midlayer.fused(self.embed_tokens(input_ids), hidden)
         positions = torch.arange(begin, begin + count, device=x.device).unsqueeze(0)
         queries, keys, values = self.midlayer.self_attn.project(x, self._rotary(x, positions))
         keys, values = cache.append(keys, values)
         seen = torch.ones(count, begin + count, dtype=torch.bool, device=x.device).tril(begin)
         keys, values = (repeated(each, queries.shape[1]) for each in (keys, values))
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
-        return self.midlayer.finish(hidden, attended)
+        return self.midlayer.finish(residual, attended)

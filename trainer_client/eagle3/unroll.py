@@ -96,6 +96,7 @@ class Eagle3Unroll(nn.Module):
                 input_ids = torch.cat((input_ids[:, 1:], zeros), dim=1)
             hidden = self.draft.step(input_ids, hidden, cache, attention_mask)
             guesses.append(self.draft.norm(hidden))
+            hidden = self.draft.fed_back(hidden, guesses[-1])
         return guesses
 
     def _output(self, head: HeadLoss, known: Tensor, loss_mask: Tensor) -> UnrollOutput:

@@ -101,7 +101,7 @@ class _Target:
         return logits[0]
 
     def forward_with_aux(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """``(aux hidden states [1, n, 3H], logits [n, V])`` of n more tokens."""
+        """``(aux hidden states [1, n, L * H], logits [n, V])`` of n more tokens."""
         with self._captured() as states:
             logits = self.forward(tokens)
         return torch.cat([states[layer].to(logits.device) for layer in self._ids], -1), logits
@@ -202,7 +202,7 @@ def _chain(
         guesses.append(int(token))
         if len(guesses) == count:
             break
-        hidden = draft.decode(token.view(1, 1), hidden, cache)
+        hidden = draft.decode(token.view(1, 1), draft.fed_back(hidden, draft.norm(hidden)), cache)
     cache.crop(known)  # its own states are replaced by the target's, next time
     return guesses
 

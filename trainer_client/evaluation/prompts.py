@@ -61,15 +61,14 @@ def aux_layer_ids(draft: Path) -> tuple[int, ...] | None:
     if any(each.get("use_aux_hidden_state") is False for each in (config, eagle)):
         raise ExportError(
             f"{draft} says use_aux_hidden_state: false, so it reads the last hidden state alone; "
-            "only drafts that read three layers can be decoded with here"
+            "only drafts that read several layers can be decoded with here"
         )
     name = "eagle_aux_hidden_state_layer_ids"
     layers = tuple(eagle.get(name) or (index - 1 for index in config.get(name) or ())) or None
     count = (config | eagle).get("num_aux_hidden_states") or (len(layers) if layers else 3)
-    if count != 3 or (layers and len(layers) != 3):
+    if layers and count != len(layers):
         raise ExportError(
-            f"{draft} reads {count} hidden states (layers {layers or 'not said'}); only drafts "
-            "that read three can be decoded with here"
+            f"{draft} says that it reads {count} hidden states, and names the layers {layers}"
         )
     return layers
 

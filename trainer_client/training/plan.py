@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer_client.eagle3.config import DraftConfig
+from trainer_client.eagle3.config import FAMILIES, DraftConfig
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.targets.batch import TargetBackend
 from trainer_client.training import identity
@@ -162,11 +162,9 @@ def make_draft(
     offered.
     """
     info = backend.model_info()
-    sizes = (
-        {"intermediate_size": settings.draft_intermediate_size}
-        if settings.draft_intermediate_size
-        else {}
-    )
+    sizes: dict[str, Any] = dict(FAMILIES[settings.draft])
+    if settings.draft_intermediate_size:
+        sizes["intermediate_size"] = settings.draft_intermediate_size
     config = DraftConfig.from_target_info(info, mapping.draft_vocab_size, **sizes)
     torch.manual_seed(settings.seed)
     draft = Eagle3Draft(config, mapping.selected_token_ids, backend.get_input_embeddings().weight)

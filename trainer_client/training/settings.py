@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer_client.eagle3.config import Family
 from trainer_client.eagle3.draft import Attention
 from trainer_client.training import identity
 from trainer_client.training.prefetch import Depth
@@ -35,6 +36,8 @@ class TrainSettings:
     loss_on: Turns = "all"
     #: Leave out records that cannot be used, and count them by reason; else the first is an error.
     skip_bad_lines: bool = False
+    #: ``eagle3.1`` has a norm for each aux state and feeds back what the head reads.
+    draft: Family = "eagle3"
     #: What EAGLE-3's authors and most published drafts use.
     draft_vocab_size: int = 32000
     #: 0: like a layer of the target.

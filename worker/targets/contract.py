@@ -196,9 +196,9 @@ def plain(value: Any) -> Any:
 
 
 def choose_aux_layer_ids(requested: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
-    """Three distinct layers, by default EAGLE-3's low, middle and high: 1, n/2-1 and n-4.
+    """Distinct layers, by default EAGLE-3's low, middle and high: 1, n/2-1 and n-4.
 
-    Raises :class:`TargetError` when the target is too shallow, or the request is not three
+    Raises :class:`TargetError` when the target is too shallow, or the request is not two or more
     distinct layers of it, ascending.
     """
     if requested is None:
@@ -210,9 +210,11 @@ def choose_aux_layer_ids(requested: Sequence[int] | None, num_layers: int) -> tu
             )
         return usual
     ids = tuple(int(layer) for layer in requested)
-    if len(ids) != 3 or len(set(ids)) != 3 or not all(0 <= layer < num_layers for layer in ids):
+    in_it = all(0 <= layer < num_layers for layer in ids)
+    if len(ids) < 2 or len(set(ids)) != len(ids) or not in_it:
         raise TargetError(
-            f"aux layers must be three distinct layers from 0 to {num_layers - 1}, got {list(ids)}"
+            "aux layers must be two or more distinct layers from 0 to "
+            f"{num_layers - 1}, got {list(ids)}"
         )
     if list(ids) != sorted(ids):  # vLLM and SGLang sort them, and read another network then
         written = ",".join(map(str, sorted(ids)))

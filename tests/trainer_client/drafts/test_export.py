@@ -345,10 +345,49 @@ def test_a_pickle_that_runs_code_is_refused(exported: Path) -> None:
         read_draft(exported)
 
 
-@pytest.mark.parametrize("name", ["norm_before_residual", "fc_norm", "attention_bias"])
-def test_another_network_is_not_taken_for_ours(exported: Path, name: str) -> None:
+def test_another_network_is_not_taken_for_ours(exported: Path) -> None:
+    change(exported, change_config(attention_bias=True))
+    with pytest.raises(ExportError, match="another kind of EAGLE-3 draft: attention_bias=True"):
+        read_draft(exported)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"fc_norm": True, "norm_output": True},
+        {"norm_before_fc": True},
+        {"norm_before_fc": True, "norm_output": True, "norm_before_residual": True},
+    ],
+)
+@pytest.mark.parametrize("layers", [[1, 5], [1, 5, 8], [1, 2, 3, 5, 8]])
+def test_every_form_of_the_network_survives_the_disk_and_the_check(
+    tmp_path: Path, switches: dict[str, bool], layers: list[int]
+) -> None:
+    torch.manual_seed(0)
+    info = INFO | {"aux_layer_ids": layers}
+    draft = Eagle3Draft(DraftConfig.from_target_info(info, 24, **switches), torch.arange(24))
+    for name, parameter in draft.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+        elif parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(len(parameter), 1) * torch.randn(parameter.shape[1])
+    write_draft(draft, tmp_path / "draft", target_info=info)
+    again = read_draft(tmp_path / "draft")
+    assert again.config == draft.config
+    for name, tensor in draft.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert aux_layer_ids(tmp_path / "draft") == tuple(layers)
+    findings = [each for each in check_draft(tmp_path / "draft") if each.severity == "error"]
+    told = [each.text for each in findings]
+    only_for_vllm = [text for text in told if "norm_before_residual is true" in text]
+    assert told == only_for_vllm
+    assert bool(told) == switches.get("norm_before_residual", False)
+
+
+@pytest.mark.parametrize("name", ["fc_norm", "norm_before_fc"])
+def test_a_switch_without_its_tensors_is_refused(exported: Path, name: str) -> None:
     change(exported, change_config(**{name: True}))
-    with pytest.raises(ExportError, match=f"another kind of EAGLE-3 draft: {name}=True"):
+    with pytest.raises(ExportError, match=r"does not fit its config: .*Missing key"):
         read_draft(exported)
 
 

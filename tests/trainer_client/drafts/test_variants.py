@@ -165,11 +165,8 @@ def test_speculators_format_is_read_as_the_draft_that_it_is(exported: Path) -> N
     "fault",
     [
         inside(use_aux_hidden_state=False),
-        outside(num_aux_hidden_states=4),
         outside(num_hidden_layers=2),
         outside(hidden_act="gelu"),
-        outside(norm_output=True),
-        inside(norm_before_fc=True),
         outside(sliding_window=64, layer_types=["sliding_attention"]),
     ],
 )

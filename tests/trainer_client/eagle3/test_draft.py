@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,10 +27,18 @@ CONFIG = DraftConfig(
 SELECTED = torch.cat((torch.arange(0, 10), torch.arange(12, 40, 2)))[:DRAFT]
 
 
-@pytest.fixture
-def draft() -> Eagle3Draft:
+NETWORKS: dict[str, dict[str, bool]] = {
+    "EAGLE-3": {},
+    "EAGLE-3.1": {"fc_norm": True, "norm_output": True},
+    "speculators'": {"norm_before_fc": True, "norm_output": True, "norm_before_residual": True},
+}
+
+
+@pytest.fixture(params=NETWORKS.values(), ids=NETWORKS)
+def draft(request: pytest.FixtureRequest) -> Eagle3Draft:
     torch.manual_seed(0)
-    model = Eagle3Draft(CONFIG, SELECTED, torch.randn(VOCAB, HIDDEN))
+    config = replace(CONFIG, **request.param)
+    model = Eagle3Draft(config, SELECTED, torch.randn(VOCAB, HIDDEN))
     for parameter in model.parameters():  # away from the small first weights
         if parameter.requires_grad and parameter.ndim > 1:
             parameter.data.mul_(10)
@@ -81,11 +90,13 @@ def test_drafting_sees_what_the_unroll_saw_at_every_depth(draft: Eagle3Draft) ->
         rolled = torch.nn.functional.pad(ids[:, depth:], (0, depth))
         hidden = draft.step(rolled, hidden, ttt, ones)
         depths.append(hidden)
+        hidden = draft.fed_back(hidden, draft.norm(hidden))
     for slot in (0, 3, 5):
         cache = DecodeCache()
         own = draft.decode(ids[:, : slot + 1], first[:, : slot + 1], cache)[:, -1:]
         torch.testing.assert_close(own, depths[0][:, slot : slot + 1])
         for depth in (1, 2, 3):
+            own = draft.fed_back(own, draft.norm(own))
             own = draft.decode(ids[:, slot + depth : slot + depth + 1], own, cache)
             expected = depths[depth][:, slot : slot + 1]
             torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-5)  # softmax is float32
@@ -117,7 +128,7 @@ def reference_loss(draft: Eagle3Draft, inputs: dict[str, torch.Tensor], depths: 
                 own = draft.decode(ids[one, : slot + 1], fused[one, : slot + 1], cache)[:, -1:]
                 for later in range(1, depth + 1):
                     token = ids[one, slot + later : slot + later + 1]
-                    own = draft.decode(token, own, cache)
+                    own = draft.decode(token, draft.fed_back(own, draft.norm(own)), cache)
                 log_probs = torch.log_softmax(draft.logits(own)[0, 0].float(), -1)
                 losses.append(float(-(probs[row, slot + depth] * log_probs).sum()))
         total += 0.8**depth * sum(losses) / len(losses)
@@ -302,6 +313,22 @@ def test_a_target_that_says_no_heads_is_an_error() -> None:
     info = {"config": {}, "hidden_size": 16, "vocab_size": 40, "max_position_embeddings": 64}
     with pytest.raises(ValueError, match="no number of attention heads"):
         DraftConfig.from_target_info(info, 24)
+
+
+def test_the_networks_are_other_networks(draft: Eagle3Draft) -> None:
+    """Each switch changes what is computed, by its definition."""
+    aux = batch()["aux_hidden_states"]
+    parts = list(aux.chunk(3, -1))
+    if draft.config.fc_norm:
+        parts = [p * torch.rsqrt(p.pow(2).mean(-1, keepdim=True) + 1e-6) for p in parts]
+    fused = torch.cat(parts, -1)
+    if draft.config.norm_before_fc:
+        fused = fused * torch.rsqrt(fused.pow(2).mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(draft.fuse(aux), fused @ draft.fc.weight.T, atol=1e-5, rtol=1e-5)
+    hidden = torch.randn(1, 3, HIDDEN, dtype=torch.float64)
+    _, residual = draft.midlayer.fused(hidden, hidden)
+    assert torch.equal(residual, hidden) != draft.config.norm_before_residual
+    assert torch.equal(draft.fed_back(hidden, hidden + 1), hidden) != draft.config.norm_output
 
 
 @pytest.mark.parametrize(

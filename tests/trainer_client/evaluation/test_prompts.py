@@ -31,9 +31,8 @@ def test_the_layers_of_a_draft_are_read_from_either_place(tmp_path: Path) -> Non
     [
         ({"use_aux_hidden_state": False}, "use_aux_hidden_state: false"),
         ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state: false"),
-        ({"num_aux_hidden_states": 4}, "reads 4 hidden states"),
-        ({"eagle_config": {"num_aux_hidden_states": 4}}, "reads 4 hidden states"),
-        ({"eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4]}, "reads 4 hidden states"),
+        ({"num_aux_hidden_states": 4}, "says that it reads 4 hidden states, and names the layers"),
+        ({"eagle_config": {"num_aux_hidden_states": 4}}, "reads 4 hidden states, and names"),
     ],
 )
 def test_a_draft_of_another_network_is_refused(

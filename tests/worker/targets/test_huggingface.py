@@ -153,8 +153,8 @@ def test_the_target_is_frozen_and_in_eval_mode() -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ((1, 2), r"three distinct layers from 0 to 7, got \[1, 2\]"),
-        ((1, 2, 2), "three distinct"),
+        ((1,), r"two or more distinct layers from 0 to 7, got \[1\]"),
+        ((1, 2, 2), "two or more distinct"),
         ((1, 2, 8), "from 0 to 7"),
         ((-1, 2, 3), "from 0 to 7"),
     ],
