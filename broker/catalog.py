@@ -82,6 +82,10 @@ CODES = {
         "A worker serves other weights, layers or options under a name that is served already.",
         "Give it the same model as its pool, or another name (`--model-name`).",
     ),
+    "wrong_port": Known(
+        "A worker came to the broker's port for trainers, or a trainer to that for workers.",
+        "Swap the two: workers take the broker's `--workers` (5556), trainers `--clients` (5555).",
+    ),
     "foreign_name": Known(
         "A peer under keys says hello in a name that belongs to another key.",
         "Use the key that the name was made with, or let the peer choose its own name.",
@@ -142,6 +146,10 @@ EVENTS = {
             "The broker's loop ended by an error, and the process ends.",
             "This is a fault of draftmq: please report it with the traceback.",
         ),
+        "wrong_port": Known(
+            "A worker came to the port for trainers, or a trainer to that for workers; it is told.",
+            "See the code `wrong_port`.",
+        ),
         "foreign_name": Known(
             "A peer under keys used a name of another key, and was refused.",
             "See the code `foreign_name`.",
@@ -170,6 +178,10 @@ EVENTS = {
     },
     "a worker": {
         "attached": Known("A broker has welcomed it."),
+        "no_broker": Known(
+            "No broker has welcomed it for some seconds; `why` says what was tried.",
+            "Is the broker running, and is this its port for workers? The worker goes on trying.",
+        ),
         "draining": Known("It finishes what it holds, takes nothing new, and ends."),
         "refused": Known(
             "A broker will not work with it; `code` and `text` say why.",

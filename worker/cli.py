@@ -15,11 +15,14 @@ from worker.direct import options as direct_options
 
 if TYPE_CHECKING:
     from worker.direct.config import DirectConfig
+    from worker.service import Worker
     from worker.targets.contract import Target
 
 
 #: Beyond its drain time, a worker has so long to be gone.
 _GRACE_S = 5.0
+#: While it waits for its first broker, systemd is asked for so long again and again.
+_STARTING_US = 60_000_000
 
 
 #: A target that begins so is served inside vLLM.
@@ -226,8 +229,8 @@ def worker(
     signal.signal(signal.SIGINT, leave)
     try:
         with LastResort(drain_s + _GRACE_S) as resort, service:
-            notify("READY=1")
             try:
+                _wait_for_a_broker(service)
                 wait_until(service.wait)
             except WorkerError:
                 resort.begin()  # a target that broke may hang, and never let its thread go
@@ -236,3 +239,20 @@ def worker(
         close = getattr(served, "close", None)
         if close is not None:
             close()
+
+
+def _wait_for_a_broker(service: Worker) -> None:
+    """Tell systemd that this worker is ready when a broker has welcomed it, and until then why it
+    is not; that may take as long as it takes.
+    """
+    from broker.notify import notify
+    from broker.signals import wait_until
+
+    def ready(timeout_s: float) -> bool:
+        if not service.trouble:
+            notify("READY=1\nSTATUS=serving")
+            return True
+        notify(f"STATUS={service.trouble}\nEXTEND_TIMEOUT_USEC={_STARTING_US}")
+        return service.wait(timeout_s)
+
+    wait_until(ready)

@@ -128,7 +128,7 @@ class Worker:
         if self._http_address is not None:
             try:
                 admits = door(self._http_address, self._http_token)
-                shown = peer_pages(METRICS, self.snapshot)
+                shown = peer_pages(METRICS, self.snapshot, lambda: self.trouble)
                 self._http = HttpServer(self._http_address, shown, admits)
             except BrokerError as error:
                 raise WorkerError(str(error)) from error
@@ -176,6 +176,14 @@ class Worker:
     def http_address(self) -> str | None:
         """``HOST:PORT`` of the HTTP server, if there is one."""
         return self._http.address if self._http else None
+
+    @property
+    def trouble(self) -> str:
+        """Why no broker can give this worker anything just now; nothing where one can."""
+        links = list(self.core.links.values())
+        if any(link.ready for link in links):
+            return ""
+        return "; ".join(link.why_not_ready(time.monotonic()) for link in links)
 
     def snapshot(self) -> dict[str, Any]:
         """What ``/status`` and ``/metrics`` show; from any thread."""

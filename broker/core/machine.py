@@ -23,6 +23,11 @@ from broker.protocol.names import own_name, owns
 _Handlers = Mapping[type, Callable[..., None]]
 
 
+#: What comes to a side's port, as the broker's options call it, and which port that usually is.
+_PEERS = {Side.CLIENT: "clients", Side.WORKER: "workers"}
+_DEFAULT_PORT = {Side.CLIENT: 5555, Side.WORKER: 5556}
+
+
 class BrokerCore(Ledger):
     """The ledger, and who may write what into it.
 
@@ -90,6 +95,9 @@ class BrokerCore(Ledger):
         handler = self._handlers[event.side].get(type(message))
         if handler is None:
             self.counters["bad_messages"] += 1
+            if isinstance(message, (m.ClientHello, m.WorkerHello)):
+                self._refuse_side(event, message)
+                return
             kind = type(message).__name__
             self.log("warning", "wrong_message", side=event.side.value, kind=kind)
             return
@@ -138,6 +146,20 @@ class BrokerCore(Ledger):
 
     def _connections(self, side: Side) -> dict[bytes, Any]:
         return self.client_connections if side is Side.CLIENT else self.worker_connections
+
+    def _refuse_side(self, event: Received, hello: m.ClientHello | m.WorkerHello) -> None:
+        """The ports are swapped: whoever came to the wrong one would try it for ever."""
+        wants, other = Side.WORKER, Side.CLIENT
+        name = hello.worker if isinstance(hello, m.WorkerHello) else hello.client
+        if isinstance(hello, m.ClientHello):
+            wants, other = other, wants
+        text = (
+            f"this is the broker's port for {_PEERS[other]}, and {_PEERS[wants]} have one of "
+            f"their own (draftmq broker --{_PEERS[wants]}, {_DEFAULT_PORT[wants]} by default); are "
+            "the two swapped?"
+        )
+        self.send(event.side, event.connection, m.Refused("wrong_port", text))
+        self.log("warning", "wrong_port", side=event.side.value, name=name, text=text)
 
     def _refuse_name(self, event: Received, name: str) -> None:
         text = (

@@ -131,6 +131,17 @@ class Link:
         offers = self.offers
         return not offer or not offers or offer in offers or len(offers) >= m.MAX_OFFERS
 
+    def why_not_ready(self, now: float) -> str:
+        """Why nothing can be had of this broker, in words; nothing where it has welcomed us."""
+        if self.ready:
+            return ""
+        if self.refusal is not None:
+            return f"the broker at {self.endpoint} refused this peer: {self.refusal.text}"
+        if self.trouble:
+            return self.trouble
+        down_s = now - self.down_since
+        return f"no broker answers at {self.endpoint} ({down_s:.0f} s); is it running?"
+
     def connected(self, now: float) -> list[LinkAction]:
         """The transport has a connection; greet."""
         if self.state is LinkState.REFUSED:

@@ -47,9 +47,19 @@ def pages(
     }
 
 
-def peer_pages(metrics: Sequence[Metric], snapshot: Callable[[], Values]) -> Pages:
-    """The pages of a worker or a trainer."""
+def peer_pages(
+    metrics: Sequence[Metric],
+    snapshot: Callable[[], Values],
+    trouble: Callable[[], str] = str,
+) -> Pages:
+    """The pages of a worker or a trainer; it is ready where it has no ``trouble``."""
+
+    def ready(environ: Mapping[str, Any]) -> Page:
+        why = trouble()
+        return text(why, _UNAVAILABLE) if why else text("ready")
+
     return {
+        "/readyz": ready,
         "/healthz": lambda environ: text("ok"),
         "/status": lambda environ: as_json(snapshot()),
         "/metrics": lambda environ: exposition.page(metrics, snapshot(), environ),

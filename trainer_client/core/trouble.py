@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from broker.peer.link import Link, LinkState
+from broker.peer.link import Link
 
 
 def trouble(link: Link, now: float, offer: str = "") -> str:
     """Why this broker gives no answer to a request that names ``offer``, or nothing."""
-    if link.state is LinkState.REFUSED:
-        return f"the broker at {link.endpoint} refused this client"
-    if link.trouble:
-        return link.trouble
-    if not link.ready:
-        down_s = now - link.down_since
-        return f"no broker answers at {link.endpoint} ({down_s:.0f} s); is it running?"
+    if not link.ready or link.trouble:
+        return link.why_not_ready(now) or link.trouble
     if not link.may_serve(offer):
         return (
             f"the workers at {link.endpoint} serve other models just now; its own (offer "

@@ -31,6 +31,8 @@ from worker.core.held import Held, Stage, together
 #: one waits for that, so that neither side stands still for the other's last millisecond. More
 #: would only take memory.
 MAX_STAGED = 2
+#: Without a broker for so long it is said, and again after that.
+NOTICE_S, NOTICE_AGAIN_S = 3.0, 60.0
 
 
 class WorkerCore:
@@ -77,6 +79,8 @@ class WorkerCore:
         self._forwards = 0
         #: least recently used first
         self.mappings: OrderedDict[str, None] = OrderedDict()
+        #: since when it has had no broker, or has last said so; and how long it waits to say it
+        self._alone_at, self._patience_s = now, NOTICE_S
         self.leave_at: float | None = None
         self.left = False
         self._actions: list[Action] = []
@@ -100,6 +104,7 @@ class WorkerCore:
             self._drain(event.reason, now)
         for link in self.links.values():
             self._actions += link.tick(now)
+        self._notice(now)
         self._compute_next(now)
         self._leave_if_done(now)
         return self._actions
@@ -116,6 +121,7 @@ class WorkerCore:
         if self.left:
             return None
         timers = [link.next_timer for link in self.links.values()] + [self.leave_at]
+        timers.append(self._alone_at + self._patience_s)
         return min((timer for timer in timers if timer is not None), default=None)
 
     # -- from the broker ------------------------------------------------------------------------
@@ -133,7 +139,7 @@ class WorkerCore:
         elif isinstance(message, m.Draining):
             self.released.add(link.endpoint)
         elif isinstance(message, m.Refused):
-            self._refused(message)
+            self._refused(link, message)
         if link.ready and not was_ready:
             self._welcomed(link)
 
@@ -198,10 +204,19 @@ class WorkerCore:
             del self.mappings[oldest]
             self._actions.append(Forget(oldest))
 
-    def _refused(self, refusal: m.Refused) -> None:
-        self._log("error", "refused", code=refusal.code, text=refusal.text)
+    def _refused(self, link: Link, refusal: m.Refused) -> None:
+        self._log("error", "refused", endpoint=link.endpoint, code=refusal.code, text=refusal.text)
         if all(link.state is LinkState.REFUSED for link in self.links.values()):
-            self._exit(refusal.text)
+            self._exit(f"the broker at {link.endpoint} refused this worker: {refusal.text}")
+
+    def _notice(self, now: float) -> None:
+        """Say after some seconds that no broker welcomes this worker, and go on trying."""
+        if any(link.ready for link in self.links.values()):
+            self._alone_at = now
+        elif now >= self._alone_at + self._patience_s:
+            why = "; ".join(link.why_not_ready(now) for link in self.links.values())
+            self._log("warning", "no_broker", why=why)
+            self._alone_at, self._patience_s = now, NOTICE_AGAIN_S
 
     # -- from the target ------------------------------------------------------------------------
 

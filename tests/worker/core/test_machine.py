@@ -268,7 +268,7 @@ def test_refused_by_every_broker_it_leaves_with_the_reason() -> None:
     rig.arrive(m.Refused("other_model", "other weights"), A)
     assert not [x for x in rig.done if isinstance(x, Exit)]
     rig.arrive(m.Refused("other_model", "other weights"), B)
-    assert Exit("other weights") in rig.done
+    assert Exit(f"the broker at {B} refused this worker: other weights") in rig.done
 
 
 def test_it_beats_its_heart_while_the_target_computes() -> None:
@@ -496,3 +496,43 @@ def test_a_reply_in_parts_is_not_sent_when_it_was_cancelled_while_the_target_ran
     rig.arrive(m.Cancel(one))
     rig.handle(Computed(one, parts_of(one)))
     assert rig.answers() == ["Failure 1 cancelled"]
+
+
+def notices(rig: Rig) -> list[str]:
+    """What was said about brokers that do not welcome us."""
+    said = [x for x in rig.done if getattr(x, "event", "") == "no_broker"]
+    return [str(x.fields["why"]) for x in said]  # type: ignore[attr-defined]
+
+
+def test_a_worker_that_reaches_no_broker_says_so_and_says_it_again_rarely() -> None:
+    rig = Rig(A, B)
+    rig.handle(Disconnected(A, "the name 'a' is not known (dns.test)"))
+    for _ in range(100):
+        rig.now += 1.0
+        rig.handle(Tick())
+    first, second = notices(rig)
+    assert "the name 'a' is not known (dns.test); no broker answers at tcp://b:5556 (3 s)" in first
+    assert "tcp://b:5556 (63 s)" in second
+
+
+def test_a_worker_with_one_broker_of_two_says_nothing_until_it_is_lost() -> None:
+    rig = Rig(A, B)
+    rig.welcome(A)
+    for _ in range(8):
+        rig.now += 1.0
+        rig.arrive(m.Heartbeat(-1))
+    assert not notices(rig)
+    rig.handle(Disconnected(A))
+    for _ in range(4):
+        rig.now += 1.0
+        rig.handle(Tick())
+    (said,) = notices(rig)
+    assert "no broker answers at tcp://a:5556 (3 s)" in said
+
+
+def test_a_refusal_names_the_broker_that_refuses() -> None:
+    rig = Rig(A)
+    rig.handle(Connected(A))
+    rig.arrive(m.Refused("wrong_port", "this is the broker's port for clients"))
+    (end,) = [x for x in rig.done if isinstance(x, Exit)]
+    assert end.error.startswith("the broker at tcp://a:5556 refused this worker: this is the")
