@@ -40,6 +40,9 @@ _COMMANDS = {
         "Run all of it here, and end with a trained draft.",
         "all",
     ),
+    "doctor": _Entry(
+        "trainer_client.commands.doctor:doctor", "Say what works between here and a broker."
+    ),
     "eval": _Entry(
         "trainer_client.commands.evaluate:evaluate",
         "Decode with a draft, and count accepted tokens.",

@@ -208,12 +208,8 @@ def lm_head_rows(target: Target, mapping: VocabMapping) -> dict[str, Tensor]:
 
 
 def input_embeddings(target: Target) -> dict[str, Tensor]:
-    """The target's input embeddings: weight [V, H].
-
-    Rows beyond the logits' V, as Mllama has them for its images, are not of the vocabulary.
-    """
-    weight = full_tensor(target.get_input_embeddings().weight.detach())
-    return {"weight": weight[: target.vocab_size]}
+    """The target's input embeddings: weight [V, H]."""
+    return {"weight": full_tensor(target.get_input_embeddings().weight.detach())}
 
 
 def _same_vocabulary(target: Target, mapping: VocabMapping) -> None:

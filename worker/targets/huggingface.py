@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class HuggingFaceTarget:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return self.get_input_embeddings().weight.device
+        return self.model.get_input_embeddings().weight.device
 
     @cached_property
     def fingerprint(self) -> str:
@@ -162,8 +163,13 @@ class HuggingFaceTarget:
         return weights_fingerprint(self.model)
 
     def get_input_embeddings(self) -> HasWeight:
-        """The module with ``weight`` [V, H]."""
-        return self.model.get_input_embeddings()
+        """The module with ``weight`` [V, H]; of one that has more rows than there are logits, as
+        Mllama's for its images, the first V.
+        """
+        module: HasWeight = self.model.get_input_embeddings()
+        if len(module.weight) <= self.vocab_size:
+            return module
+        return SimpleNamespace(weight=module.weight[: self.vocab_size])
 
     def get_output_embeddings(self) -> HasWeight | None:
         """The module with ``weight`` [V, H] and perhaps ``bias`` [V]; None without one."""
@@ -247,7 +253,7 @@ class HuggingFaceTarget:
         return capture, logits
 
     def _try(self) -> tuple[_Capture, Tensor]:
-        rows = self.get_input_embeddings().weight.shape[0]
+        rows = self.model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(rows - 1, max(-1, rows - 9), -1).unsqueeze(0)  # [1, 8]
         needs = Needs(tuple(range(-1, len(self._layers))), last=True, logits=True)
         capture, logits = self._run(ids, torch.ones_like(ids), needs, trial=True)
