@@ -6,6 +6,7 @@ prompts. Printed are accepted tokens a forward of the target, and whether the te
 
 from __future__ import annotations
 
+import lzma
 import tempfile
 from pathlib import Path
 from typing import get_args
@@ -21,14 +22,23 @@ from trainer_client.evaluation.prompts import load_prompts
 from trainer_client.targets.colocated import ColocatedTarget
 from trainer_client.training.run import train
 from trainer_client.training.settings import TrainSettings
-from worker.targets import EMBEDDED, load_target
+from worker.targets import EMBEDDED, load_target, resolve
 from worker.targets.embedded import continuations_file
 
 
-def accepted(family: Family, seed: int, steps: int, output: Path) -> tuple[float, bool]:
-    """Tokens a forward of a draft of that family, and whether its text is greedy text."""
+def accepted(
+    name: str, family: Family, seed: int, steps: int, rate: float, output: Path
+) -> tuple[float, bool]:
+    """Tokens a forward of a draft of that family for target ``name``, and whether its text is
+    greedy text.
+    """
+    data = continuations_file()
+    if name != "embedded":  # its own continuations are not at hand
+        data = output / "text.txt"
+        with lzma.open(EMBEDDED / "corpus.txt.xz", "rt", encoding="utf-8") as corpus:
+            data.write_text(corpus.read(400_000), encoding="utf-8")
     settings = TrainSettings(
-        data=continuations_file(),
+        data=data,
         output=output / f"{family}-{seed}",
         draft=family,
         epochs=100,
@@ -38,29 +48,33 @@ def accepted(family: Family, seed: int, steps: int, output: Path) -> tuple[float
         accumulation=2,
         max_length=128,
         draft_vocab_size=1536,
-        learning_rate=8e-3,
+        learning_rate=rate,
         max_grad_norm=1.0,
         ttt_depths=4,
         checkpoint_every=0,
         seed=seed,
     )
-    target = load_target("embedded")
-    train(settings, ColocatedTarget(target, "hidden"), AutoTokenizer.from_pretrained(EMBEDDED))
+    target = load_target(name, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    train(settings, ColocatedTarget(target, "hidden"), tokenizer)
+    # the embedded target's held-out text, in this target's own tokens
     prompts = load_prompts(target.tokenizer, "embedded", None, 12, 48)
     result = evaluate(target, read_draft(settings.output / "draft"), prompts)
     return result.accept_length, result.lossless
 
 
 @click.command()
+@click.option("--target", default="embedded", show_default=True)
+@click.option("--rate", default=8e-3, show_default=True, help="Learning rate.")
 @click.option("--steps", default=300, show_default=True)
 @click.option("--seeds", default=1, show_default=True)
-def main(steps: int, seeds: int) -> None:
+def main(target: str, rate: float, steps: int, seeds: int) -> None:
     """Train and decode with each family."""
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as output:
         for seed in range(seeds):
             for family in get_args(Family):
-                length, lossless = accepted(family, seed, steps, Path(output))
+                length, lossless = accepted(target, family, seed, steps, rate, Path(output))
                 click.echo(f"seed {seed} {family}: {length:.3f} tokens a forward, {lossless=}")
 
 
