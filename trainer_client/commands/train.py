@@ -62,6 +62,7 @@ _HELP = {
     "prefetch": "Requests kept ahead of the trainer; auto finds how many it takes.",
     "prefetch_mib": "Memory for what prefetch=auto keeps ahead.",
     "validation": "A share of the samples (0.05) or a file: measured at checkpoints, not trained.",
+    "log_to": "Boards that get the figures too: tensorboard, wandb (commas between).",
     "seed": "Of the draft's first weights and of the order of the data.",
     "checkpoint_every": "Steps between checkpoints (0: only at the end).",
     "keep_checkpoints": "Checkpoints that are kept.",

@@ -36,6 +36,7 @@ FREE = (
     "batch_size",
     "accumulation",
     "skip_non_finite",
+    "log_to",
 )
 #: What is written down for people, and compared by nobody when a run is resumed.
 _TOLD = ("versions", "ranks", "files", "settings", "total_steps", "skip_non_finite")

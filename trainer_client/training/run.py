@@ -32,6 +32,7 @@ from trainer_client.training.refused import PartialBatch, ask_one_by_one
 from trainer_client.training.settings import TrainSettings
 from trainer_client.training.stopping import Stop, Stopped
 from trainer_client.training.trainer import StepMetrics, Trainer, learning_rate, make_optimizer
+from trainer_client.watch.boards import Board, opened, write
 
 _logger = logging.getLogger("draftmq.train")
 
@@ -77,6 +78,8 @@ class _Run:
         self._settings, self._backend, self._plan = settings, backend, plan
         self._ranks, self._device, self._stop = ranks, device, stop
         self._checkpoints = settings.output / "checkpoints"
+        #: where rank 0's figures go beside the disk
+        self._boards: list[Board] = []
         #: steps that are done, and of which there is a checkpoint
         self._done = self._saved = 0
         self._began = time.perf_counter()
@@ -129,10 +132,16 @@ class _Run:
             return {}
         checkpoint.clean(self._checkpoints)
         identity.write(settings.output, self._plan.identity)
-        with metrics.MetricsLog(settings.output / "metrics.jsonl", self._done) as log:
+        shown = opened(settings.boards, settings.output, self._done, settings.plain())
+        with (
+            metrics.MetricsLog(settings.output / "metrics.jsonl", self._done) as log,
+            shown as self._boards,
+        ):
 
             def written(step: StepMetrics) -> None:
-                log.write(asdict(step) | _counted(self._backend))
+                line = asdict(step) | _counted(self._backend)
+                log.write(line)
+                write(self._boards, step.step, line)
                 on_step(step)
 
             self._train(written)
@@ -186,6 +195,7 @@ class _Run:
             fields = {"step": self._done, "loss": loss, "accept": accept, "best_step": self._best}
             log(_logger, "info", "validation", fields)
             metrics.append(self._settings.output / "validation.jsonl", fields)
+            write(self._boards, self._done, {"loss": loss, "accept": accept}, "validation/")
 
     def _ended(self, why: str) -> TrainerClientError:
         """Save what was done; the error that says how to go on."""

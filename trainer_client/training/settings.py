@@ -10,6 +10,7 @@ from trainer_client.eagle3.config import Family
 from trainer_client.eagle3.draft import Attention
 from trainer_client.training import identity
 from trainer_client.training.prefetch import Depth
+from trainer_client.watch.boards import check_boards
 
 Turns = Literal["all", "last"]
 
@@ -65,6 +66,8 @@ class TrainSettings:
     #: A share of the samples (0.05) or a data file that is not trained on: loss and accept length
     #: there are measured at each checkpoint, and the best checkpoint is kept.
     validation: str = ""
+    #: Boards that get the figures too, with commas between: tensorboard, wandb.
+    log_to: str = ""
     seed: int = 0
     #: Steps between checkpoints; 0: only at the end.
     checkpoint_every: int = 500
@@ -86,6 +89,7 @@ class TrainSettings:
         for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        check_boards(self.boards)
         if self.prefetch != "auto" and self.prefetch < 1:
             raise ValueError(f"prefetch must be 'auto' or at least 1, got {self.prefetch}")
         if self.validation_share is not None and not 0 < self.validation_share < 1:
@@ -104,6 +108,11 @@ class TrainSettings:
             return float(self.validation)
         except ValueError:
             return None
+
+    @property
+    def boards(self) -> list[str]:
+        """The names in ``log_to``."""
+        return [name for name in self.log_to.split(",") if name]
 
     def shared(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it goes on with."""
