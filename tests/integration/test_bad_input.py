@@ -100,7 +100,9 @@ def test_an_unknown_model_names_those_that_are_there(cluster: Cluster) -> None:
 
 
 def test_an_encoding_that_is_not_offered(cluster: Cluster, mapping: VocabMapping) -> None:
-    cluster.worker(ForeignTarget(cluster.target, "tiny"))
+    theirs = ForeignTarget(cluster.target, "tiny")
+    vars(theirs)["encodings"] = ("probs", "topk")
+    cluster.worker(theirs)
     with pytest.raises(BadRequestError, match="encodings probs, topk; 'hidden' is not one"):
         cluster.trainer(mapping, encoding="hidden")
     with pytest.raises(ValueError, match="'float8' is no wish of supervision"):

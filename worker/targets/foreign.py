@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from broker.logs import log
@@ -32,9 +33,10 @@ OURS = (*CONTRACT, "forward", "fingerprint", "encodings", "vocab_size", "dtype")
 class ForeignTarget:
     """Adds what a worker needs: a fingerprint, encodings, one call at a time, and checks.
 
-    ``hidden`` is not offered, since the contract has no last hidden state. A batch that is not
-    of the ids that went in (NeMo AutoModel's Hugging Face wrapper can mix up concurrent calls)
-    is an error, and never someone's supervision.
+    ``hidden`` is offered where batches have a ``last_hidden_state`` beyond the contract, and one of
+    a few tokens shows that the model's head makes the logits of it. A batch that is not of the ids
+    that went in (NeMo AutoModel's Hugging Face wrapper can mix up concurrent calls) is an error,
+    and never someone's supervision; that states are not mixed up is what the lock is for.
     """
 
     def __init__(self, inner: ColocatedContract, name: str, tokenizer: str = "") -> None:
@@ -46,10 +48,22 @@ class ForeignTarget:
         self.aux_layer_ids = tuple(int(layer) for layer in inner.aux_layer_ids)
         #: its outputs are shifted, and what it makes of padding is not known
         self.batchable = False
-        self.encodings = ("probs", "topk")
         config = text_config(self.model.config)
         self.vocab_size = int(config.vocab_size)
         self._hidden_size = int(config.hidden_size)
+
+    @cached_property
+    def encodings(self) -> tuple[str, ...]:
+        """What one batch of a few tokens shows that there is."""
+        ids = torch.arange(min(8, self.vocab_size)).unsqueeze(0)
+        ones = torch.ones_like(ids)
+        batch = self.generate_batch(ids, ones, ones)
+        last, head = getattr(batch, "last_hidden_state", None), self.get_output_embeddings()
+        if last is None or tuple(last.shape) != (*ids.shape, self._hidden_size):
+            return ("probs", "topk")
+        if head is None or not _makes_logits(head, last, batch.logits):
+            return ("probs", "topk")
+        return ("probs", "hidden", "topk")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,7 +103,8 @@ class ForeignTarget:
     ) -> TargetOutputs:
         """The inner target's batch as outputs that are shifted already."""
         batch = self.generate_batch(input_ids, attention_mask, loss_mask)
-        return TargetOutputs(batch.aux_hidden_states, full_tensor(batch.logits), shifted=True)
+        last = batch.last_hidden_state if "hidden" in self.encodings else None
+        return TargetOutputs(batch.aux_hidden_states, full_tensor(batch.logits), last, shifted=True)
 
     def close(self) -> None:
         """Close the inner target, if it can be."""
@@ -101,7 +116,7 @@ class ForeignTarget:
         batch_tokens = tuple(ids.shape)
         wanted = {
             "logits": (*batch_tokens, self.vocab_size),
-            "aux_hidden_states": (*batch_tokens, 3 * self._hidden_size),
+            "aux_hidden_states": (*batch_tokens, len(self.aux_layer_ids) * self._hidden_size),
             "input_ids": batch_tokens,
             "loss_mask": batch_tokens,
         }
@@ -128,6 +143,20 @@ class ForeignTarget:
 
     def __repr__(self) -> str:
         return f"<ForeignTarget {self.name} {type(self._inner).__name__}>"
+
+
+def _makes_logits(head: HasWeight, last: Tensor, logits: Tensor) -> bool:
+    """Whether these shifted logits are the head's product with these shifted states."""
+    weight = full_tensor(head.weight.detach())
+    if tuple(weight.shape) != (logits.shape[-1], last.shape[-1]):
+        return False
+    bias = getattr(head, "bias", None)
+    made = F.linear(full_tensor(last).to(weight), weight, bias)[:, :-1].float()
+    expected = full_tensor(logits)[:, :-1].float()
+    off = (made - expected.to(made.device)).norm() / expected.norm().clamp_min(1e-12).to(
+        made.device
+    )
+    return bool(off <= 0.02)
 
 
 class _Embeddings:

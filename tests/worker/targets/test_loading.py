@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -219,13 +221,51 @@ def test_a_target_that_mixes_batches_up_is_caught() -> None:
 def test_a_foreign_target_is_called_by_one_thread_at_a_time() -> None:
     stub = StubTarget(vocab_size=VOCAB)
     target = ForeignTarget(stub, "theirs")
+    assert target.encodings  # found by a call, once
+    before = stub.calls
     caller = threading.Thread(target=target.forward, args=tokens())
     with target._one_call:  # as if another thread's call were under way
         caller.start()
         caller.join(0.05)
-        assert stub.calls == 0
+        assert stub.calls == before
     caller.join()
-    assert stub.calls == 1
+    assert stub.calls == before + 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_wrapper_offers_hidden_where_its_batches_and_its_head_have_it(kind: str) -> None:
+    ours = HuggingFaceTarget(shared(kind), name=kind)
+    theirs = ForeignTarget(ours, kind)
+    assert theirs.encodings == ours.encodings  # the head of Gemma 2 is not all there is
+    mapping = VocabMapping(torch.arange(0, VOCAB, 2), VOCAB)
+    for encoding in theirs.encodings:
+        made = compute_supervision(theirs, *tokens(), mapping=mapping, encoding=encoding)
+        wanted = compute_supervision(ours, *tokens(), mapping=mapping, encoding=encoding)
+        for name, tensor in wanted.items():
+            assert torch.equal(made[name], tensor), name
+    ours.close()
+
+
+def test_states_of_concurrent_calls_are_not_mixed_up() -> None:
+    """A wrapper that keeps its states in itself, as hooks do: our lock is what keeps them apart."""
+
+    class Keeping(Seed):
+        kept: Any = None
+
+        def generate_batch(self, **tensors: Any) -> Any:
+            made = super().generate_batch(**tensors)
+            self.kept = made.aux_hidden_states
+            time.sleep(0.002)  # another call would put its own there meanwhile
+            made.aux_hidden_states = self.kept
+            return made
+
+    target = as_target(Keeping())
+    batches = [tokens(seed=seed) for seed in range(8)]
+    expected = [target.forward(*batch).aux_hidden_states for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda batch: target.forward(*batch).aux_hidden_states, batches))
+    for ours, theirs in zip(made, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_target_whose_tensors_have_other_shapes_is_caught() -> None:
