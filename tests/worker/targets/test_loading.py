@@ -232,17 +232,17 @@ def test_a_foreign_target_is_called_by_one_thread_at_a_time() -> None:
     assert stub.calls == before + 1
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "granite"])
 def test_a_wrapper_offers_hidden_where_its_batches_and_its_head_have_it(kind: str) -> None:
     ours = HuggingFaceTarget(shared(kind), name=kind)
     theirs = ForeignTarget(ours, kind)
-    assert theirs.encodings == ours.encodings  # the head of Gemma 2 is not all there is
+    assert theirs.encodings == ours.encodings  # Granite scales what its head makes
     mapping = VocabMapping(torch.arange(0, VOCAB, 2), VOCAB)
     for encoding in theirs.encodings:
         made = compute_supervision(theirs, *tokens(), mapping=mapping, encoding=encoding)
         wanted = compute_supervision(ours, *tokens(), mapping=mapping, encoding=encoding)
-        for name, tensor in wanted.items():
-            assert torch.equal(made[name], tensor), name
+        for name, tensor in wanted.items():  # behind the last slot is nothing to learn
+            assert torch.equal(made[name][:, :-1], tensor[:, :-1]), name
     ours.close()
 
 
