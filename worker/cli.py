@@ -77,6 +77,13 @@ Example:
     help="Hugging Face id or path, or 'embedded'; with vllm: before it, it runs inside vLLM.",
 )
 @click.option("--target-factory", help="package.module:callable that makes the target instead.")
+@click.option(
+    "--factory-arg",
+    type=_Setting(),
+    multiple=True,
+    help="Given to the factory by keyword; repeatable. So are --device, --dtype, --aux-layers "
+    "(aux_layer_ids) and --revision where they are said.",
+)
 @click.option("--model-name", default="", help="The name that trainers ask for (default: TARGET).")
 @click.option("--aux-layers", type=_Layers(), help="Layers whose outputs are taken [1,n/2-1,n-4].")
 @click.option(
@@ -130,6 +137,7 @@ def worker(
     broker_key: tuple[str, ...],
     target: str | None,
     target_factory: str | None,
+    factory_arg: tuple[tuple[str, object], ...],
     model_name: str,
     aux_layers: tuple[int, ...] | None,
     layers: tuple[int, ...] | None,
@@ -172,6 +180,8 @@ def worker(
         torch.set_num_threads(threads)
     served: Target
     in_vllm = target is not None and target.startswith(_VLLM)
+    if factory_arg and target_factory is None:
+        raise click.UsageError("--factory-arg is for --target-factory")
     if not in_vllm and (layers or engine_arg or tp != 1):
         raise click.UsageError("--layers, --tp and --engine-arg are for --target vllm:MODEL")
     if in_vllm:
@@ -196,7 +206,17 @@ def worker(
             revision=revision,
         )
     else:
-        served = load_factory(str(target_factory), name=model_name)
+        served = load_factory(
+            str(target_factory),
+            name=model_name,
+            arguments=dict(factory_arg),
+            options={
+                "device": device,
+                "dtype": dtype,
+                "aux_layer_ids": aux_layers,
+                "revision": revision,
+            },
+        )
     if compile:
         compile_target(served)
     if canary:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -67,26 +69,47 @@ def load_target(
     return HuggingFaceTarget(model, name=name, aux_layer_ids=aux_layer_ids, tokenizer=tokenizer)
 
 
-def load_factory(reference: str, *, name: str = "") -> Target:
-    """The target that the user's ``package.module:callable`` makes, called without arguments.
+def load_factory(
+    reference: str,
+    *,
+    name: str = "",
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Target:
+    """The target that the user's ``package.module:callable`` makes.
 
-    Raises :class:`TargetError` that says what is missing.
+    It is called with ``arguments`` by keyword, and with those ``options`` that were given (neither
+    None nor empty): ``device``, ``dtype``, ``aux_layer_ids`` and the like, by these names. The
+    current directory is on its path. Raises :class:`TargetError` that says what is missing, or
+    which of them it does not take.
     """
     module_name, colon, attribute = reference.partition(":")
     if not (module_name and colon and attribute):
         raise TargetError(f"a target factory is 'package.module:callable', got {reference!r}")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise TargetError(
             f"target factory {reference!r}: cannot import {module_name} ({error}); is it "
-            "installed, or on PYTHONPATH?"
+            "installed, in the current directory, or on PYTHONPATH?"
         ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         has = "is not callable" if hasattr(module, attribute) else f"is not in {module_name}"
         raise TargetError(f"target factory {reference!r}: {attribute} {has}")
-    return as_target(factory(), name=name or attribute)
+    given = dict(arguments) | {each: value for each, value in options.items() if value}
+    try:
+        inspect.signature(factory).bind(**given)
+    except TypeError as error:
+        raise TargetError(
+            f"target factory {reference!r} cannot be called with "
+            f"{', '.join(f'{each}={value!r}' for each, value in given.items()) or 'nothing'}: "
+            f"{error}; give what it needs by --factory-arg KEY=VALUE, and leave away what it does "
+            "not take"
+        ) from None
+    return as_target(factory(**given), name=name or attribute)
 
 
 def compile_target(target: Target) -> None:

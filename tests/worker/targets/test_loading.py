@@ -280,6 +280,34 @@ def test_a_target_whose_tensors_have_other_shapes_is_caught() -> None:
         as_target(Narrow()).forward(*tokens())
 
 
+def test_a_factory_is_given_what_was_said_and_nothing_else(user_module: Any) -> None:
+    got: dict[str, Any] = {}
+
+    def make(depth: int, device: str = "cpu", aux_layer_ids: Any = None) -> Any:
+        got.update(depth=depth, device=device, aux_layer_ids=aux_layer_ids)
+        return Seed()
+
+    user_module.make = make
+    options = {"device": "", "dtype": None, "aux_layer_ids": (1, 3, 4)}
+    load_factory("user_targets:make", arguments={"depth": 3}, options=options)
+    assert got == {"depth": 3, "device": "cpu", "aux_layer_ids": (1, 3, 4)}
+    with pytest.raises(TargetError, match=r"cannot be called with nothing: missing .*'depth'"):
+        load_factory("user_targets:make")
+    with pytest.raises(TargetError, match=r"dtype='bfloat16': got an unexpected .*'dtype'"):
+        load_factory("user_targets:make", arguments={"depth": 3}, options={"dtype": "bfloat16"})
+
+
+def test_a_factory_may_lie_in_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here_only.py").write_text(
+        "from tests.worker.targets.test_loading import Seed as make\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert load_factory("here_only:make").name == "make"
+
+
 def test_missing_members_are_all_named(user_module: Any) -> None:
     user_module.make = lambda: SimpleNamespace(model=SimpleNamespace(), aux_layer_ids=[1, 2, 3])
     wanted = "it has no generate_batch, get_input_embeddings; the contract is"
