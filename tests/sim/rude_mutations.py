@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from broker.core import BrokerCore
-from broker.core.adoption import Adoption
 from broker.core.timers import Timers
 from broker.core.workers import Workers
 from broker.protocol import Packet
@@ -36,10 +35,6 @@ def values_without_bounds() -> AbstractContextManager[None]:
     return instead(rude, "on_the_wire", other)
 
 
-def a_worker_holds_whatever_it_says() -> AbstractContextManager[None]:
-    return instead(Adoption, "_may_adopt", lambda _: lambda self, entry, worker: True)
-
-
 def every_held_request_is_one_that_was_given() -> AbstractContextManager[None]:
     return instead(Workers, "_had", lambda _: lambda self, before, hello: set(hello.held))
 
@@ -53,7 +48,6 @@ RUDE_MUTATIONS: dict[str, Plant] = {
     for plant in (
         two_names_on_one_connection,
         values_without_bounds,
-        a_worker_holds_whatever_it_says,
         every_held_request_is_one_that_was_given,
         timers_stay_until_they_are_due,
     )
