@@ -43,7 +43,7 @@ check: venv ## Lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-sim: venv ## 10,000 simulated schedules of faults; SEED=n replays one and tells its story
+sim: venv ## 10,000 simulated schedules of faults and of bad manners; SEED=n replays one
 	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED))
 
 chaos: venv ## Train drafts through ten minutes of faults, 500 cut connections, 8 broker restarts

@@ -236,11 +236,12 @@ class Requests:
 
     def _begin_passing(self, entry: Entry, passing: Passing, now: float) -> None:
         """A reply comes in parts, so nobody else needs to compute it. Where nobody is there to take
-        it, it is lost: its client will ask again.
+        it, it is lost: its client will ask again. So it is before its client has asked here: what a
+        worker brought along cannot be compared with the request yet.
         """
         ledger = self._ledger
         client = ledger.clients.get(entry.client)
-        if client is None or not self._takes(client, entry):
+        if client is None or entry.packet is None or not self._takes(client, entry):
             self.drop(entry, now, cancel=True)
             return
         client.requests.add(entry.id)
@@ -413,6 +414,8 @@ class Requests:
         asked = entry.packet is not None or isinstance(answer.message, m.Reply)
         if asked and not m.comes_directly(answer.message):  # a transfer is not made twice
             self._held.keep(entry.id, answer, now)
+        if entry.packet is None and not m.comes_directly(answer.message):
+            return  # it is compared with the request once that is asked here
         if client is not None:
             client.answered += 1
             if client.connection is not None and isinstance(answer.message, m.Reply):

@@ -9,7 +9,7 @@ import sys
 import time
 
 from tests.sim import replay, scale
-from tests.sim.schedule import make
+from tests.sim.schedule import FIRST_RUDE, make
 
 #: Schedules that a process plays before it says how they went.
 _PART = 100
@@ -30,7 +30,12 @@ def main() -> int:
     if options.seed is not None:
         print(replay.explain(options.seed))
         return 0 if replay.play(make(options.seed)) else 1
-    return _play_many(range(options.first, options.first + options.schedules), options.jobs)
+    for kind, first in (("faults", 0), ("bad manners", FIRST_RUDE)):
+        print(f"{kind}:")
+        first += options.first
+        if failed := _play_many(range(first, first + options.schedules), options.jobs):
+            return failed
+    return 0
 
 
 def _play_many(seeds: range, jobs: int) -> int:

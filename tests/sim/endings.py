@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 #: After the last fault, a request that is wanted for so much longer must end in a result: patience
 #: with a silent peer, a reconnect, a resend, and the work of all requests in a row.
 RECOVERY_S = 40.0
+#: Beside rude peers an honest request of a tenth of a second takes no longer, ten others included.
+SERVED_S = 3.0
 
 
 def check_ending(
@@ -77,6 +79,16 @@ def _had_time(world: World, ask: Ask) -> bool:
         and bool(world.brokers)
         and ask.served_by({w.core.description.model for w in world.workers.values()})
     )
+
+
+def check_served(world: World, ask: Ask) -> None:
+    """What rude peers do, an honest request of another model has its result within seconds."""
+    took_s = world.now - ask.submitted_at
+    undisturbed = {"start", "submit", "rude"}.issuperset(op.kind for op in world.schedule.ops)
+    if not world.rude_names or not undisturbed or ask.nature != "ok":
+        return
+    require(ask.ended == "result", "spoilt by the rude", f"{ask.id} ended as {ask.ended}")
+    require(took_s <= SERVED_S, "held up by the rude", f"{ask.id} took {took_s:.1f} s")
 
 
 def check_all_ended(world: World) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.sim.actors import ClientProcess, WorkerProcess
 from tests.sim.peers import LINGER_S, BrokerProcess, PeerProcess, Process
+from tests.sim.rude import NAMES, Crowd
 from worker.core import Drain
 
 if TYPE_CHECKING:
@@ -162,6 +163,14 @@ def slow(world: World, who: str, factor: float, for_s: float) -> None:
         world.later(for_s, recover)
 
 
+def rude(world: World, who: str, seed: int, for_s: float) -> None:
+    """Peers come that keep to nothing, and are cut off after a while."""
+    broker = world.process(who)
+    if isinstance(broker, BrokerProcess):
+        world.rude_names.update(NAMES)
+        Crowd(world, broker, seed).act(world.now + for_s)
+
+
 KINDS: dict[str, Callable[..., None]] = {
     fault.__name__: fault
     for fault in (
@@ -180,6 +189,7 @@ KINDS: dict[str, Callable[..., None]] = {
         stop,
         jump,
         slow,
+        rude,
     )
 }
 

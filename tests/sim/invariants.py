@@ -89,7 +89,8 @@ class Invariants:
             cancelled = event.packet.message.id
             require(
                 cancelled not in broker.core.entries
-                or event.connection not in broker.core.client_connections,
+                or event.connection not in broker.core.client_connections
+                or event.connection in broker.rude,
                 "cancelled but kept",
                 broker,
                 "still has",
@@ -254,6 +255,7 @@ class Invariants:
         core = process.core
         if isinstance(process, BrokerProcess):
             sessions = len(core.clients) + len(core.workers) + len(self.world.lives)
+            sessions += len(self.world.rude_names)
             stores = len(core.answers) + len(core.mappings)
             return sessions + len(core.entries) + stores
         held = core.held if isinstance(process, WorkerProcess) else core.tickets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from broker.core import (
@@ -20,6 +20,7 @@ from broker.peer.loop import lost_message
 from tests.sim.network import Connection, Socket
 
 if TYPE_CHECKING:
+    from broker.protocol import Packet
     from tests.sim.world import World
 
 #: What a peer that leaves has said may take so long on its way.
@@ -130,6 +131,8 @@ class BrokerProcess(Process):
         super().__init__(world, name, life)
         self.core = BrokerCore(f"{name}.{life}", BrokerConfig(**config))
         self.connections: dict[bytes, Connection] = {}
+        #: connections of peers that have no core -> what hears what they are sent
+        self.rude: dict[bytes, Callable[[Packet], None]] = {}
 
     def act(self, actions: Iterable[Any]) -> None:
         gone = []
@@ -137,7 +140,9 @@ class BrokerProcess(Process):
             if not isinstance(action, Send):
                 continue
             connection = self.connections.get(action.connection)
-            if connection is None:
+            if (heard := self.rude.get(action.connection)) is not None:
+                heard(self.world.packet(action.frames))
+            elif connection is None:
                 gone.append(ConnectionLost(action.side, action.connection))
             else:
                 packet = self.world.packet(action.frames)

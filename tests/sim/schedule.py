@@ -195,4 +195,32 @@ _CALM_WEIGHTS = {"drain": 2, "slow": 1}
 
 def make(seed: int) -> Schedule:
     """The schedule of a seed; the same on every machine."""
-    return _Maker(seed).make()
+    return _make_rude(seed) if seed >= FIRST_RUDE else _Maker(seed).make()
+
+
+#: Seeds of schedules with bad manners begin here: a seed alone says which kind a schedule is.
+FIRST_RUDE = 1 << 32
+#: With bad manners, the honest are given so short work that each is served within seconds.
+_SHORT = {"n_tokens": 50, "nature": "ok", "mapping_id": "", "deadline_s": 90.0}
+
+
+def _make_rude(seed: int) -> Schedule:
+    """An honest pair, and crowds of rude peers that have models of their own."""
+    rng = random.Random(seed)
+    ops = [
+        Op(0.0, "start", "b1", {"role": "broker", "window": rng.choice((1, 4, 16))}),
+        Op(
+            0.0, "start", "w1",
+            {"role": "worker", "serves": "m", "credits": rng.choice((1, 2)), "max_mappings": 2,
+             "token_s": 0.001},
+        ),
+        Op(0.0, "start", "c1", {"role": "client", "job": "job", "resend_s": 2.0}),
+    ]  # fmt: skip
+    for _ in range(rng.choice((1, 1, 2))):
+        how = {"seed": rng.getrandbits(30), "for_s": round(rng.uniform(1.0, _LASTS_S), 3)}
+        ops.append(Op(round(rng.random() * 2.0, 3), "rude", "b1", how))
+    for label in range(1, rng.randint(4, 12)):
+        at = round(0.5 + rng.random() * _SPAN_S, 3)
+        asked = _SHORT | {"label": label, "step": label, "model": "m"}
+        ops.append(Op(at, "submit", "c1", asked))
+    return Schedule(seed, ("b1",), tuple(sorted(ops, key=lambda op: op.at)))

@@ -16,11 +16,13 @@ from tests.sim import (
 from tests.sim.faults import KINDS
 from tests.sim.footprint import footprint
 from tests.sim.mutations import MUTATIONS
-from tests.sim.schedule import Op, Schedule, make
+from tests.sim.schedule import FIRST_RUDE, Op, Schedule, make
 from tests.sim.world import World
 
 #: ``make sim`` plays 10,000.
 _SCHEDULES = 1_000
+#: With bad manners, 20 to 45 ms each.
+_RUDE_SCHEDULES = 1_000
 
 
 @pytest.mark.parametrize("first", range(0, _SCHEDULES, 100))
@@ -31,8 +33,15 @@ def test_every_invariant_holds_under_every_schedule(first: int) -> None:
             pytest.fail(replay.explain(seed))
 
 
+@pytest.mark.parametrize("first", range(FIRST_RUDE, FIRST_RUDE + _RUDE_SCHEDULES, 100))
+def test_rude_peers_cost_an_honest_pair_of_another_model_nothing(first: int) -> None:
+    for seed in range(first, first + 100):
+        if not replay.play(make(seed)):
+            pytest.fail(replay.explain(seed))
+
+
 def test_schedules_have_every_kind_of_operation() -> None:
-    drawn = {op.kind for seed in range(200) for op in make(seed).ops}
+    drawn = {op.kind for seed in (*range(200), FIRST_RUDE) for op in make(seed).ops}
     assert drawn == set(KINDS)
 
 

@@ -50,6 +50,8 @@ class World:
         self.unfinished: set[Ask] = set()
         #: losses of workers, clock steps and the like: what can explain an error
         self.seen: dict[str, int] = {}
+        #: peers without a core, of whom a broker may remember something while they are there
+        self.rude_names: set[str] = set()
         #: everyone leaves for good
         self.closing = False
         self.invariants = Invariants(self)
@@ -210,4 +212,5 @@ class World:
         endings.check_ending(self, client, ask, action)
         assert ask is not None
         ask.ended = "result" if isinstance(action, Deliver) else action.code
+        endings.check_served(self, ask)
         self.unfinished.discard(ask)

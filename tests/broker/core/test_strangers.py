@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from broker.core import Side
@@ -132,6 +134,19 @@ def test_a_worker_cannot_steal_a_queued_request_of_another_model(rig: Rig) -> No
     rig.reply("busy", rig.id("c", 1))
     rig.reply("busy", queued)
     assert [reply.id.number for reply in rig.got("c", m.Reply)] == [1, 2]
+
+
+def test_an_answer_in_parts_to_a_request_to_come_is_not_passed_on(rig: Rig) -> None:
+    rig.client("c")
+    future = rig.id("c", 7)
+    rig.worker("thief", description=model("second"), held=(future,))
+    spec = m.TensorSpec("supervision", "uint8", (8,), 2)
+    forged = reply_of(model("second"), "thief", future)
+    rig.from_worker("thief", dataclasses.replace(forged, manifest=(spec,), parts=2))
+    assert rig.got("c", m.Reply) == []
+    rig.worker("honest")
+    rig.ask("c", 7, model="tiny")
+    assert [asked.id for asked in rig.got("honest", m.Request)] == [future]
 
 
 @pytest.mark.parametrize("answer", ["reply", "failure"])
