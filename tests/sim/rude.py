@@ -173,7 +173,6 @@ class Crowd:
             (tokens,),
             offer=rng.choice(("", model(name).offer, "no such offer")),
             avoid=rng.choice(("", rng.choice(_ANY_NAME))),
-            slots=rng.choice((0, 1, 1 << 20)),
         ), [b"t" * nbytes]  # fmt: skip
 
     def _mapping(self) -> tuple[m.Message, list[bytes]]:
