@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
+import signal
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -165,6 +167,8 @@ def _read_config(ctx: click.Context, path: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] = ()) -> None:
     """The console script; ``arguments`` come before those of the command line."""
+    if os.getpid() == 1:  # of a container: the kernel ignores SIGTERM there, unless it is handled
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     try:
         cli.main([*arguments, *sys.argv[1:]], prog_name="draftmq")
     except DraftmqError as error:
