@@ -37,6 +37,9 @@ class _Entry:
 _COMMANDS = {
     "broker": _Entry("broker.cli:broker", "Run the broker in the foreground."),
     "chaos": _Entry("broker.chaos.cli:chaos", "Stand between peers and a broker and break things."),
+    "data": _Entry(
+        "trainer_client.commands.data:data", "Look at training data before a run.", "train"
+    ),
     "demo": _Entry(
         "trainer_client.commands.demo:demo",
         "Run all of it here, and end with a trained draft.",

@@ -19,7 +19,8 @@ def token_counts(samples: Iterable[Sample], vocab_size: int) -> torch.Tensor:
     """How often each token is to be predicted; int64 [V].
 
     A draft that has read a token with loss learns the one after it, so that is what counts: the
-    stop token too, where it stands behind the loss. Raises :class:`DataError` for an id that the
+    stop token too, where it stands behind the loss. The first that it reads is the second of a
+    sample. Raises :class:`DataError` for an id that the
     target does not have.
     """
     counts = torch.zeros(vocab_size, dtype=torch.int64)
@@ -31,7 +32,7 @@ def token_counts(samples: Iterable[Sample], vocab_size: int) -> torch.Tensor:
                 f"{vocab_size} tokens; was the data made with another tokenizer?"
             )
         mask = torch.tensor(sample.loss_mask, dtype=torch.bool)
-        counts += torch.bincount(ids[1:][mask[:-1]], minlength=vocab_size)
+        counts += torch.bincount(ids[2:][mask[1:-1]], minlength=vocab_size)
     return counts
 
 

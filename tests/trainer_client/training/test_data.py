@@ -6,12 +6,13 @@ import lzma
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from trainer_client.errors import DataError
-from trainer_client.training.data import Schedule, collate, read_dataset
+from trainer_client.training.data import Sample, Schedule, collate, read_dataset
 from trainer_client.training.vocab import frequent_tokens, token_counts
 from worker.targets import EMBEDDED
 
@@ -141,6 +142,17 @@ def test_an_epoch_trains_each_sample_once_on_any_numbers_of_ranks(
         assert sorted(taken) == sorted(schedule.samples(step))
         seen += taken
     assert sorted(seen) == list(range(samples))
+
+
+def test_what_counts_for_the_vocabulary_is_what_slots_learn() -> None:
+    """Slot t reads token t + 1, counts where that has loss, and learns token t + 2."""
+    ids, mask = (5, 6, 7, 8, 9, 9), (1, 0, 1, 1, 0, 1)
+    expected = torch.zeros(16, dtype=torch.int64)
+    for slot in range(len(ids) - 2):
+        if mask[slot + 1]:
+            expected[ids[slot + 2]] += 1
+    assert torch.equal(token_counts([Sample(ids, mask, "a:1")], 16), expected)
+    assert int(expected.sum()) == 2
 
 
 def test_the_draft_vocab_is_the_most_frequent_tokens(tmp_path: Path, tokenizer: object) -> None:
