@@ -109,6 +109,7 @@ def engine_config(draft: Eagle3Draft, target_info: Mapping[str, Any]) -> dict[st
             "eagle_aux_hidden_state_layer_ids": layers,
             "use_aux_hidden_state": True,
         },
+        "trained_with": "draftmq",  # so a switch means here what it means to engines
     }
 
 

@@ -38,6 +38,8 @@ FREE = (
     "skip_non_finite",
     "log_to",
 )
+#: What a run was before it was written down.
+_BEFORE = {"draft": "eagle3"}
 #: What is written down for people, and compared by nobody when a run is resumed.
 _TOLD = ("versions", "ranks", "files", "settings", "total_steps", "skip_non_finite")
 #: What decides which tokens are trained: where those are the same it does not matter.
@@ -110,6 +112,7 @@ def check_place(output: Path, *, resume: bool) -> dict[str, Any] | None:
 
 def compare(there: Mapping[str, Any], here: Mapping[str, Any], output: Path) -> None:
     """Raise :class:`RunError` that names what differs between the run there and the one wanted."""
+    there = _BEFORE | dict(there)
     same_data = there.get("data_content") == here.get("data_content")
     free = {*_TOLD, *(_OF_DATA if same_data else ())}
     differing = [

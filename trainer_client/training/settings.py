@@ -38,7 +38,7 @@ class TrainSettings:
     #: Leave out records that cannot be used, and count them by reason; else the first is an error.
     skip_bad_lines: bool = False
     #: ``eagle3.1`` has a norm for each aux state and feeds back what the head reads.
-    draft: Family = "eagle3"
+    draft: Family = "eagle3.1"
     #: What EAGLE-3's authors and most published drafts use.
     draft_vocab_size: int = 32000
     #: 0: like a layer of the target.

@@ -84,10 +84,8 @@ def _norm_findings(config: Mapping[str, Any], names: Collection[str]) -> Iterato
         )
     if before and config.get("fc_norm"):
         yield error("fc_norm and norm_before_fc are both true; a draft has one of them")
-    if config.get("norm_output"):
-        alone = (
-            "" if before or config.get("fc_norm") else ", and neither fc_norm nor norm_before_fc"
-        )
+    alone = "" if before or config.get("fc_norm") else ", and neither fc_norm nor norm_before_fc"
+    if config.get("norm_output") and (alone or config.get("trained_with") != "draftmq"):
         yield warning(
             f"norm_output is true{alone}: engines feed the normed state to the next depth, and no "
             "tensor tells whether the draft was trained so; SpecForge up to 0.3.0 gave this name "
