@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -175,6 +176,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     try:
         cli.main([*arguments, *sys.argv[1:]], prog_name="draftmq")
     except DraftmqError as error:
+        for handler in logging.getLogger().handlers:
+            handler.flush()  # what led to it comes first
         click.echo(f"draftmq: {error}", err=True)
         sys.exit(2 if isinstance(error, AddressError) else 1)  # 2 is wrong usage
 
