@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import worker.answers
 from broker.protocol.wish import parse_wish
 from tests.integration.conftest import LENGTH, VOCAB, Cluster, make_target, tokens
 from tests.integration.test_training import assert_same, run, settings
-from trainer_client.errors import BadRequestError
+from trainer_client.errors import BadRequestError, IdentityError
 from trainer_client.targets.colocated import ColocatedTarget
 from trainer_client.targets.wished import TargetSupervision
 from worker.answers import description
@@ -163,6 +165,27 @@ def test_another_engine_is_another_offer(target: HuggingFaceTarget) -> None:
     others: list[dict[str, Any]] = [{"engine": "vllm 0.32.0"}, {"layers": (1, 2)}]
     for changed in others:
         assert replace(said, **changed).offer != said.offer
+
+
+@pytest.mark.parametrize("wish", ["probs", "layers=1,3;last"])
+def test_tensors_of_another_shape_are_not_used(
+    cluster: Cluster, mapping: VocabMapping, monkeypatch: pytest.MonkeyPatch, wish: str
+) -> None:
+    """A worker that does not look at what it sends, or lies."""
+    monkeypatch.setattr("worker.answers.check_shapes", lambda got, wanted: None)
+    real = worker.answers.compute_supervision
+
+    def narrower(*args: Any, **named: Any) -> dict[str, torch.Tensor]:
+        made = real(*args, **named)
+        name = next(iter(made))
+        return made | {name: made[name][:, :-1]}
+
+    monkeypatch.setattr("worker.answers.compute_supervision", narrower)
+    cluster.worker()
+    remote = cluster.trainer(mapping, encoding="probs")
+    ask = remote.generate_batch_async if wish == "probs" else partial(remote.supervise, wish)
+    with pytest.raises(IdentityError, match=r"gave .* of shape .* was expected; nothing of it was"):
+        ask(*rows(0)).result()
 
 
 @pytest.mark.parametrize("wish", ["layers=1,3,4;last;states=fp8", "layers=0,3,6;probs;at=loss"])

@@ -19,7 +19,7 @@ from broker.protocol import encode
 from broker.protocol import messages as m
 from broker.protocol.wish import NAMES, Wish, parse_wish
 from trainer_client.core import ClientConfig
-from trainer_client.errors import BadRequestError
+from trainer_client.errors import BadRequestError, IdentityError
 from trainer_client.service import Answer, Client, PendingReply
 from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.targets.facts import model_facts
@@ -32,10 +32,13 @@ from trainer_client.targets.wished import (
 from trainer_client.trace import Trace
 from worker.direct.config import DirectConfig
 from worker.direct.receiver import Receiver
-from worker.errors import BadRequest
+from worker.errors import BadRequest, TargetError
+from worker.supervision.checks import check_shapes, expected_shapes
 from worker.supervision.mapping import VocabMapping
 
 _logger = logging.getLogger("draftmq.client")
+#: tensor -> its shape
+Shapes = Mapping[str, tuple[int, ...]]
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -276,9 +279,10 @@ class RemoteEagle3TargetModel:
             return handle.then(lambda made: made.to_batch(input_ids, *masks))
         if slots:
             wish = wish.within(0, slots)
-        pending = self._submit(wish, tokens_to_send(input_ids, *masks, None), step)
+        tokens = tokens_to_send(input_ids, *masks, None)
+        pending, shapes = self._submit(wish, tokens, step)
         mask = attention_mask[:, :slots] if slots else attention_mask
-        return RemoteHandle(pending, lambda answer: self._batch(answer, mask))
+        return RemoteHandle(pending, lambda answer: self._batch(answer, shapes, mask))
 
     def supervise(
         self,
@@ -303,16 +307,27 @@ class RemoteEagle3TargetModel:
             tokens = tokens_to_send(input_ids, attention_mask, loss_mask, lengths)
         except BadRequest as error:
             raise BadRequestError("bad_request", str(error)) from error
-        pending = self._submit(wish, tokens, step)
-        return RemoteHandle(pending, lambda answer: self._supervision(answer, wish))
+        pending, shapes = self._submit(wish, tokens, step)
+        return RemoteHandle(pending, lambda answer: self._supervision(answer, shapes, wish))
 
-    def _submit(self, wish: Wish, tokens: dict[str, Tensor], step: int | None) -> PendingReply:
+    def _submit(
+        self, wish: Wish, tokens: dict[str, Tensor], step: int | None
+    ) -> tuple[PendingReply, Shapes]:
+        """Ask; also the shapes that the tensors of the reply must have."""
         try:
             check_wish(tokens, wish, self._info)
         except BadRequest as error:
             raise BadRequestError("bad_request", str(error)) from error
         self._step = self._step + 1 if step is None else step
-        return self._client.submit(
+        mapping_id = self._mapping_id() if wish.over_vocabulary else ""
+        shapes = expected_shapes(
+            tokens,
+            wish,
+            hidden_size=self._info["hidden_size"],
+            layers=len(wish.layers or self._info["aux_layer_ids"]),
+            draft_vocab_size=self._mapping.draft_vocab_size if self._mapping else 0,
+        )
+        pending = self._client.submit(
             "generate",
             tokens,
             timeout_s=self._deadline_s,
@@ -320,9 +335,10 @@ class RemoteEagle3TargetModel:
             offer=self._info["offer"],
             step=self._step,
             n_tokens=tokens["input_ids"].numel(),
-            mapping_id=self._mapping_id() if wish.over_vocabulary else "",
+            mapping_id=mapping_id,
             encoding=str(wish),
         )
+        return pending, shapes
 
     @property
     def window(self) -> int:
@@ -370,17 +386,28 @@ class RemoteEagle3TargetModel:
             )
         return self._mapping.id
 
-    def _batch(self, answer: Answer, attention_mask: Tensor) -> Eagle3TargetBatch:
+    def _batch(self, answer: Answer, shapes: Shapes, attention_mask: Tensor) -> Eagle3TargetBatch:
+        _check_answer(answer, shapes)
         _use_here(answer.tensors)
         batch = Eagle3TargetBatch(attention_mask=attention_mask, **dict[str, Any](answer.tensors))
         return batch if self._host_batches else batch.map(lambda t: t.to(self._device))
 
-    def _supervision(self, answer: Answer, wish: Wish) -> TargetSupervision:
+    def _supervision(self, answer: Answer, shapes: Shapes, wish: Wish) -> TargetSupervision:
+        _check_answer(answer, shapes)
         _use_here(answer.tensors)
         tensors = dict(answer.tensors)
         if not self._host_batches:  # what is fp8 is made wide where it is used
             tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         return TargetSupervision.of(tensors, wish, self._info["dtype"])
+
+
+def _check_answer(answer: Answer, shapes: Shapes) -> None:
+    """Raise :class:`IdentityError` for tensors that nobody asked for."""
+    try:
+        got = {name: tensor.shape for name, tensor in answer.tensors.items()}
+        check_shapes(got, shapes, f"worker {answer.reply.worker}")
+    except TargetError as error:
+        raise IdentityError("identity", f"{error}; nothing of it was used") from None
 
 
 def _use_here(tensors: Mapping[str, Tensor]) -> None:

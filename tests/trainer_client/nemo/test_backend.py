@@ -148,9 +148,9 @@ def test_padding_is_not_sent_back_and_with_fast_not_computed(
     came: list[int] = []
     plain = RemoteEagle3TargetModel._batch
 
-    def keep(self: Any, answer: Any, mask: Tensor) -> Any:
+    def keep(self: Any, answer: Any, *others: Any) -> Any:
         came.append(answer.tensors["target_probs"].shape[1])
-        return plain(self, answer, mask)
+        return plain(self, answer, *others)
 
     monkeypatch.setattr(RemoteEagle3TargetModel, "_batch", keep)
     ids, attention, loss = batch(1)
