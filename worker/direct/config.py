@@ -138,7 +138,13 @@ def _address(config: DirectConfig, endpoints: Sequence[str]) -> tuple[str, str]:
             f"the broker at {host} is on a network, where tensors would travel in the clear; "
             "--direct-address auto, or an address, allows it"
         )
-    return _towards(host), f"the interface that reaches {host}"
+    try:
+        return _towards(host), f"the interface that reaches {host}"
+    except OSError as error:  # no such name, or no route
+        return "", (
+            f"no way from here to the broker at {host} is known ({error}); give this host's own "
+            "address (--direct-address ADDRESS)"
+        )
 
 
 def _towards(host: str) -> str:

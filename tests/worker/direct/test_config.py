@@ -51,6 +51,13 @@ def test_shared_memory_is_not_offered_where_there_is_none(
     assert choose(DirectConfig(), "cpu", LOCAL).backends == ("gloo",)
 
 
+def test_a_broker_that_no_way_is_known_to_is_a_sentence_and_no_traceback() -> None:
+    choice = choose(DirectConfig(address="auto"), "cpu", ["tcp://no-such-host.invalid:5555"])
+    assert choice.backends == ()
+    assert "no way from here to the broker at no-such-host.invalid is known" in str(choice)
+    assert "--direct-address ADDRESS" in str(choice)
+
+
 def test_auto_takes_the_interface_that_reaches_the_broker() -> None:
     choice = choose(DirectConfig(address="auto"), "cpu", ["tcp://127.0.0.1:1", "tcp://127.0.0.9:2"])
     assert choice.address == "127.0.0.1"
