@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from tests.bench.lines import Line, Progress
 from tests.bench.processes import Broker, broker
-from tests.integration.test_processes import free_port
+from tests.ports import free_port
 
 CLIENTS = (1, 10, 100, 1000)
 _MAX_ADDED_MS = 0.5

@@ -12,7 +12,7 @@ from typing import Any
 
 from broker.errors import BrokerError
 from broker.watch.look import fetch
-from tests.integration.test_processes import free_port
+from tests.ports import free_port
 from trainer_client.commands.demo import Processes
 from trainer_client.targets.remote import RemoteEagle3TargetModel
 

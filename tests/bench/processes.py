@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.integration.test_processes import free_port
+from tests.ports import free_port
 from trainer_client.commands.demo import Processes
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tests.integration.test_processes import free_port
+from tests.ports import free_port
 from trainer_client.commands.demo import Processes
 from trainer_client.service import Answer, Client, PendingReply
 from worker.direct.config import DirectConfig

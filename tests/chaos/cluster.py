@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.chaos.proxy import ChaosProxy
+from tests.ports import free_port
 from trainer_client.commands.demo import Processes
 from worker.targets.embedded import heldout
 
@@ -222,9 +223,3 @@ def process_groups() -> Iterator[tuple[int, int]]:
             state, _, group = path.read_text().rpartition(")")[2].split()[:3]
             if state != "Z":
                 yield int(path.parent.name), int(group)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from broker.commands import cli
 from tests.integration.conftest import Cluster, cluster, target
-from tests.integration.test_processes import free_port
+from tests.ports import free_port
 from tests.waiting import eventually
 from trainer_client.doctor import Finding, examine, is_healthy
 

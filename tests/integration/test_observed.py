@@ -15,8 +15,8 @@ from tests.integration.test_processes import (
     Commands,
     commands,  # noqa: F401 - a fixture
     ends_well,
-    free_port,
 )
+from tests.ports import free_port
 from tests.trainer_client.test_trace import assert_nested, spans
 from tests.waiting import eventually
 from trainer_client.training import metrics

@@ -13,7 +13,7 @@ import pytest
 
 from broker.service import Broker
 from tests.integration.conftest import Cluster, cluster, target
-from tests.integration.test_processes import free_port
+from tests.ports import free_port
 from tests.waiting import eventually
 from trainer_client.errors import RequestError
 from worker.errors import WorkerError

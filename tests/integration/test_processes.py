@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from transformers import AutoTokenizer
 
 from broker.errors import BrokerError
 from broker.watch.look import fetch
+from tests.ports import free_port
 from tests.waiting import eventually
 from trainer_client.commands.demo import Processes
 from trainer_client.targets.colocated import ColocatedTarget
@@ -37,12 +37,6 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-3,
 }
 PATIENCE_S = 120.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Commands:

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from tests.chaos.cluster import free_port
+from tests.ports import free_port
 from trainer_client.commands.demo import Processes
 from worker.targets import EMBEDDED
 from worker.targets.embedded import heldout

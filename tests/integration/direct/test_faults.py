@@ -20,6 +20,7 @@ from broker.protocol import decode
 from broker.protocol import messages as m
 from tests.integration.direct.conftest import Scene, Trainer
 from tests.integration.direct.worker import LIMIT_S, patience
+from tests.ports import free_port
 from tests.waiting import eventually
 from worker.direct.config import DirectConfig
 from worker.direct.gloo import GlooBackend
@@ -163,7 +164,7 @@ def test_the_reply_is_dropped_by_a_proxy(scene: Scene) -> None:
 
 def test_the_store_is_killed_while_connecting_and_when_ready(scene: Scene) -> None:
     """The store is reached through a process of its own, which is what dies."""
-    ports = [_free_port(), _free_port()]
+    ports = [free_port(), free_port()]
     forward = ["tests.integration.direct.forwarder", *ports]
     first = scene.processes.start("store1", forward)
     worker = scene.worker(
@@ -183,12 +184,6 @@ def test_the_store_is_killed_while_connecting_and_when_ready(scene: Scene) -> No
     trainer.until_direct()
     recovered_in_time(trainer)
     assert worker.poll() is None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_channel_is_cut_50_times_in_one_run(scene: Scene) -> None:
