@@ -65,9 +65,8 @@ def examine(
     http: str = "",
     key: KeyLike | None = None,
     broker_key: KeyLike | None = None,
-    role: Role = Role.TRAINER,
 ) -> Iterator[Finding]:
-    """Look at one broker's endpoint, as a trainer or a worker that stands here would.
+    """Look at one broker's endpoint, as a trainer that stands here would.
 
     ``http`` is the broker's HTTP address, for its clock and its readiness. Raises
     :class:`broker.keys.addresses.AddressError` for what is no address.
@@ -75,17 +74,17 @@ def examine(
     address = connecting(broker)
     yield _versions()
     if address.kind == "tcp":
-        found = _name(address)
+        found, hosts = _name(address)
         yield found
         if not found.good:
             return
-        ports = list(_ports(address))
+        ports = list(_ports(hosts, address.port))
         if not any(port.good for port in ports):
             yield from ports
             return
         # one address of several is enough: peers try them in turn
         yield from (port for port in ports if port.good)
-    yield from _conversation(broker, role, key, broker_key)
+    yield from _conversation(broker, key, broker_key)
     yield _direct(broker)
     if http:
         yield from _http(http)
@@ -108,9 +107,10 @@ def _installed(package: str) -> str:
         return "unknown"
 
 
-def _name(address: Address) -> Finding:
+def _name(address: Address) -> tuple[Finding, list[str]]:
+    """Also the addresses that there are."""
     if not address.named:
-        return Finding("name", True, f"{address.host} is an address")
+        return Finding("name", True, f"{address.host} is an address"), [address.host]
     began = time.monotonic()
     try:
         found = addresses_of(address.host)
@@ -118,16 +118,17 @@ def _name(address: Address) -> Finding:
         return Finding(
             "name", False, f"{address.host!r} has no address here ({error})",
             "look at this host's DNS or /etc/hosts, or give the broker's IP address",
-        )  # fmt: skip
+        ), []  # fmt: skip
     took = time.monotonic() - began
-    return Finding("name", True, f"{address.host} is {', '.join(found)} ({took * 1e3:.0f} ms)")
+    seen = f"{address.host} is {', '.join(found)} ({took * 1e3:.0f} ms)"
+    return Finding("name", True, seen), found
 
 
-def _ports(address: Address) -> Iterator[Finding]:
-    for host in addresses_of(address.host):
-        what, began = f"port {address.port} of {host}", time.monotonic()
+def _ports(hosts: Iterable[str], port: int) -> Iterator[Finding]:
+    for host in hosts:
+        what, began = f"port {port} of {host}", time.monotonic()
         try:
-            socket.create_connection((host, address.port), _CONNECT_S).close()
+            socket.create_connection((host, port), _CONNECT_S).close()
         except ConnectionRefusedError:
             yield Finding(
                 what, False, "nobody listens",
@@ -171,10 +172,10 @@ class _Visit:
 
 
 def _conversation(
-    broker: str, role: Role, key: KeyLike | None, broker_key: KeyLike | None
+    broker: str, key: KeyLike | None, broker_key: KeyLike | None
 ) -> Iterator[Finding]:
     try:
-        shown = credentials(role, [broker], key, broker_key, _logger)
+        shown = credentials(Role.TRAINER, [broker], key, broker_key, _logger)
     except DraftmqError as error:
         yield Finding("keys", False, str(error))
         return

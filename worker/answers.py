@@ -30,8 +30,7 @@ from worker.supervision.fp8 import fp8_errors
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.requests import Tokens, validate_tokens
 from worker.supervision.supervision import (
-    compute_packed,
-    compute_supervision,
+    compute,
     input_embeddings,
     lm_head_rows,
     suited,
@@ -216,8 +215,7 @@ class Answerer:
 
     def _supervision(self, work: Work, encoding: str) -> dict[str, Tensor]:
         assert work.tokens is not None
-        compute = compute_packed if "lengths" in work.tokens else compute_supervision
-        return compute(self.target, **work.tokens, mapping=work.mapping, encoding=encoding)
+        return compute(self.target, work.tokens, mapping=work.mapping, encoding=encoding)
 
     def _check(self, work: Work) -> None:
         """Look at sizes now, and ask whether the values are numbers; the answer is waited for

@@ -149,17 +149,16 @@ class BrokerCore(Ledger):
 
     def _refuse_side(self, event: Received, hello: m.ClientHello | m.WorkerHello) -> None:
         """The ports are swapped: whoever came to the wrong one would try it for ever."""
-        wants, other = Side.WORKER, Side.CLIENT
+        here = event.side
+        wants = Side.WORKER if here is Side.CLIENT else Side.CLIENT
         name = hello.worker if isinstance(hello, m.WorkerHello) else hello.client
-        if isinstance(hello, m.ClientHello):
-            wants, other = other, wants
         text = (
-            f"this is the broker's port for {_PEERS[other]}, and {_PEERS[wants]} have one of "
+            f"this is the broker's port for {_PEERS[here]}, and {_PEERS[wants]} have one of "
             f"their own (draftmq broker --{_PEERS[wants]}, {_DEFAULT_PORT[wants]} by default); are "
             "the two swapped?"
         )
-        self.send(event.side, event.connection, m.Refused("wrong_port", text))
-        self.log("warning", "wrong_port", side=event.side.value, name=name, text=text)
+        self.send(here, event.connection, m.Refused("wrong_port", text))
+        self.log("warning", "wrong_port", side=here.value, name=name, text=text)
 
     def _refuse_name(self, event: Received, name: str) -> None:
         text = (

@@ -102,6 +102,11 @@ class Wish:
         return self.last or self.name == "hidden"
 
     @property
+    def offered_as(self) -> str:
+        """The name that a worker must offer for it; nothing where every worker has it."""
+        return self.name or ("hidden" if self.last else "")
+
+    @property
     def lossy(self) -> bool:
         """Whether something of it travels as fp8."""
         return self.fp8_states or self.fp8_last

@@ -57,5 +57,5 @@ def ready() -> Ready:
     def supervision(*_: Any, encoding: str, **__: Any) -> dict[str, Tensor]:
         return common | special[encoding]
 
-    worker.answers.compute_supervision = supervision
+    worker.answers.compute = supervision
     return target

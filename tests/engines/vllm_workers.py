@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from trainer_client.training.run import train
 from trainer_client.training.settings import TrainSettings
 from worker.targets import load_target, resolve
 from worker.targets.embedded import heldout
+from worker.targets.vllm.leavings import descendants
 
 WORK = Path("build/engines/vllm")
 #: Of the states' norm, in float32.
@@ -183,7 +183,7 @@ def check_killed_engine(broker: Broker, workers: Workers) -> None:
     before = sorted(os.listdir("/dev/shm"))
     workers.start("ranks", "--tp", "2")
     attached(broker, workers, 2)
-    children = list(_descendants(workers.all["ranks"].pid))
+    children = list(descendants(workers.all["ranks"].pid))
     for pid in children:
         with contextlib.suppress(OSError):
             if b"VLLM" in Path(f"/proc/{pid}/cmdline").read_bytes().upper():
@@ -198,13 +198,6 @@ def check_killed_engine(broker: Broker, workers: Workers) -> None:
     print(f"engine of two ranks killed: {said[-1] if said else 'nothing was said'}; left: {left}")
     if not said or workers.all["ranks"].returncode == 0:
         sys.exit("the worker of a killed engine did not end in a sentence")
-
-
-def _descendants(pid: int) -> Iterator[int]:
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in children.read_text().split():
-            yield from _descendants(int(child))
-            yield int(child)
 
 
 def main(python: str, target: str) -> None:

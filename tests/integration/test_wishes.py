@@ -173,14 +173,14 @@ def test_tensors_of_another_shape_are_not_used(
 ) -> None:
     """A worker that does not look at what it sends, or lies."""
     monkeypatch.setattr("worker.answers.check_shapes", lambda got, wanted: None)
-    real = worker.answers.compute_supervision
+    real = worker.answers.compute
 
     def narrower(*args: Any, **named: Any) -> dict[str, torch.Tensor]:
         made = real(*args, **named)
         name = next(iter(made))
         return made | {name: made[name][:, :-1]}
 
-    monkeypatch.setattr("worker.answers.compute_supervision", narrower)
+    monkeypatch.setattr("worker.answers.compute", narrower)
     cluster.worker()
     remote = cluster.trainer(mapping, encoding="probs")
     ask = remote.generate_batch_async if wish == "probs" else partial(remote.supervise, wish)

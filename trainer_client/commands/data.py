@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 from broker import logs
+from trainer_client.commands.tokenizer import load_tokenizer, served_tokenizer
+from trainer_client.targets.remote import RemoteEagle3TargetModel
 from trainer_client.training.data import Sample
 from trainer_client.training.report import DataReport, report
 from trainer_client.training.settings import TrainSettings
@@ -55,7 +57,7 @@ def check(
     """
     if bool(tokenizer) == bool(broker):
         raise click.UsageError("give either --tokenizer or --broker")
-    read = _tokenizer(tokenizer or _served_tokenizer(broker), trust_remote_code)
+    read = load_tokenizer(tokenizer or _served_tokenizer(broker), trust_remote_code)
     found = report(file, read, max_length, skip_bad_lines=skip_bad_lines, loss_on=loss_on)
     if as_json:
         click.echo(json.dumps(_plain(found, read)))
@@ -67,22 +69,8 @@ def check(
 
 
 def _served_tokenizer(brokers: tuple[str, ...]) -> str:
-    from trainer_client.errors import TrainerClientError
-    from trainer_client.targets.remote import RemoteEagle3TargetModel
-
     with RemoteEagle3TargetModel(list(brokers)) as target:
-        name = str(target.model_info()["tokenizer"])
-    if not name:
-        raise TrainerClientError("the target names no tokenizer; say --tokenizer")
-    return name
-
-
-def _tokenizer(name: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    from worker.targets import resolve
-
-    return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+        return served_tokenizer(target)
 
 
 def _show(found: DataReport, tokenizer: Any) -> None:

@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 import click
 
-from broker.keys.files import Role
 from trainer_client.doctor import examine, is_healthy
 
 _EXAMPLE = """\b
@@ -25,7 +24,7 @@ Example:
 def doctor(broker: str, http: str, key: str | None, broker_key: str | None, as_json: bool) -> None:
     """Say what works between this host and a broker, and what to do where it does not."""
     findings = []
-    for finding in examine(broker, http=http, key=key, broker_key=broker_key, role=Role.TRAINER):
+    for finding in examine(broker, http=http, key=key, broker_key=broker_key):
         findings.append(finding)
         if not as_json:
             click.echo(str(finding))

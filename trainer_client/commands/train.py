@@ -13,11 +13,11 @@ from typing import Any, get_args
 
 import click
 import torch
-from transformers import AutoTokenizer
 
 from broker import logs
 from broker.keys import operators
 from trainer_client.commands.progress import Progress
+from trainer_client.commands.tokenizer import load_tokenizer, served_tokenizer
 from trainer_client.eagle3.config import Family
 from trainer_client.eagle3.draft import Attention
 from trainer_client.errors import TrainerClientError
@@ -34,7 +34,6 @@ from trainer_client.training.trainer import StepMetrics
 from trainer_client.watch.observed import Observed
 from worker.direct import options as direct_options
 from worker.direct.config import DirectConfig
-from worker.targets import resolve
 
 _logger = logging.getLogger("draftmq.train")
 
@@ -224,7 +223,7 @@ def train(
             progress = Progress(ranks, quiet=as_json)
             if dry_run:
                 with target:
-                    read = _tokenizer(tokenizer, target, trust_remote_code)
+                    read = load_tokenizer(tokenizer or served_tokenizer(target), trust_remote_code)
                     where = torch.device(device)
                     found = probe(settings, target, read, ranks=ranks, device=where)
                 if ranks.first:
@@ -239,7 +238,7 @@ def train(
                 summary = run_training(
                     settings,
                     target,
-                    _tokenizer(tokenizer, target, trust_remote_code),
+                    load_tokenizer(tokenizer or served_tokenizer(target), trust_remote_code),
                     ranks=ranks,
                     device=torch.device(device),
                     on_plan=progress.plan,
@@ -260,14 +259,6 @@ def _one_sentence(stop: Stop) -> Iterator[None]:
         yield
     except Stopped:
         raise TrainerClientError(f"stopped by {stop.by} before the first step") from None
-
-
-def _tokenizer(wanted: str | None, target: RemoteEagle3TargetModel, trust_remote_code: bool) -> Any:
-    """The one that was asked for, or the target's own. Waits for the first worker then."""
-    name = wanted or target.model_info()["tokenizer"]
-    if not name:
-        raise TrainerClientError("the target names no tokenizer; say --tokenizer")
-    return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
 
 
 def own_device(wanted: str) -> str:

@@ -11,10 +11,15 @@ from torch import Tensor
 
 from broker.protocol.wish import Wish, parse_wish
 from trainer_client.targets.batch import Eagle3TargetBatch, HasWeight, LmHeadRows
-from trainer_client.targets.wished import TargetSupervision, check_for_training, tokens_to_send
+from trainer_client.targets.wished import (
+    TargetSupervision,
+    check_for_training,
+    in_parts,
+    tokens_to_send,
+)
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.requests import Tokens, validate_request, validate_tokens
-from worker.supervision.supervision import compute_packed, compute_supervision, lm_head_rows
+from worker.supervision.supervision import compute, lm_head_rows
 from worker.targets import as_target
 from worker.targets.contract import describe
 
@@ -44,7 +49,7 @@ class ColocatedTarget:
         self._mapping: VocabMapping | None = None
 
     def _refuse_unoffered(self, wish: Wish) -> None:
-        wanted = wish.name or ("hidden" if wish.last else "")
+        wanted = wish.offered_as
         if wanted and wanted not in self.facts.encodings:
             offered = ", ".join((*self.facts.encodings, "logits"))
             why = getattr(self.target, "hidden_refused", "")
@@ -112,18 +117,15 @@ class ColocatedTarget:
         lengths: Tensor | None = None,
     ) -> TargetSupervision:
         """What a wish names, of rows [B, T] or packed documents [N]; see the remote target's."""
-        wish = parse_wish(wish) if isinstance(wish, str) else wish
-        if wish.name:
-            raise ValueError(f"{wish.name!r} is supervision for EAGLE-3; ask generate_batch for it")
+        wish = in_parts(wish)
         tokens = tokens_to_send(input_ids, attention_mask, loss_mask, lengths)
         return TargetSupervision.of(self._compute(wish, tokens), wish, self.facts.dtype)
 
     def _compute(self, wish: Wish, tokens: Tokens) -> dict[str, Tensor]:
         facts = self.facts
         validate_tokens(tokens, wish, facts.vocab_size, facts.max_position_embeddings)
-        compute = compute_packed if "lengths" in tokens else compute_supervision
         mapping = self._need_mapping() if wish.over_vocabulary else None
-        return compute(self.target, **tokens, mapping=mapping, encoding=str(wish))
+        return compute(self.target, tokens, mapping=mapping, encoding=str(wish))
 
     def generate_batch_async(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor

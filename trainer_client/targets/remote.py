@@ -27,6 +27,7 @@ from trainer_client.targets.wished import (
     TargetSupervision,
     check_for_training,
     check_wish,
+    in_parts,
     tokens_to_send,
 )
 from trainer_client.trace import Trace
@@ -300,9 +301,7 @@ class RemoteEagle3TargetModel:
         Raises :class:`BadRequestError` at once for what no worker would accept, and ``ValueError``
         for a text that is no wish, or the name of one, which :meth:`generate_batch` is for.
         """
-        wish = parse_wish(wish) if isinstance(wish, str) else wish
-        if wish.name:
-            raise ValueError(f"{wish.name!r} is supervision for EAGLE-3; ask generate_batch for it")
+        wish = in_parts(wish)
         try:
             tokens = tokens_to_send(input_ids, attention_mask, loss_mask, lengths)
         except BadRequest as error:

@@ -109,6 +109,14 @@ def check_for_training(encoding: str) -> None:
         )
 
 
+def in_parts(wish: Wish | str) -> Wish:
+    """A wish that names its parts. Raises ``ValueError`` for a text that is none, or a name."""
+    wish = parse_wish(wish) if isinstance(wish, str) else wish
+    if wish.name:
+        raise ValueError(f"{wish.name!r} is supervision for EAGLE-3; ask generate_batch for it")
+    return wish
+
+
 def takes_head(encoding: str) -> bool:
     """Whether batches of an encoding have what the trainer itself multiplies by the head."""
     return encoding != "logits" and parse_wish(encoding).has_last
@@ -119,7 +127,7 @@ def check_wish(tokens: Tokens, wish: Wish, info: Mapping[str, Any]) -> None:
 
     Raises :class:`worker.errors.BadRequest`.
     """
-    wanted = wish.name or ("hidden" if wish.last else "")
+    wanted = wish.offered_as
     if wanted and wanted not in info["encodings"]:
         raise BadRequest(
             f"the model {info['model']!r} is served with {', '.join(info['encodings'])}; "

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from worker.errors import TargetError
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.requests import Tokens
-from worker.supervision.supervision import padded, run, suited, supervision
+from worker.supervision.supervision import run_together, suited, supervision
 from worker.targets.contract import Target
 
 
@@ -33,16 +32,5 @@ def compute_together(
     Raises :class:`worker.errors.BadRequest` where the wish or the mapping does not suit.
     """
     wishes = [suited(target, mapping, encoding) for encoding in encodings]
-    outputs = run(target, padded(requests), wishes[0])
-    if outputs.shifted:
-        raise TargetError(
-            f"target {target.name!r} says that it is batchable and gives shifted outputs; cut "
-            "apart, they would end in what belongs to the padding"
-        )
-    made, first = [], 0
-    for tokens, wish in zip(requests, wishes, strict=True):
-        rows, length = tokens["input_ids"].shape
-        part = outputs.cut(slice(first, first + rows), slice(0, length))
-        made.append(supervision(part, tokens, wish, mapping))
-        first += rows
-    return made
+    parts = zip(run_together(target, requests, wishes[0]), requests, wishes, strict=True)
+    return [supervision(part, tokens, wish, mapping) for part, tokens, wish in parts]

@@ -30,9 +30,9 @@ def expected_shapes(
         chosen = (int(tokens["loss_mask"][..., first:end].bool().sum()),)
     if wish.name:
         return _named_shapes(all_of, wish, hidden_size, layers, draft_vocab_size)
-    shapes = _travelling("states", (*all_of, layers, hidden_size), wish.fp8_states)
-    if not wish.layers:
-        shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if wish.layers:
+        shapes |= _travelling("states", (*all_of, layers, hidden_size), wish.fp8_states)
     if wish.last:
         shapes |= _travelling("last", (*chosen, hidden_size), wish.fp8_last)
     if wish.probs:

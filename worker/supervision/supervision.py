@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from broker.protocol.wish import Wish, WishError, parse_wish
-from worker.errors import BadRequest
+from worker.errors import BadRequest, TargetError
 from worker.supervision.eagle3 import named
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.requests import Tokens
@@ -64,7 +64,7 @@ def compute_packed(
     wish = suited(target, mapping, encoding)
     documents = list(_documents(input_ids, lengths, loss_mask, wish))
     if getattr(target, "ragged", False):
-        outputs = _together(target, documents, wish)
+        outputs = run_together(target, [tokens for tokens, _ in documents], wish)
     else:
         outputs = (run(target, tokens, of_it) for tokens, of_it in documents)
     made = [
@@ -72,6 +72,14 @@ def compute_packed(
         for each, (tokens, of_it) in zip(outputs, documents, strict=True)
     ]
     return {name: torch.cat([_flat(each[name], name, wish) for each in made]) for name in made[0]}
+
+
+def compute(
+    target: Target, tokens: Tokens, *, mapping: VocabMapping | None, encoding: str
+) -> dict[str, Tensor]:
+    """:func:`compute_packed` of tokens that are packed, else :func:`compute_supervision`."""
+    made = compute_packed if "lengths" in tokens else compute_supervision
+    return made(target, **tokens, mapping=mapping, encoding=encoding)
 
 
 def _documents(
@@ -94,15 +102,21 @@ def _documents(
         at += length
 
 
-def _together(
-    target: Target, documents: Sequence[tuple[Tokens, Wish]], wish: Wish
-) -> Iterator[TargetOutputs]:
-    """One forward of a target for which rows of unequal lengths cost no padding, cut apart."""
-    rows = [tokens for tokens, _ in documents]
-    outputs = run(target, padded(rows), wish)
-    for number, tokens in enumerate(rows):
-        length = tokens["input_ids"].shape[1]
-        yield outputs.cut(slice(number, number + 1), slice(0, length))
+def run_together(target: Target, requests: Sequence[Tokens], wish: Wish) -> Iterator[TargetOutputs]:
+    """:func:`run` of several at once, cut apart. Raises :class:`TargetError` for shifted outputs,
+    which would end in what belongs to the padding.
+    """
+    outputs = run(target, padded(requests), wish)
+    if outputs.shifted:
+        raise TargetError(
+            f"target {target.name!r} says that it is batchable and gives shifted outputs; cut "
+            "apart, they would end in what belongs to the padding"
+        )
+    first = 0
+    for tokens in requests:
+        rows, length = tokens["input_ids"].shape
+        yield outputs.cut(slice(first, first + rows), slice(0, length))
+        first += rows
 
 
 def padded(requests: Sequence[Tokens]) -> dict[str, Tensor]:
@@ -155,7 +169,7 @@ def suited(target: Target, mapping: VocabMapping | None, encoding: str) -> Wish:
     except WishError as error:
         raise BadRequest(str(error)) from None
     offered = ", ".join(target.encodings)
-    wanted = wish.name or ("hidden" if wish.last else "")
+    wanted = wish.offered_as
     if wanted and wanted not in target.encodings:
         why = getattr(target, "hidden_refused", "") if wanted == "hidden" else ""
         raise BadRequest(

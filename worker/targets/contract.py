@@ -236,14 +236,15 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def colocated_batch(
     outputs: TargetOutputs, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
 ) -> TargetBatch:
-    """The batch of the co-located contract, of unshifted outputs."""
+    """The batch of the co-located contract, of unshifted outputs and on their device."""
+    device = outputs.aux_hidden_states.device
     last = outputs.last_hidden_state
     assert outputs.logits is not None  # a forward without needs has all
     return TargetBatch(
         aux_hidden_states=outputs.aux_hidden_states,
         logits=shift_left(outputs.logits),
-        input_ids=shift_left(input_ids.to(torch.int64)),
-        attention_mask=attention_mask,
-        loss_mask=shift_left(loss_mask),
+        input_ids=shift_left(input_ids.to(device, torch.int64)),
+        attention_mask=attention_mask.to(device),
+        loss_mask=shift_left(loss_mask.to(device)),
         last_hidden_state=None if last is None else shift_left(last),
     )

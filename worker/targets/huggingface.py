@@ -180,10 +180,7 @@ class HuggingFaceTarget:
     ) -> TargetBatch:
         """The co-located contract: ids and masks [B, T], padded on the right."""
         outputs = self.forward(input_ids, attention_mask, loss_mask)
-        device = outputs.aux_hidden_states.device
-        return colocated_batch(
-            outputs, input_ids.to(device), attention_mask.to(device), loss_mask.to(device)
-        )
+        return colocated_batch(outputs, input_ids, attention_mask, loss_mask)
 
     def forward(
         self,

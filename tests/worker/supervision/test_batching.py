@@ -13,9 +13,9 @@ from tests.worker.supervision.requests import generate, offer
 from tests.worker.targets.tiny_models import VOCAB, make, shared
 from worker.answers import Answerer, Work
 from worker.errors import TargetError
-from worker.supervision.batching import compute_together, padded
+from worker.supervision.batching import compute_together
 from worker.supervision.mapping import VocabMapping
-from worker.supervision.supervision import compute_supervision
+from worker.supervision.supervision import compute_supervision, padded
 from worker.targets.contract import describe
 from worker.targets.foreign import ForeignTarget
 from worker.targets.huggingface import HuggingFaceTarget

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 from tests.vocab import shuffled
-from tests.worker.targets.tiny_models import MAKERS, VOCAB, make, shared, tokens
+from tests.worker.targets.tiny_models import MAKERS, SIZES, VOCAB, make, shared, tokens
 from worker.errors import BadRequest, TargetError
 from worker.supervision.fp8 import from_fp8, relative_error, to_fp8
 from worker.supervision.mapping import VocabMapping
@@ -275,17 +275,6 @@ def test_a_target_of_others_gives_its_own_layers_and_no_others() -> None:
         wished(theirs, "layers=0")
     with pytest.raises(BadRequest, match="the first position is gone"):
         wished(theirs, f"layers={own[0]};topk=3")
-
-
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
 
 
 def test_states_of_four_dimensions_are_refused_at_the_start() -> None:

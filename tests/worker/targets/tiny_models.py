@@ -13,7 +13,7 @@ import transformers as hf
 VOCAB = 128
 #: torch.compile needs one on a CPU.
 HAS_COMPILER = bool(shutil.which("g++") or shutil.which("clang++"))
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -25,7 +25,7 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GEMMA = _SIZES | {"head_dim": 8, "sliding_window": 4}
+_GEMMA = SIZES | {"head_dim": 8, "sliding_window": 4}
 
 
 def _gemma3_multimodal() -> Any:
@@ -46,31 +46,31 @@ def _llava() -> Any:
         patch_size=14,
     )
     config = hf.LlavaConfig(
-        vision_config=vision, text_config=hf.LlamaConfig(**_SIZES), image_token_id=5
+        vision_config=vision, text_config=hf.LlamaConfig(**SIZES), image_token_id=5
     )
     return hf.LlavaForConditionalGeneration(config)
 
 
 MAKERS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES)),
-    "llama_tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, tie_word_embeddings=True)),
-    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_SIZES)),
-    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_SIZES, head_dim=8)),
-    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_SIZES, sliding_window=4)),
-    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**_SIZES, head_dim=8)),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
+    "llama_tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, head_dim=8)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=4)),
+    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**SIZES, head_dim=8)),
     "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_GEMMA)),
     "gemma3_text": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_GEMMA)),
     "gemma3_multimodal": _gemma3_multimodal,
     "llava": _llava,
-    "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**_SIZES)),
-    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_SIZES)),
-    "granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**_SIZES, logits_scaling=4.0)),
+    "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**SIZES)),
+    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**SIZES)),
+    "granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SIZES, logits_scaling=4.0)),
     "gpt2": lambda: hf.GPT2LMHeadModel(
         hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=8, n_head=4, n_positions=64)
     ),
-    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_SIZES)),
+    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZES)),
     "opt": lambda: hf.OPTForCausalLM(
-        hf.OPTConfig(**_SIZES, ffn_dim=48, word_embed_proj_dim=32, do_layer_norm_before=True)
+        hf.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, do_layer_norm_before=True)
     ),
 }
 

@@ -71,16 +71,16 @@ def _equal(one: Any, other: Tensor) -> bool:
     return isinstance(one, Tensor) and one.shape == other.shape and torch.equal(one, other)
 
 
-def load_ends(where: str, name: str, dtype: Any, device: str, options: Mapping[str, Any]) -> Ends:
+def load_ends(
+    where: str, name: str, dtype: Any, device: str, options: Mapping[str, Any], config: Any
+) -> Ends:
     """Load them from a checkpoint; tensors of the layers above are left where they are.
 
     Raises :class:`TargetError` in one sentence.
     """
-    from transformers import AutoConfig
-
     from worker.targets import load_model
 
-    config = copy.deepcopy(AutoConfig.from_pretrained(where, **options))
+    config = copy.deepcopy(config)
     inner = text_config(config)
     layers = min(LOWER_LAYERS, inner.num_hidden_layers)
     inner.num_hidden_layers = layers

@@ -16,7 +16,7 @@ _SHARED = "/dev/shm/"
 def shared_by_children() -> frozenset[str]:
     """Paths in /dev/shm that processes below this one have mapped."""
     return frozenset(
-        path for pid in _descendants(os.getpid()) for path in _mapped(pid) if _is_shared(path)
+        path for pid in descendants(os.getpid()) for path in _mapped(pid) if _is_shared(path)
     )
 
 
@@ -37,9 +37,10 @@ def _mapped(pid: int) -> Iterator[str]:
             yield line.split(maxsplit=5)[5] if line.count(" ") >= 5 and "/" in line else ""
 
 
-def _descendants(pid: int) -> Iterator[int]:
+def descendants(pid: int) -> Iterator[int]:
+    """The processes below one, each before its own."""
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             for child in children.read_text().split():
                 yield int(child)
-                yield from _descendants(int(child))
+                yield from descendants(int(child))

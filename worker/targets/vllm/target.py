@@ -64,16 +64,16 @@ class VllmTarget:
         self.name = name
         self.tokenizer = tokenizer
         self._where = where
-        self.ends = load_ends(where, name, dtype or "auto", device, loading or {})
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(where, **(loading or {}))
+        self.ends = load_ends(where, name, dtype or "auto", device, loading or {}, config)
         self.dtype = self.ends.lower.dtype
         self.vocab_size = self.ends.lower.vocab_size
         self._one_forward = threading.Lock()
         self._rows = InProcess() if tensor_parallel == 1 else RowsReceiver(self._ended)
         #: told when the engine ends by itself, also while nothing runs
         self.when_gone: Callable[[TargetGoneError], None] = lambda error: None
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(where, **(loading or {}))
         num_layers = int(text_config(config).num_hidden_layers)
         self.aux_layer_ids = choose_aux_layer_ids(aux_layer_ids, num_layers)
         #: what can be had; the last one is always there, un-normed
@@ -118,10 +118,7 @@ class VllmTarget:
     ) -> TargetBatch:
         """The co-located contract: ids and masks [B, T], padded on the right."""
         outputs = self.forward(input_ids, attention_mask, loss_mask)
-        device = outputs.aux_hidden_states.device
-        return colocated_batch(
-            outputs, input_ids.to(device), attention_mask.to(device), loss_mask.to(device)
-        )
+        return colocated_batch(outputs, input_ids, attention_mask, loss_mask)
 
     @torch.no_grad()
     def forward(
