@@ -12,7 +12,7 @@ from broker.protocol import messages as m
 from broker.watch.exposition import Metric, one
 
 
-class Measures:
+class WorkerMeasures:
     """Told of each forward by the target's thread, of each answer by the encoding one; others
     may look.
     """

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from broker.protocol import Limits
 from worker.answers import Answerer, Work
 from worker.core import Compute, Computed, ComputeTogether, Forget, Learn, TargetFree
-from worker.metrics import Measures
+from worker.metrics import WorkerMeasures
 
 _logger = logging.getLogger("draftmq.worker")
 
@@ -31,7 +31,7 @@ class Pipeline:
     def __init__(
         self,
         answerer: Answerer,
-        measures: Measures,
+        measures: WorkerMeasures,
         limits: Callable[[], Limits],
         post: Callable[[TargetFree | Computed], None],
         failed: Callable[[BaseException], None],

@@ -31,7 +31,7 @@ from worker.core import Drain, Exit, Log, WorkerCore
 from worker.direct.config import DirectConfig
 from worker.direct.sender import Sender
 from worker.errors import TargetGoneError, WorkerError
-from worker.metrics import METRICS, Measures
+from worker.metrics import METRICS, WorkerMeasures
 from worker.pipeline import Pipeline
 from worker.targets import as_target
 from worker.targets.contract import ColocatedContract, Target, describe
@@ -102,7 +102,7 @@ class Worker:
             coalesce_tokens=coalesce_tokens,
             note=self._sender.summary,
         )
-        self.measures = Measures()
+        self.measures = WorkerMeasures()
         self._http_address = http
         self._http_token = http_token
         self._http: HttpServer | None = None

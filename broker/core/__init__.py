@@ -6,7 +6,6 @@ from broker.core.events import (
     BadBytes,
     ConnectionLost,
     Event,
-    Log,
     Moving,
     Received,
     Send,
@@ -14,6 +13,7 @@ from broker.core.events import (
     Tick,
 )
 from broker.core.machine import BrokerCore
+from broker.log_line import Log
 
 __all__ = [
     "Action",

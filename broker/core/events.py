@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Union
+from dataclasses import dataclass
+from typing import Union
 
+from broker.log_line import Log
 from broker.protocol.wire import Buffer, Packet
 
 
@@ -70,15 +70,6 @@ class Send:
     side: Side
     connection: bytes
     frames: tuple[Buffer, ...]
-
-
-@dataclass(frozen=True)
-class Log:
-    """Something an operator may want to know. ``event`` is a stable name."""
-
-    level: str
-    event: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 Action = Union[Send, Log]  # noqa: UP007

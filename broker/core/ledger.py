@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 from broker.core.config import BrokerConfig
-from broker.core.events import Action, Log, Send, Side
+from broker.core.events import Action, Send, Side
 from broker.core.measures import Measures
 from broker.core.places import Places
 from broker.core.pool import Pool
 from broker.core.room import ReplyRoom, Room, Waiting
 from broker.core.state import ClientSession, Entry, PacketStore, WorkerSession
 from broker.core.timers import Timer, Timers
+from broker.log_line import Log
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
 

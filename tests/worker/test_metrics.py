@@ -13,7 +13,7 @@ from tests.worker.core.test_machine import Rig
 from worker.answers import Answerer
 from worker.core import Compute
 from worker.errors import WorkerError
-from worker.metrics import Measures
+from worker.metrics import WorkerMeasures
 from worker.service import Worker
 from worker.targets.contract import describe
 from worker.targets.stub import StubTarget
@@ -59,7 +59,7 @@ def test_an_http_address_that_is_taken_is_the_workers_error(worker: Worker) -> N
 
 
 def test_answers_are_measured() -> None:
-    measures = Measures()
+    measures = WorkerMeasures()
     request = encode(asked("generate"))
     reply = m.Reply(request.message.id, "w", "t", "f", (), 0, "", "probs", 0.5, "", ())  # type: ignore[union-attr]
     measures.computed = 3

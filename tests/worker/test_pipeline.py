@@ -17,7 +17,7 @@ from tests.worker.supervision.requests import generate, offer
 from worker.answers import Answerer, Work
 from worker.core import Compute, ComputeTogether, Forget, Learn
 from worker.errors import WorkerError
-from worker.metrics import Measures
+from worker.metrics import WorkerMeasures
 from worker.pipeline import Pipeline
 from worker.service import Worker
 from worker.supervision.mapping import VocabMapping
@@ -68,7 +68,7 @@ class Piped(Rig):
         self.answerer = Gated(self.target, describe(self.target), "w")
         self.answerer.gate = self.gate = Gate()
         self.pipeline = Pipeline(
-            self.answerer, Measures(), Limits, self.events.put, self.broken.append
+            self.answerer, WorkerMeasures(), Limits, self.events.put, self.broken.append
         )
         self.pipeline.start()
         self.welcome()

@@ -1,5 +1,6 @@
 """The client's core: unfinished requests, and where each of them stands. No sockets, no clock."""
 
+from broker.log_line import Log
 from trainer_client.core.config import ClientConfig
 from trainer_client.core.events import (
     Action,
@@ -9,7 +10,6 @@ from trainer_client.core.events import (
     Fail,
     JoinChannel,
     KeepMapping,
-    Log,
     Received,
     ReceiveDirectly,
     Submit,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.log_line import Log
 from broker.peer.link import Arrived, Connected, Disconnected, Reopen, SendTo, Tick
 from broker.protocol import Packet
 from broker.protocol import messages as m
@@ -94,15 +95,6 @@ class Fail:
     id: m.RequestId
     code: str
     text: str
-
-
-@dataclass(frozen=True)
-class Log:
-    """Something the user may want to know."""
-
-    level: str
-    event: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 Action = Union[  # noqa: UP007

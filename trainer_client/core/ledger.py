@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from broker.log_line import Log
 from broker.peer.link import Link, LinkState, SendTo
 from broker.peer.parts import Assembly
 from broker.protocol import Packet, encode
 from broker.protocol import messages as m
 from trainer_client.core.config import ClientConfig
-from trainer_client.core.events import Action, Fail, Log
+from trainer_client.core.events import Action, Fail
 from trainer_client.core.places import TRANSITIONS, IllegalMoveError, Place
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from worker.targets.contract import HasWeight
+
 
 @dataclass(frozen=True)
 class LmHeadRows:
@@ -118,13 +120,6 @@ class BatchHandle(Protocol):
 
     def done(self) -> bool:
         """Whether ``result`` would come at once."""
-
-
-class HasWeight(Protocol):
-    """What ``get_input_embeddings`` returns: an ``nn.Embedding``, or anything with its weight."""
-
-    @property
-    def weight(self) -> Tensor: ...  # [V, H]
 
 
 class TargetBackend(Protocol):

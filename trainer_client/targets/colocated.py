@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from broker.protocol.wish import Wish, parse_wish
-from trainer_client.targets.batch import Eagle3TargetBatch, HasWeight, LmHeadRows
+from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.targets.wished import (
     TargetSupervision,
     check_for_training,
@@ -21,7 +21,7 @@ from worker.supervision.mapping import VocabMapping
 from worker.supervision.requests import Tokens, validate_request, validate_tokens
 from worker.supervision.supervision import compute, lm_head_rows
 from worker.targets import as_target
-from worker.targets.contract import describe
+from worker.targets.contract import HasWeight, describe
 
 
 class ColocatedTarget:

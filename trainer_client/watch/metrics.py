@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trainer_client.training.trainer import StepMetrics
 
 
-class Measures:
+class TrainerMeasures:
     """Told of each step by the training loop; others may look."""
 
     def __init__(self) -> None:

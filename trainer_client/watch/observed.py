@@ -14,7 +14,7 @@ from broker.logs import log
 from broker.watch.look import fetch
 from trainer_client.errors import TrainerClientError
 from trainer_client.trace import Trace
-from trainer_client.watch.metrics import Measures, served
+from trainer_client.watch.metrics import TrainerMeasures, served
 
 if TYPE_CHECKING:
     from trainer_client.targets.remote import RemoteEagle3TargetModel
@@ -42,7 +42,7 @@ class Observed:
     ) -> None:
         self.rank = rank
         self.trace = Trace(f"trainer rank {rank}") if trace is not None else None
-        self.measures = Measures()
+        self.measures = TrainerMeasures()
         self._http = http
         self._http_token = http_token
         self._brokers = brokers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from broker.log_line import Log
 from worker.core.events import (
     Action,
     Compute,
@@ -12,7 +13,6 @@ from worker.core.events import (
     Exit,
     Forget,
     Learn,
-    Log,
     TargetFree,
 )
 from worker.core.machine import WorkerCore

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Union
+from dataclasses import dataclass
+from typing import Union
 
+from broker.log_line import Log
 from broker.peer.link import Arrived, Connected, Disconnected, Reopen, SendTo, Tick
 from broker.protocol import Packet
 from broker.protocol import messages as m
@@ -70,15 +70,6 @@ class Exit:
     """Leave: drained, or refused by every broker (``error`` says why)."""
 
     error: str = ""
-
-
-@dataclass(frozen=True)
-class Log:
-    """Something an operator may want to know."""
-
-    level: str
-    event: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 Action = Union[SendTo, Reopen, Compute, ComputeTogether, Learn, Forget, Exit, Log]  # noqa: UP007

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from broker.log_line import Log
 from broker.peer.link import Arrived, Connected, Disconnected, Link, LinkState, SendTo
 from broker.protocol import Packet, RemoteProtocolError, encode
 from broker.protocol import messages as m
@@ -22,7 +23,6 @@ from worker.core.events import (
     Exit,
     Forget,
     Learn,
-    Log,
     TargetFree,
 )
 from worker.core.held import Held, Stage, together

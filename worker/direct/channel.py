@@ -10,9 +10,10 @@ process groups per quorum).
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Union
+
+from broker.log_line import Log
 
 
 class ChannelState(enum.Enum):
@@ -136,15 +137,6 @@ class Reject:
     epoch: int
     seq: int
     why: str
-
-
-@dataclass(frozen=True)
-class Log:
-    """Something an operator may want to know."""
-
-    level: str
-    event: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 Action = Union[Connect, Drop, Receive, Reject, Log]  # noqa: UP007

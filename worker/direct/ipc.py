@@ -27,7 +27,7 @@ from worker.direct.parts import Piece, parts
 
 #: A buffer takes a part. A hand-over costs 0.3 ms whatever its size (H100), so parts are large; a
 #: channel takes ``SLOTS`` buffers of the worker's GPU.
-PART_BYTES, SLOTS = 32 * MIB, 2
+SLOT_BYTES, SLOTS = 32 * MIB, 2
 #: How long a thread looks for a copy's end before it sleeps: most have ended then.
 _LOOK_S = 0.0002
 _TRIAL_BYTES = 16
@@ -57,7 +57,7 @@ class IpcBackend(OnPair):
             raise
 
     def send(self, seq: int, tensors: Sequence[Tensor], limit_s: float) -> None:
-        cut = parts([tensor.numel() for tensor in tensors], PART_BYTES)
+        cut = parts([tensor.numel() for tensor in tensors], SLOT_BYTES)
         with self._moving():
             for number, part in enumerate(cut):
                 if number >= SLOTS:
@@ -73,7 +73,7 @@ class IpcBackend(OnPair):
         with self._moving():
             with torch.cuda.stream(self._stream):
                 taken = [self._empty(size) for size in sizes]
-            for number, part in enumerate(parts(sizes, PART_BYTES)):
+            for number, part in enumerate(parts(sizes, SLOT_BYTES)):
                 self._hear("full", seq, number, limit_s)
                 with self._copying():
                     for piece, slot in self._laid_out(number, part):
@@ -99,13 +99,13 @@ class IpcBackend(OnPair):
     # -- the ring ---------------------------------------------------------------------------------
 
     def _lend(self) -> Region:
-        region = Region(self._device, SLOTS * PART_BYTES)
+        region = Region(self._device, SLOTS * SLOT_BYTES)
         try:
             trial = secrets.token_bytes(_TRIAL_BYTES)
             with self._copying():
                 region.tensor()[:_TRIAL_BYTES] = torch.tensor(list(trial), dtype=torch.uint8)
             uuid = _uuid(self._device).encode()
-            self._store.set("ring", _OFFER.pack(uuid, SLOTS * PART_BYTES, trial, region.handle))
+            self._store.set("ring", _OFFER.pack(uuid, SLOTS * SLOT_BYTES, trial, region.handle))
         except BaseException:
             region.close()
             raise
@@ -116,8 +116,8 @@ class IpcBackend(OnPair):
         if len(offer) != _OFFER.size:
             raise TransferError(f"the worker offered {len(offer)} bytes, not {_OFFER.size}")
         uuid, nbytes, self._trial, handle = _OFFER.unpack(offer)
-        if nbytes != SLOTS * PART_BYTES:
-            raise TransferError(f"the worker's ring has {nbytes} bytes, not {SLOTS * PART_BYTES}")
+        if nbytes != SLOTS * SLOT_BYTES:
+            raise TransferError(f"the worker's ring has {nbytes} bytes, not {SLOTS * SLOT_BYTES}")
         return Region(_device_called(uuid.rstrip(b"\0").decode()), nbytes, handle)
 
     def _try_it(self) -> None:
@@ -139,7 +139,7 @@ class IpcBackend(OnPair):
     def _laid_out(self, number: int, part: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
         """Each piece of a part with its bytes in the part's buffer, one behind the other."""
         assert self._ring is not None
-        start = number % SLOTS * PART_BYTES
+        start = number % SLOTS * SLOT_BYTES
         for piece in part:
             stop = start + piece.stop - piece.start
             yield piece, self._ring[start:stop]

@@ -26,7 +26,7 @@ from worker.direct.pair import OnPair, PairStore
 from worker.direct.parts import parts
 
 #: One coalesced operation: large, since each costs a kernel; its time limit is the channel's.
-_PART_BYTES = 256 * MIB
+_OPERATION_BYTES = 256 * MIB
 _POLL_S = 0.0002
 #: How long the end of a channel waits for NCCL to be rid of its communicator.
 _ABORT_S = 2.0
@@ -56,7 +56,7 @@ class NcclBackend(OnPair):
 
     def send(self, seq: int, tensors: Sequence[Tensor], limit_s: float) -> None:
         on_device = [tensor.to(self._device) for tensor in tensors]
-        for number, part in enumerate(parts([t.numel() for t in on_device], _PART_BYTES)):
+        for number, part in enumerate(parts([t.numel() for t in on_device], _OPERATION_BYTES)):
             pieces = [on_device[piece.tensor][piece.start : piece.stop] for piece in part]
             with torch.cuda.stream(self._stream):
                 note = torch.tensor([seq, number], device=self._device)
@@ -67,7 +67,7 @@ class NcclBackend(OnPair):
             tensors = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
             # nothing that a part says: what never came must not look like part (0, 0)
             note = torch.full((2,), -1, dtype=torch.int64, device=self._device)
-        for number, part in enumerate(parts(sizes, _PART_BYTES)):
+        for number, part in enumerate(parts(sizes, _OPERATION_BYTES)):
             pieces = [tensors[piece.tensor][piece.start : piece.stop] for piece in part]
             self._move(self._group.recv, [*pieces, note], limit_s)
             with torch.cuda.stream(self._stream):  # another one has others' kernels before it

@@ -13,7 +13,7 @@ from broker.protocol import messages as m
 from broker.protocol.limits import MIB
 
 #: A part is what is waited for at once, with the channel's limit: 16 MiB in 5 s is a slow network.
-PART_BYTES = 16 * MIB
+TRANSFER_PART_BYTES = 16 * MIB
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Piece:
     stop: int
 
 
-def parts(sizes: Sequence[int], part_bytes: int = PART_BYTES) -> list[list[Piece]]:
+def parts(sizes: Sequence[int], part_bytes: int = TRANSFER_PART_BYTES) -> list[list[Piece]]:
     """Cut tensors of these sizes into parts of at most ``part_bytes``, in order, none empty."""
     cut: list[list[Piece]] = []
     room = 0

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from broker.log_line import Log
 from broker.logs import log
 from worker.direct.backend import Backend, TransferError
 from worker.direct.channel import (
@@ -23,7 +24,6 @@ from worker.direct.channel import (
     Event,
     Failed,
     Joined,
-    Log,
     Moved,
     Receive,
     Reject,

@@ -26,7 +26,7 @@ from worker.direct.segment import borrow, lend
 
 #: A slot takes a part. Of 1 to 8 MiB and two to eight slots these were among the fastest and take
 #: the least memory, 4 MiB a channel (docs/decisions/0010-shared-memory.md).
-PART_BYTES, SLOTS = 2 * MIB, 2
+SLOT_BYTES, SLOTS = 2 * MIB, 2
 #: ``(seq, number)`` of a part: the worker's note that it is there, the client's that it is copied.
 _NOTE = struct.Struct("!QQ")
 
@@ -36,13 +36,13 @@ class ShmBackend(OnPair):
 
     def __init__(self, store: PairStore, rank: int) -> None:
         super().__init__(store)
-        self._notes, segment = (lend if rank == WORKER else borrow)(store, SLOTS * PART_BYTES)
+        self._notes, segment = (lend if rank == WORKER else borrow)(store, SLOTS * SLOT_BYTES)
         #: the client's is read-only
-        self._slots = np.frombuffer(segment, np.uint8).reshape(SLOTS, PART_BYTES)
+        self._slots = np.frombuffer(segment, np.uint8).reshape(SLOTS, SLOT_BYTES)
 
     def send(self, seq: int, tensors: Sequence[Tensor], limit_s: float) -> None:
         sources = [tensor.numpy() for tensor in on_host(tensors)]
-        cut = parts([source.nbytes for source in sources], PART_BYTES)
+        cut = parts([source.nbytes for source in sources], SLOT_BYTES)
         with self._moving(limit_s):
             for number, part in enumerate(cut):
                 if number >= SLOTS:
@@ -56,7 +56,7 @@ class ShmBackend(OnPair):
     def receive(self, seq: int, sizes: Sequence[int], limit_s: float) -> list[Tensor]:
         taken = [POOL.take(size) for size in sizes]
         with self._moving(limit_s):
-            for number, part in enumerate(parts(sizes, PART_BYTES)):
+            for number, part in enumerate(parts(sizes, SLOT_BYTES)):
                 self._hear(seq, number)
                 for piece, slot in self._laid_out(number, part):
                     np.copyto(taken[piece.tensor][piece.start : piece.stop], slot)

@@ -17,7 +17,7 @@ from tests.waiting import eventually
 from worker.direct import segment
 from worker.direct.channel import ChannelConfig
 from worker.direct.config import DirectConfig
-from worker.direct.shm import PART_BYTES, SLOTS
+from worker.direct.shm import SLOT_BYTES, SLOTS
 from worker.supervision.mapping import VocabMapping
 
 
@@ -53,7 +53,7 @@ def test_a_channel_holds_one_small_segment_whatever_it_moves(scene: Scene) -> No
     for _ in range(5):
         trainer.until_direct(3)  # replies of 32 MiB
         held = mapped("self")
-        assert list(held.values()) == [SLOTS * PART_BYTES]
+        assert list(held.values()) == [SLOTS * SLOT_BYTES]
         assert mapped(worker.pid) == held
         scene.cut()
         trainer.until_failed()

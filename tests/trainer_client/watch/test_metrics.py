@@ -10,7 +10,7 @@ from broker.service import Broker
 from trainer_client.errors import TrainerClientError
 from trainer_client.service import Client
 from trainer_client.training.trainer import StepMetrics
-from trainer_client.watch.metrics import Measures, served
+from trainer_client.watch.metrics import TrainerMeasures, served
 from worker.service import Worker
 from worker.targets.stub import StubTarget
 
@@ -40,7 +40,7 @@ def samples(address: str) -> dict[str, float]:
 
 
 def test_a_clients_requests_and_the_steps_are_exposed() -> None:
-    measures = Measures()
+    measures = TrainerMeasures()
     with (
         Broker() as broker,
         Worker(StubTarget(), broker.worker_endpoint),

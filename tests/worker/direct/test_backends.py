@@ -19,7 +19,7 @@ from tests.worker.direct.pairs import both, pair
 from tests.worker.direct.standins import standing_in
 from worker.direct import gloo
 from worker.direct.backend import TransferError
-from worker.direct.parts import PART_BYTES, octets, specs
+from worker.direct.parts import TRANSFER_PART_BYTES, octets, specs
 
 
 @pytest.fixture(params=["gloo", "shm", "ipc", "nccl"])
@@ -51,7 +51,7 @@ def test_every_dtype_and_shape_arrives_as_it_was(backend: str) -> None:
 
 
 def test_many_transfers_in_several_parts(backend: str) -> None:
-    sizes = [PART_BYTES + 7, 0, 3 * PART_BYTES, 5]
+    sizes = [TRANSFER_PART_BYTES + 7, 0, 3 * TRANSFER_PART_BYTES, 5]
     with pair(backend) as (worker, client):
         for seq in range(4):
             sent = [torch.full((size,), seq, dtype=torch.uint8) for size in sizes]
@@ -149,7 +149,7 @@ def test_a_ring_is_made_and_mapped_once_and_let_go_of_at_the_end(
     runtime = standins.cuda(monkeypatch)
     with pair("ipc") as (worker, client):
         for seq in range(3):
-            sent = [torch.full((PART_BYTES + seq,), seq, dtype=torch.uint8)]
+            sent = [torch.full((TRANSFER_PART_BYTES + seq,), seq, dtype=torch.uint8)]
             send = lambda seq=seq, sent=sent: worker.send(seq, sent, 5.0)  # noqa: E731
             both(send, lambda seq=seq, sent=sent: client.receive(seq, [sent[0].numel()], 5.0))
             assert (len(runtime.memory), len(runtime.mapped)) == (1, 1)
