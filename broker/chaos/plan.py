@@ -1,4 +1,4 @@
-"""Which fault strikes which connection when: a state machine without sockets, clock or luck.
+"""Which fault strikes which connection when: a state machine without sockets, clock or chance.
 
 The same rules, seed and events give the same actions. What strikes a connection by chance depends
 only on the seed, the rule, and that connection's number, age and bytes, so it does not change with
@@ -70,18 +70,18 @@ class _ByBytes:
     """A rule by bytes on one way: how many go by until it strikes."""
 
     rule: Rule
-    luck: Random
+    rng: Random
     left: float = 0.0
 
     def draw(self) -> None:
-        self.left += self.luck.expovariate(self.rule.per_mib / _MIB)
+        self.left += self.rng.expovariate(self.rule.per_mib / _MIB)
 
 
 @dataclass(eq=False)
 class _Way:
     """One direction of one connection."""
 
-    luck: Random
+    rng: Random
     by_bytes: list[_ByBytes] = field(default_factory=list)
     #: bytes were swallowed: what follows would be read as something else, and is swallowed too
     lost_bytes: bool = False
@@ -153,8 +153,8 @@ class ChaosPlan:
     def delay_s(self, connection: int, direction: Direction) -> float:
         """How long what comes in now is kept; the jitter is drawn anew each time."""
         faults = [a.fault for a in self.active if self._lies_on(a, connection, direction)]
-        luck = self.connections[connection].ways[direction].luck
-        return sum(f.delay_s + f.jitter_s * luck.random() for f in faults if f.kind is Kind.DELAY)
+        rng = self.connections[connection].ways[direction].rng
+        return sum(f.delay_s + f.jitter_s * rng.random() for f in faults if f.kind is Kind.DELAY)
 
     def lost_bytes(self, connection: int, direction: Direction) -> bool:
         """Whether a blackhole has swallowed some of this way's bytes."""
@@ -196,8 +196,8 @@ class ChaosPlan:
             if rule.fault.pair not in (0, event.pair):
                 continue
             if rule.per_s:
-                self._by_age[index, event.connection] = luck = Random(f"{name}/{index}")
-                wait_s = luck.expovariate(rule.per_s)
+                self._by_age[index, event.connection] = rng = Random(f"{name}/{index}")
+                wait_s = rng.expovariate(rule.per_s)
                 self._set_timer(now + wait_s, (index, event.connection))
             elif rule.per_mib:
                 for direction, way in ways.items():
@@ -225,17 +225,17 @@ class ChaosPlan:
         pending = [f for f in connection.pending if f.direction in (event.direction, "both")]
         for fault in pending:
             connection.pending.remove(fault)
-            self._strike_bytes(fault, event, way.luck.randrange(event.n_bytes), way.luck)
+            self._strike_bytes(fault, event, way.rng.randrange(event.n_bytes), way.rng)
         for due in way.by_bytes:
             while due.left < event.n_bytes and not connection.ended:
                 if due.rule.fault.kind in IN_PASSING:
-                    self._strike_bytes(due.rule.fault, event, int(due.left), due.luck)
+                    self._strike_bytes(due.rule.fault, event, int(due.left), due.rng)
                 else:
                     self._strike(due.rule.fault, [event.connection], now)
                 due.draw()
             due.left = max(0.0, due.left - event.n_bytes)
 
-    def _strike_bytes(self, fault: Fault, event: Passing, offset: int, luck: Random) -> None:
+    def _strike_bytes(self, fault: Fault, event: Passing, offset: int, rng: Random) -> None:
         connection = self.connections[event.connection]
         if connection.ended:
             return
@@ -243,8 +243,8 @@ class ChaosPlan:
             connection.ended = True
             self._actions.append(Truncate(offset, fault.how))
         else:
-            offsets = [offset, *(luck.randrange(event.n_bytes) for _ in range(fault.bits - 1))]
-            self._actions += [Flip(at, luck.randrange(8)) for at in offsets]
+            offsets = [offset, *(rng.randrange(event.n_bytes) for _ in range(fault.bits - 1))]
+            self._actions += [Flip(at, rng.randrange(8)) for at in offsets]
         self._note(fault, event.connection)
 
     # -- faults ---------------------------------------------------------------------------------
@@ -302,14 +302,14 @@ class ChaosPlan:
             if pair in (0, connection.pair) and not connection.ended
         ]
 
-    def _chosen(self, fault: Fault, luck: Random) -> list[int] | None:
+    def _chosen(self, fault: Fault, rng: Random) -> list[int] | None:
         """None for all of them."""
         if fault.connections is Which.ALL:
             return None
         there = self._open(fault.pair)
         if not there:
             return []
-        return [there[-1] if fault.connections is Which.NEWEST else luck.choice(there)]
+        return [there[-1] if fault.connections is Which.NEWEST else rng.choice(there)]
 
     def _lies_on(self, active: _Active, number: int, direction: Direction) -> bool:
         fault = active.fault
@@ -334,7 +334,7 @@ class ChaosPlan:
                 self._strike(rule.fault, self._chosen(rule.fault, self._luck[index]), now)
                 if rule.every_s is not None:
                     self._set_timer(when + rule.every_s, what)
-            elif (luck := self._by_age.get((index, number))) is not None:
+            elif (rng := self._by_age.get((index, number))) is not None:
                 if not self.connections[number].ended:
                     self._strike(rule.fault, [number], now)
-                self._set_timer(when + luck.expovariate(rule.per_s), what)
+                self._set_timer(when + rng.expovariate(rule.per_s), what)
