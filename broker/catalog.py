@@ -254,6 +254,10 @@ EVENTS = {
         ),
         "settings": Known("What the run was started with; `run.json` keeps it."),
         "validation": Known("How the draft does on held-out samples (`--validation`)."),
+        "held_out_samples_left_out": Known(
+            "The target has no numbers for samples of `--validation`; the others are measured.",
+            "Look at the samples that are named.",
+        ),
         "curves_not_written": Known(
             "`curves.png` could not be drawn or written. Training goes on.",
             "Read `error`; the figures are in `metrics.jsonl`.",

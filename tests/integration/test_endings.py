@@ -313,7 +313,8 @@ def test_a_bad_sample_on_one_rank_is_named_on_all_and_left_out_on_all(tmp_path: 
 
 @pytest.mark.heavy
 def test_ranks_measure_together_what_one_measures(tmp_path: Path) -> None:
-    wanted = samples_with_one_bad(tmp_path, batch_size=1, global_batch=2, validation="0.25")
+    changes = {"batch_size": 1, "global_batch": 2, "validation": "0.25", "draft_vocab_size": 256}
+    wanted = samples_with_one_bad(tmp_path, **changes)
     assert _spawn(tmp_path, wanted, "measured") == ["", ""]
     alone = dataclasses.replace(wanted, output=tmp_path / "alone")
     summary = run(alone)
@@ -389,14 +390,59 @@ def test_held_out_samples_are_measured_and_not_trained_and_the_best_checkpoint_s
             return super().generate_batch(*tokens)
 
     changes = {"validation": "0.25", "checkpoint_every": 2, "keep_checkpoints": 1, "epochs": 4}
-    wanted = samples_with_one_bad(tmp_path, **changes, learning_rate=0.5)
+    wanted = samples_with_one_bad(tmp_path, **changes, learning_rate=0.5, draft_vocab_size=256)
     summary = train(wanted, Seen(make_target(), "probs"), ByteTokenizer())
     assert (summary["samples"], summary["samples_held_out"], len(trained)) == (9, 3, 9)
     lines = metrics.read(wanted.output / "validation.jsonl")
     best = min(lines, key=lambda line: line["loss"])
+    assert len({line["loss"] for line in lines}) > 1
     assert [line["step"] for line in lines] == list(range(2, summary["steps"] + 1, 2))
     assert (summary["best_step"], summary["validation_loss"]) == (best["step"], best["loss"])
     kept = {f"step-{best['step']:06d}", f"step-{summary['steps']:06d}"}
     assert set(checkpoints(wanted.output)) == kept
     with pytest.raises(RunError, match=r"validation is '0\.25' there"):
         run(dataclasses.replace(wanted, validation="0.5", resume=True))
+
+
+def test_a_held_out_sample_without_numbers_is_named_and_the_others_are_measured(
+    cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It harms no weights, and every checkpoint would meet it again."""
+    cluster.worker(with_a_bad_token(250))
+    wanted = samples_with_one_bad(tmp_path, batch_size=3)
+    good = tmp_path / "good.jsonl"
+    bad, others = [], []
+    for line in wanted.data.read_text().splitlines(keepends=True):
+        (bad if "250" in line else others).append(line)
+    good.write_text("".join(others))
+    losses = []
+    for held_out in (wanted.data, good):
+        output = tmp_path / held_out.stem
+        measured = dataclasses.replace(
+            wanted, data=good, validation=str(held_out), output=output, max_steps=3
+        )
+        summary = train(measured, cluster.trainer(encoding="probs"), ByteTokenizer())
+        losses.append(summary["validation_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    (warned,) = {
+        record.fields["samples"]  # type: ignore[attr-defined]
+        for record in caplog.records
+        if record.message == "held_out_samples_left_out"
+    }
+    assert warned.endswith("data.jsonl:6")
+
+
+def test_a_run_whose_held_out_samples_all_lack_numbers_has_no_best_checkpoint(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.worker(with_a_bad_token(250))
+    wanted = samples_with_one_bad(tmp_path)
+    held_out = tmp_path / "bad.jsonl"
+    held_out.write_text(json.dumps({"input_ids": [1, 2, 250, 7]}) + "\n")
+    good = tmp_path / "good.jsonl"
+    good.write_text(json.dumps({"input_ids": [1, 2, 3, 7]}) + "\n")
+    measured = dataclasses.replace(wanted, data=good, validation=str(held_out))
+    summary = train(measured, cluster.trainer(encoding="probs"), ByteTokenizer())
+    assert (summary["best_step"], summary["validation_loss"]) == (None, None)
+    (line,) = metrics.read(wanted.output / "validation.jsonl")
+    assert line["loss"] is None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -10,21 +13,43 @@ from pathlib import Path
 
 import torch
 
+from broker.logs import log
 from trainer_client.eagle3.unroll import Eagle3Unroll, simulated_accept_length
-from trainer_client.targets.batch import LmHeadRows, TargetBackend
-from trainer_client.training.data import Dataset, Sample, collate
+from trainer_client.errors import DataError, TargetFailedError
+from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows, TargetBackend
+from trainer_client.training.data import Dataset, MicroBatch, Sample, collate
 from trainer_client.training.identity import write_whole
 from trainer_client.training.ranks import Ranks, added_up
+from trainer_client.training.refused import ask_one_by_one
+
+_logger = logging.getLogger("draftmq.train")
 
 #: In a run's directory: the step with the least held-out loss so far.
 BEST = "best.json"
 
 
 def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, list[Sample]]:
-    """Take a share of the samples, one at least, out of a data set; seed alone says which."""
-    count = min(len(dataset.samples) - 1, max(1, round(share * len(dataset.samples))))
-    order = torch.randperm(len(dataset.samples), generator=torch.Generator().manual_seed(seed))
-    held = set(order[:count].tolist())
+    """Take a share of the samples, at least one, out of a data set; the seed alone says which.
+
+    All samples of one record stay together: the turns of a conversation repeat each other, and one
+    that is measured would have been trained. Raises :class:`DataError` where nothing would be left
+    to train.
+    """
+    records = defaultdict(list)
+    for number, sample in enumerate(dataset.samples):
+        records[sample.origin].append(number)
+    if len(records) < 2:
+        raise DataError(
+            f"--validation {share:g} is a share of the records, and the data has {len(records)}; "
+            "give more data, or a --validation file"
+        )
+    wanted = max(1, round(share * len(dataset.samples)))
+    of_record = list(records.values())
+    order = torch.randperm(len(of_record), generator=torch.Generator().manual_seed(seed))
+    held: set[int] = set()
+    for record in order[:-1].tolist():
+        if len(held) < wanted:
+            held.update(of_record[record])
     kept = [sample for number, sample in enumerate(dataset.samples) if number not in held]
     return replace(dataset, samples=kept), [dataset.samples[number] for number in sorted(held)]
 
@@ -43,24 +68,41 @@ def measure(
 ) -> tuple[float, float]:
     """Loss and simulated accept length over all samples, which are dealt round to the ranks.
 
-    ``waiting`` is around every wait for the target.
+    Samples that the target has no numbers for are left out and named in a warning. Both are NaN
+    where no slot of what is left has supervision. ``waiting`` is around every wait for the target.
     """
     sums = torch.zeros(4, unroll.depths, dtype=torch.float64, device=device)
     mine = samples[ranks.rank :: ranks.world_size]
     for at in range(0, len(mine), batch_size):
         asked = collate(mine[at : at + batch_size])
-        with waiting():
-            batch = backend.generate_batch(asked.input_ids, asked.attention_mask, asked.loss_mask)
-        batch = batch.map(lambda tensor: tensor.to(device))
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            output = unroll(**batch.to_trainer_inputs(), lm_head=lm_head)
-        counts = unroll.counts(batch)
-        losses = output.depth_losses.double() * counts
-        sums += torch.stack([losses, counts, output.chain_hits, output.chains])
+        for given in _given(backend, asked, waiting):
+            batch = given.map(lambda tensor: tensor.to(device))
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                output = unroll(**batch.to_trainer_inputs(), lm_head=lm_head)
+            counts = unroll.counts(batch)
+            losses = output.depth_losses.double() * counts
+            sums += torch.stack([losses, counts, output.chain_hits, output.chains])
     losses, counts, hits, chains = added_up(sums).cpu()
+    if not counts.any():
+        return math.nan, math.nan
     weights = torch.tensor(unroll.weights, dtype=torch.float64)
     loss = (losses / counts.clamp_min(1) * weights).sum() / weights.sum()
     return float(loss), simulated_accept_length(hits, chains)
+
+
+def _given(
+    backend: TargetBackend, asked: MicroBatch, waiting: Callable[[], AbstractContextManager[None]]
+) -> tuple[Eagle3TargetBatch, ...]:
+    """What the target gives for a micro-batch, in as many batches as it takes."""
+    with waiting():
+        try:
+            given = backend.generate_batch(asked.input_ids, asked.attention_mask, asked.loss_mask)
+            return (given,)
+        except TargetFailedError as error:
+            partial = ask_one_by_one(backend, asked, error)
+    fields = {"samples": ", ".join(partial.left_out), "error": partial.story}
+    log(_logger, "warning", "held_out_samples_left_out", fields)
+    return partial.good
 
 
 def best_step(output: Path) -> tuple[int, float] | None:
@@ -72,11 +114,18 @@ def best_step(output: Path) -> tuple[int, float] | None:
         return None
 
 
-def note(output: Path, step: int, loss: float, accept_length: float) -> int:
-    """Write down a measurement where it is the best so far; gives the best step."""
+def note(output: Path, step: int, loss: float, accept_length: float) -> int | None:
+    """Write down a measurement where it is the best so far; gives the best step.
+
+    A loss that is not finite is never the best. None where there is no best one yet.
+    """
     before = best_step(output)
-    if before is not None and before[0] <= step and before[1] <= loss:
+    if before is not None and before[0] > step:
+        before = None  # the run has gone back to a checkpoint before it
+    if before is not None and (before[1] <= loss or not math.isfinite(loss)):
         return before[0]
+    if not math.isfinite(loss):
+        return None
     said = {"step": step, "loss": loss, "simulated_accept_length": accept_length}
     write_whole(output / BEST, json.dumps(said) + "\n")
     return step
