@@ -11,6 +11,7 @@ import click
 
 from broker import logs
 from broker.keys import addresses, operators
+from broker.options import NOT_NEGATIVE
 from worker.direct import options as direct_options
 
 if TYPE_CHECKING:
@@ -123,7 +124,13 @@ Example:
     default=True,
     help="Before attaching: compare a few prompts alone, together, and with transformers'.",
 )
-@click.option("--drain-s", default=30.0, show_default=True, help="Seconds to finish on SIGTERM.")
+@click.option(
+    "--drain-s",
+    type=NOT_NEGATIVE,
+    default=30.0,
+    show_default=True,
+    help="Seconds to finish on SIGTERM.",
+)
 @click.option("--name", help="This worker's own name (default: host, pid, random).")
 @direct_options.options(worker=True)
 @click.option(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import socket
 import threading
@@ -78,6 +79,8 @@ class Worker:
     ) -> None:
         if credits < 1:
             raise ValueError(f"credits must be at least 1, got {credits}")
+        if not 0 <= drain_s < math.inf:
+            raise ValueError(f"drain_s must be finite and not negative, got {drain_s}")
         target = as_target(target, name=model)
         if coalesce_tokens and not getattr(target, "batchable", False):
             raise WorkerError(

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from broker import logs
+from broker.options import ABOVE_0
 
 if TYPE_CHECKING:
     from broker.chaos.faults import Rule
-
-_ABOVE_0 = click.FloatRange(min=0, min_open=True)
-
 
 _CHAOS_EXAMPLE = """\b
 Example:
@@ -32,22 +30,22 @@ Example:
     "--upstream", multiple=True, required=True, help="And reach this; one for each --listen."
 )
 @click.option("--seed", type=int, help="What chance comes from (default: the script's, else 0).")
-@click.option("--cut-every", type=_ABOVE_0, help="Cut one connection every so many seconds.")
-@click.option("--cut", type=_ABOVE_0, help="Cuts to expect in a second of each connection.")
-@click.option("--corrupt", type=_ABOVE_0, help="Flipped bits to expect in each MiB.")
-@click.option("--truncate", type=_ABOVE_0, help="Cuts to expect in each MiB, in mid-stream.")
-@click.option("--stall-every", type=_ABOVE_0, help="Stall one connection so often (seconds) ...")
-@click.option("--stall-for", type=_ABOVE_0, default=2.0, help="... for so long.")
-@click.option("--delay", type=_ABOVE_0, help="Seconds that all bytes are kept, each way.")
-@click.option("--jitter", type=_ABOVE_0, help="And up to so many seconds more.")
-@click.option("--throttle", type=_ABOVE_0, help="Bytes a second, each way of each connection.")
+@click.option("--cut-every", type=ABOVE_0, help="Cut one connection every so many seconds.")
+@click.option("--cut", type=ABOVE_0, help="Cuts to expect in a second of each connection.")
+@click.option("--corrupt", type=ABOVE_0, help="Flipped bits to expect in each MiB.")
+@click.option("--truncate", type=ABOVE_0, help="Cuts to expect in each MiB, in mid-stream.")
+@click.option("--stall-every", type=ABOVE_0, help="Stall one connection so often (seconds) ...")
+@click.option("--stall-for", type=ABOVE_0, default=2.0, help="... for so long.")
+@click.option("--delay", type=ABOVE_0, help="Seconds that all bytes are kept, each way.")
+@click.option("--jitter", type=ABOVE_0, help="And up to so many seconds more.")
+@click.option("--throttle", type=ABOVE_0, help="Bytes a second, each way of each connection.")
 @click.option(
     "--script",
     type=click.Path(dir_okay=False, path_type=Path),
     help="TOML or JSON that says which faults strike when; see docs/chaos.md.",
 )
 @click.option("--control", help="Serve /status, /faults and /cut here: HOST:PORT.")
-@click.option("--duration", type=_ABOVE_0, help="End by itself after so many seconds.")
+@click.option("--duration", type=ABOVE_0, help="End by itself after so many seconds.")
 @click.option("--insecure", is_flag=True, help="Allow addresses that other machines reach.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print what was injected at the end, as JSON."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from broker.numbers import check_numbers
 from broker.protocol import Limits
 from broker.protocol.limits import GIB, MIB
 
@@ -64,17 +65,13 @@ class BrokerConfig:
     held_mapping_bytes: int = 64 * MIB
 
     def __post_init__(self) -> None:
-        positive = (
-            "window heartbeat_s liveness_s max_losses held_answer_s hello_s max_strangers "
+        check_numbers(
+            self,
+            above_0="window heartbeat_s liveness_s max_losses held_answer_s hello_s max_strangers "
             "patience_s part_s "
-            "max_client_bytes max_total_bytes max_client_request_bytes max_total_request_bytes"
+            "max_client_bytes max_total_bytes max_client_request_bytes max_total_request_bytes",
+            not_negative="model_grace_s hedge_after hedge_floor_s hedge_share",
         )
-        for name in positive.split():
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("hedge_after", "hedge_floor_s", "hedge_share"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.liveness_s < 2 * self.heartbeat_s:
             raise ValueError(
                 f"liveness_s ({self.liveness_s}) must be at least twice heartbeat_s "

@@ -18,6 +18,7 @@ import click
 
 from broker.errors import BrokerError
 from broker.keys.operators import read_token
+from broker.options import FiniteRange
 from broker.watch.rates import rates
 
 HTTP_ADDRESS = "127.0.0.1:9555"
@@ -88,7 +89,7 @@ Example:
     help="A broker's HTTP address; may be repeated.",
 )
 @click.option(
-    "--interval", type=click.FloatRange(min=0.1), default=1.0, help="Seconds between two looks."
+    "--interval", type=FiniteRange(min=0.1), default=1.0, help="Seconds between two looks."
 )
 @_TOKEN
 @click.option("--once", is_flag=True, help="Look for one interval, print it, and end.")

@@ -16,6 +16,7 @@ import torch
 
 from broker import logs
 from broker.keys import operators
+from broker.options import ABOVE_0
 from trainer_client.commands.progress import Progress
 from trainer_client.commands.tokenizer import load_tokenizer, served_tokenizer
 from trainer_client.eagle3.config import Family
@@ -146,8 +147,15 @@ Example:
 @click.option("--tokenizer", help="Name or path (default: the target's own).")
 @click.option("--device", default="", help="cpu, cuda, ... (default: a GPU if there is one).")
 @click.option("--job", default="", help="Groups ranks in the broker (default: the output path).")
-@click.option("--timeout-s", default=120.0, help="Patience with one request, before retries.")
-@click.option("--retries", default=3, help="A request's deadline is timeout x (retries + 1).")
+@click.option(
+    "--timeout-s", type=ABOVE_0, default=120.0, help="Patience with one request, before retries."
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=3,
+    help="A request's deadline is timeout x (retries + 1).",
+)
 @click.option("--http", help="Serve /metrics on HOST:PORT, each rank on PORT plus its rank.")
 @operators.option
 @click.option(
@@ -267,6 +275,7 @@ def own_device(wanted: str) -> str:
     Raises :class:`click.UsageError` for a rank beyond this host's GPUs.
     """
     if wanted not in ("", "cuda"):
+        _known_device(wanted)
         return wanted
     if not torch.cuda.is_available():
         if wanted:
@@ -280,6 +289,15 @@ def own_device(wanted: str) -> str:
         )
     torch.cuda.set_device(local)  # what names no device means this one
     return f"cuda:{local}"
+
+
+def _known_device(name: str) -> None:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise click.UsageError(
+            f"torch {torch.__version__} knows no device {name!r}; say --device cpu, cuda or cuda:N"
+        ) from None
 
 
 def _say_probe(found: dict[str, Any], as_json: bool) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from broker.numbers import check_numbers
+
 
 @dataclass(frozen=True)
 class ClientConfig:
@@ -20,6 +22,4 @@ class ClientConfig:
     notice_again_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("resend_s", "resend_max_s", "notice_s", "notice_again_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_numbers(self, above_0="resend_s resend_max_s notice_s notice_again_s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import SimpleNamespace
@@ -120,9 +121,10 @@ class RemoteEagle3TargetModel:
         key: KeyLike | None = None,
         broker_key: KeyLike | Sequence[KeyLike] | None = None,
     ) -> None:
-        if timeout <= 0 or max_retries < 0:
+        if not 0 < timeout < math.inf or max_retries < 0:
             raise ValueError(
-                f"timeout must be above 0 and max_retries at least 0, got {timeout}, {max_retries}"
+                "timeout must be finite and above 0, and max_retries at least 0, got "
+                f"{timeout}, {max_retries}"
             )
         urls = list(urls)
         for url in urls:

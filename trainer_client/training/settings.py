@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from broker.numbers import check_numbers
 from trainer_client.eagle3.config import Family
 from trainer_client.eagle3.draft import Attention
 from trainer_client.training import identity
@@ -75,20 +76,13 @@ class TrainSettings:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        positive = (
-            "epochs batch_size accumulation max_length draft_vocab_size ttt_depths learning_rate "
-            "max_grad_norm prefetch_mib keep_checkpoints"
+        check_numbers(
+            self,
+            above_0="epochs batch_size accumulation max_length draft_vocab_size ttt_depths "
+            "learning_rate max_grad_norm prefetch_mib keep_checkpoints",
+            not_negative="max_steps weight_decay checkpoint_every draft_intermediate_size "
+            "global_batch skip_non_finite",
         )
-        for name in positive.split():
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        not_negative = (
-            "max_steps weight_decay checkpoint_every draft_intermediate_size global_batch "
-            "skip_non_finite"
-        )
-        for name in not_negative.split():
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         check_boards(self.boards)
         if self.prefetch != "auto" and self.prefetch < 1:
             raise ValueError(f"prefetch must be 'auto' or at least 1, got {self.prefetch}")

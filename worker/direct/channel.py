@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Union
 
 from broker.log_line import Log
+from broker.numbers import check_numbers
 
 
 class ChannelState(enum.Enum):
@@ -159,9 +160,7 @@ class ChannelConfig:
     max_failures: int = 6
 
     def __post_init__(self) -> None:
-        for name in ("limit_s", "connect_s", "backoff_s", "backoff_max_s", "max_failures"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_numbers(self, above_0="limit_s connect_s backoff_s backoff_max_s max_failures")
 
 
 class Channel:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from broker.keys.addresses import is_loopback
+from broker.numbers import check_numbers
 from broker.protocol.limits import GIB, MIB
 from worker.direct.channel import Channel, ChannelConfig, ChannelState
 
@@ -56,9 +57,7 @@ class DirectConfig:
             raise ValueError(f"direct ports must be FIRST-LAST within 0-65535, got {first}-{last}")
         if self.advertise:
             split_address(self.advertise)
-        for name in ("min_bytes", "max_staged_bytes", "idle_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_numbers(self, above_0="min_bytes max_staged_bytes idle_s")
 
 
 @dataclass(frozen=True)

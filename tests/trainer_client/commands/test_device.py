@@ -61,3 +61,8 @@ def test_ranks_of_a_gpu_host_can_reduce_tensors_of_both_kinds(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Ranks.from_environment()
     assert asked == ["cpu:gloo,cuda:nccl", "gloo"]
+
+
+def test_a_device_that_torch_does_not_know_is_one_sentence() -> None:
+    with pytest.raises(click.UsageError, match="knows no device 'tpu'; say --device cpu"):
+        own_device("tpu")
