@@ -1,4 +1,7 @@
-"""NeMo AutoModel's own recipe through brokers, against its co-located run: losses and the draft.
+"""NeMo AutoModel through brokers.
+
+Its recipe against its co-located run: losses and the draft. Its wrappers as targets against its own
+server, tensor by tensor (:mod:`tests.engines.nemo.tensors`).
 
 Usage, from the checkout: ``python -m tests.engines.nemo [PYTHON]``, with the Python of an
 environment that has requirements.txt (default: build/engines/nemo/bin/python).
@@ -106,12 +109,7 @@ class Nemo:
         with log.open("w") as out:
             child = subprocess.Popen(
                 [*map(str, command), *module],
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "CUDA_VISIBLE_DEVICES": "",
-                    "PYTHONPATH": str(ROOT),
-                },
+                env=_environment(),
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
@@ -173,14 +171,21 @@ class Nemo:
         (self._folder / "data.jsonl").write_text("".join(lines))
 
 
+def _environment() -> dict[str, str]:
+    here = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **here}
+
+
 def main() -> int:
     """Print a line for each way to run, and return 1 where one is not as the co-located run."""
     default = ROOT / "build" / "engines" / "nemo" / "bin" / "python"
     python = Path(sys.argv[1]) if len(sys.argv) > 1 else default
-    failed = 0
     folder = ROOT / "build" / "engines" / "nemo-runs"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "logs").mkdir(parents=True)
+    failed = subprocess.call(
+        [python, "-m", "tests.engines.nemo.tensors", folder / "logs"], env=_environment()
+    )
     with Processes(folder / "logs") as processes:
         cluster, nemo = Cluster(processes), Nemo(python, folder)
         nemo.begin()
