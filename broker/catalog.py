@@ -248,6 +248,10 @@ EVENTS = {
         ),
         "trace_without_broker": Known("The broker could not be asked for its part of the trace."),
         "step": Known("How far the run is."),
+        "held_out_left_out": Known(
+            "Held-out samples gave no finite numbers, and were not measured.",
+            "Look at the samples that are named.",
+        ),
         "samples_left_out": Known(
             "A loss or gradient was not finite and `--skip-non-finite` allows that.",
             "Look at the samples that are named.",

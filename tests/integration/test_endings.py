@@ -347,6 +347,34 @@ def test_a_typo_in_the_data_is_found_before_a_worker_is_waited_for(tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_measured_file_that_is_missing_is_found_as_early(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "good"}\n')
+    nobody = ["--broker", "tcp://127.0.0.1:1", "--data", data, "--output", tmp_path / "run"]
+    done = draftmq("train", *nobody, "--validation", tmp_path / "nowhere.jsonl")
+    assert done.returncode == 1
+    assert "nowhere.jsonl" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": float("nan")},
+        {"learning_rate": float("inf")},
+        {"weight_decay": float("nan")},
+        {"max_grad_norm": float("nan")},
+        {"warmup_share": float("nan")},
+        {"seed": 2**63},
+    ],
+)
+def test_numbers_that_no_run_can_have_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    (name,) = change
+    with pytest.raises(ValueError, match=f"{name} must "):
+        settings(tmp_path, "run", **change)
+    assert settings(tmp_path, "run", max_grad_norm=float("inf")).max_grad_norm == float("inf")
+
+
 def test_log_lines_of_ranks_name_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_always", {})
     logs.name_lines(rank=3)
@@ -400,3 +428,45 @@ def test_held_out_samples_are_measured_and_not_trained_and_the_best_checkpoint_s
     assert set(checkpoints(wanted.output)) == kept
     with pytest.raises(RunError, match=r"validation is '0\.25' there"):
         run(dataclasses.replace(wanted, validation="0.5", resume=True))
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_held_out_sample_without_numbers_is_named_and_not_measured(
+    cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture, remote: bool
+) -> None:
+    wanted = samples_with_one_bad(tmp_path, batch_size=3)
+    good = tmp_path / "good.jsonl"
+    lines = wanted.data.read_text().splitlines(keepends=True)
+    good.write_text("".join(line for line in lines if "250" not in line))
+    wanted = dataclasses.replace(wanted, data=good, validation=str(tmp_path / "data.jsonl"))
+    made = with_a_bad_token(250)
+    cluster.worker(made)
+    backend = cluster.trainer(encoding="probs") if remote else ColocatedTarget(made, "probs")
+    summary = train(wanted, backend, ByteTokenizer())
+    only_good = dataclasses.replace(wanted, validation=str(good), output=tmp_path / "good")
+    expected = run(only_good)["validation_loss"]
+    assert summary["validation_loss"] == pytest.approx(expected, rel=1e-4)
+    (said,) = [each for each in caplog.records if each.message == "held_out_left_out"]
+    assert said.fields["samples"].endswith("data.jsonl:6")  # type: ignore[attr-defined]
+
+
+def test_a_measured_file_may_lie_elsewhere_when_a_run_goes_on(tmp_path: Path) -> None:
+    wanted = samples_with_one_bad(tmp_path)
+    measured = tmp_path / "measured.jsonl"
+    measured.write_text(wanted.data.read_text())
+    wanted = dataclasses.replace(wanted, validation=str(measured), epochs=1)
+    run(wanted)
+    moved = measured.rename(tmp_path / "moved.jsonl")
+    longer = dataclasses.replace(wanted, validation=str(moved), epochs=2, resume=True)
+    assert run(longer)["steps"] == 12
+    moved.write_text(wanted.data.read_text() * 2)
+    with pytest.raises(RunError, match="validation_content is "):
+        run(dataclasses.replace(longer, epochs=3))
+
+
+@pytest.mark.parametrize("inside", ["draft", "checkpoints", "checkpoints/step-000001", "other/run"])
+def test_a_run_does_not_begin_inside_another(tmp_path: Path, inside: str) -> None:
+    wanted = settings(tmp_path, "run", max_steps=1)
+    run(wanted)
+    with pytest.raises(RunError, match=r"lies in the run .*/run, whose files it would mix with"):
+        run(dataclasses.replace(wanted, output=wanted.output / inside))

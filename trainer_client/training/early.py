@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from trainer_client.data.files import BadLine, read_records
 from trainer_client.data.records import understand
 from trainer_client.training.place import look
@@ -16,11 +18,15 @@ def look_first(settings: TrainSettings) -> None:
     are to be skipped, and :class:`trainer_client.training.identity.RunError`.
     """
     look(settings.output, resume=settings.resume)
-    for record in read_records(settings.data):
-        try:
-            if isinstance(record, BadLine):
-                raise record
-            understand(record)
-        except BadLine:
-            if not settings.skip_bad_lines:
-                raise
+    paths = [settings.data]
+    if settings.validation and settings.validation_share is None:
+        paths.append(Path(settings.validation))
+    for path in paths:
+        for record in read_records(path):
+            try:
+                if isinstance(record, BadLine):
+                    raise record
+                understand(record)
+            except BadLine:
+                if not settings.skip_bad_lines:
+                    raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +76,13 @@ class TrainSettings:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            endless = field.name == "max_grad_norm" and value > 0  # inf does not clip
+            if field.type == "float" and not math.isfinite(value) and not endless:
+                raise ValueError(f"{field.name} must be a finite number, got {value}")
+        if not -(2**32) < self.seed < 2**32:
+            raise ValueError(f"seed must lie between -2**32 and 2**32, got {self.seed}")
         positive = (
             "epochs batch_size accumulation max_length draft_vocab_size ttt_depths learning_rate "
             "max_grad_norm prefetch_mib keep_checkpoints"
