@@ -26,6 +26,7 @@ from tests.waiting import eventually
 from trainer_client.errors import DeadlineError, TrainerClientError
 from trainer_client.targets.colocated import ColocatedTarget
 from trainer_client.training import metrics, plan
+from trainer_client.training.early import look_first
 from trainer_client.training.identity import RunError
 from trainer_client.training.place import held
 from trainer_client.training.probe import probe
@@ -139,6 +140,19 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_is_asked(tmp_p
     wanted = dataclasses.replace(settings(tmp_path, "run"), output=tmp_path / "file" / "run")
     with pytest.raises(RunError, match="cannot write to --output"):
         run(wanted)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_a_worker_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    wanted = settings(tmp_path, "run")
+    with pytest.raises(RunError, match=r"cannot write to --output .*/file is a file"):
+        look_first(dataclasses.replace(wanted, output=tmp_path / "file"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(RunError, match="is read-only for this user"):
+        look_first(dataclasses.replace(wanted, output=tmp_path / "new" / "run"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_killed_processes_left_unfinished_goes_away(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer_client.data.files import BadLine, read_records
 from trainer_client.data.records import understand
-from trainer_client.training.place import look
+from trainer_client.training.place import check_writable, look
 from trainer_client.training.settings import TrainSettings
 
 
@@ -17,6 +17,7 @@ def look_first(settings: TrainSettings) -> None:
     :class:`trainer_client.errors.DataError` with the first line that is wrong, unless such lines
     are to be skipped, and :class:`trainer_client.training.identity.RunError`.
     """
+    check_writable(settings.output)
     look(settings.output, resume=settings.resume)
     paths = [settings.data]
     if settings.validation and settings.validation_share is None:
