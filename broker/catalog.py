@@ -248,16 +248,16 @@ EVENTS = {
         ),
         "trace_without_broker": Known("The broker could not be asked for its part of the trace."),
         "step": Known("How far the run is."),
+        "held_out_left_out": Known(
+            "Held-out samples gave no finite numbers, and were not measured.",
+            "Look at the samples that are named.",
+        ),
         "samples_left_out": Known(
             "A loss or gradient was not finite and `--skip-non-finite` allows that.",
             "Look at the samples that are named.",
         ),
         "settings": Known("What the run was started with; `run.json` keeps it."),
         "validation": Known("How the draft does on held-out samples (`--validation`)."),
-        "held_out_samples_left_out": Known(
-            "The target has no numbers for samples of `--validation`; the others are measured.",
-            "Look at the samples that are named.",
-        ),
         "curves_not_written": Known(
             "`curves.png` could not be drawn or written. Training goes on.",
             "Read `error`; the figures are in `metrics.jsonl`.",

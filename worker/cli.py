@@ -13,6 +13,7 @@ from broker import logs
 from broker.keys import addresses, operators
 from broker.options import NOT_NEGATIVE
 from worker.direct import options as direct_options
+from worker.targets.options import Layers
 
 if TYPE_CHECKING:
     from worker.direct.config import DirectConfig
@@ -31,18 +32,6 @@ _VLLM = "vllm:"
 #: Requests that a worker in vLLM holds at once, and tokens that it runs together: rows of unequal
 #: lengths cost no padding there, so nothing is lost by running what waits.
 _VLLM_CREDITS, _VLLM_TOKENS = 16, 8192
-
-
-class _Layers(click.ParamType[tuple[int, ...]]):
-    name = "I,J,K"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not layer numbers like 1,5,8", param, ctx)
 
 
 class _Setting(click.ParamType[tuple[str, object]]):
@@ -86,9 +75,9 @@ Example:
     "(aux_layer_ids) and --revision where they are said.",
 )
 @click.option("--model-name", default="", help="The name that trainers ask for (default: TARGET).")
-@click.option("--aux-layers", type=_Layers(), help="Layers whose outputs are taken [1,n/2-1,n-4].")
+@click.option("--aux-layers", type=Layers(), help="Layers whose outputs are taken [1,n/2-1,n-4].")
 @click.option(
-    "--layers", type=_Layers(), help="With vllm: the layers that can be asked for beside these."
+    "--layers", type=Layers(), help="With vllm: the layers that can be asked for beside these."
 )
 @click.option("--tp", type=click.IntRange(min=1), default=1, help="With vllm: tensor parallel.")
 @click.option(

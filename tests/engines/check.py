@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from trainer_client.drafts.export import read_config, read_draft
+from trainer_client.drafts.layers import aux_layer_ids
 from trainer_client.drafts.lint import check_draft
 from trainer_client.evaluation.decoding import EvalResult, evaluate, greedy_decode
-from trainer_client.evaluation.prompts import aux_layer_ids, load_prompts
+from trainer_client.evaluation.prompts import load_prompts
 from worker.targets import EMBEDDED, load_target
 
 HERE = Path(__file__).parent

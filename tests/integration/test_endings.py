@@ -26,6 +26,7 @@ from tests.waiting import eventually
 from trainer_client.errors import DeadlineError, TrainerClientError
 from trainer_client.targets.colocated import ColocatedTarget
 from trainer_client.training import metrics, plan
+from trainer_client.training.early import look_first
 from trainer_client.training.identity import RunError
 from trainer_client.training.place import held
 from trainer_client.training.probe import probe
@@ -139,6 +140,19 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_is_asked(tmp_p
     wanted = dataclasses.replace(settings(tmp_path, "run"), output=tmp_path / "file" / "run")
     with pytest.raises(RunError, match="cannot write to --output"):
         run(wanted)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_a_worker_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    wanted = settings(tmp_path, "run")
+    with pytest.raises(RunError, match=r"cannot write to --output .*/file is a file"):
+        look_first(dataclasses.replace(wanted, output=tmp_path / "file"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(RunError, match="is read-only for this user"):
+        look_first(dataclasses.replace(wanted, output=tmp_path / "new" / "run"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_killed_processes_left_unfinished_goes_away(tmp_path: Path) -> None:
@@ -348,6 +362,22 @@ def test_a_typo_in_the_data_is_found_before_a_worker_is_waited_for(tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_measured_file_that_is_missing_is_found_as_early(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "good"}\n')
+    nobody = ["--broker", "tcp://127.0.0.1:1", "--data", data, "--output", tmp_path / "run"]
+    done = draftmq("train", *nobody, "--validation", tmp_path / "nowhere.jsonl")
+    assert done.returncode == 1
+    assert "nowhere.jsonl" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**32)])
+def test_a_seed_that_torch_does_not_take_is_refused(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(ValueError, match=f"seed must lie .*, got {seed}"):
+        settings(tmp_path, "run", seed=seed)
+
+
 def test_log_lines_of_ranks_name_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_always", {})
     logs.name_lines(rank=3)
@@ -404,32 +434,46 @@ def test_held_out_samples_are_measured_and_not_trained_and_the_best_checkpoint_s
         run(dataclasses.replace(wanted, validation="0.5", resume=True))
 
 
-def test_a_held_out_sample_without_numbers_is_named_and_the_others_are_measured(
-    cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_held_out_sample_without_numbers_is_named_and_not_measured(
+    cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture, remote: bool
 ) -> None:
-    """It harms no weights, and every checkpoint would meet it again."""
-    cluster.worker(with_a_bad_token(250))
     wanted = samples_with_one_bad(tmp_path, batch_size=3)
     good = tmp_path / "good.jsonl"
-    bad, others = [], []
-    for line in wanted.data.read_text().splitlines(keepends=True):
-        (bad if "250" in line else others).append(line)
-    good.write_text("".join(others))
-    losses = []
-    for held_out in (wanted.data, good):
-        output = tmp_path / held_out.stem
-        measured = dataclasses.replace(
-            wanted, data=good, validation=str(held_out), output=output, max_steps=3
-        )
-        summary = train(measured, cluster.trainer(encoding="probs"), ByteTokenizer())
-        losses.append(summary["validation_loss"])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    (warned,) = {
-        record.fields["samples"]  # type: ignore[attr-defined]
-        for record in caplog.records
-        if record.message == "held_out_samples_left_out"
-    }
-    assert warned.endswith("data.jsonl:6")
+    lines = wanted.data.read_text().splitlines(keepends=True)
+    good.write_text("".join(line for line in lines if "250" not in line))
+    wanted = dataclasses.replace(wanted, data=good, validation=str(tmp_path / "data.jsonl"))
+    made = with_a_bad_token(250)
+    cluster.worker(made)
+    backend = cluster.trainer(encoding="probs") if remote else ColocatedTarget(made, "probs")
+    summary = train(wanted, backend, ByteTokenizer())
+    only_good = dataclasses.replace(wanted, validation=str(good), output=tmp_path / "good")
+    expected = run(only_good)["validation_loss"]
+    assert summary["validation_loss"] == pytest.approx(expected, rel=1e-4)
+    (said,) = [each for each in caplog.records if each.message == "held_out_left_out"]
+    assert said.fields["samples"].endswith("data.jsonl:6")  # type: ignore[attr-defined]
+
+
+def test_a_measured_file_may_lie_elsewhere_when_a_run_goes_on(tmp_path: Path) -> None:
+    wanted = samples_with_one_bad(tmp_path)
+    measured = tmp_path / "measured.jsonl"
+    measured.write_text(wanted.data.read_text())
+    wanted = dataclasses.replace(wanted, validation=str(measured), epochs=1)
+    run(wanted)
+    moved = measured.rename(tmp_path / "moved.jsonl")
+    longer = dataclasses.replace(wanted, validation=str(moved), epochs=2, resume=True)
+    assert run(longer)["steps"] == 12
+    moved.write_text(wanted.data.read_text() * 2)
+    with pytest.raises(RunError, match="validation_content is "):
+        run(dataclasses.replace(longer, epochs=3))
+
+
+@pytest.mark.parametrize("inside", ["draft", "checkpoints", "checkpoints/step-000001", "other/run"])
+def test_a_run_does_not_begin_inside_another(tmp_path: Path, inside: str) -> None:
+    wanted = settings(tmp_path, "run", max_steps=1)
+    run(wanted)
+    with pytest.raises(RunError, match=r"lies in the run .*/run, whose files it would mix with"):
+        run(dataclasses.replace(wanted, output=wanted.output / inside))
 
 
 def test_a_run_whose_held_out_samples_all_lack_numbers_has_no_best_checkpoint(

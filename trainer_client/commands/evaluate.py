@@ -10,6 +10,7 @@ import click
 
 from trainer_client.drafts.export import read_draft
 from trainer_client.errors import TrainerClientError
+from worker.targets.options import Layers
 
 _AT_LEAST_1 = click.IntRange(min=1)
 
@@ -37,7 +38,7 @@ Example:
 )
 @click.option("--device", default="", help="cpu, cuda, ... (default: a GPU if there is one).")
 @click.option("--dtype", help="float32, bfloat16, ... (default: the checkpoint's).")
-@click.option("--aux-layers", help="Where not the draft's own: I,J,K.")
+@click.option("--aux-layers", type=Layers(), help="Where not the draft's own: I,J,K.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def evaluate(
     draft: Path,
@@ -49,7 +50,7 @@ def evaluate(
     draft_tokens: int,
     device: str,
     dtype: str | None,
-    aux_layers: str | None,
+    aux_layers: tuple[int, ...] | None,
     as_json: bool,
 ) -> None:
     """Decode for real, with and without the draft, and compare token by token.
@@ -58,12 +59,12 @@ def evaluate(
     """
     from rich.progress import track
 
+    from trainer_client.drafts.layers import aux_layer_ids
     from trainer_client.evaluation.decoding import evaluate as run_evaluation
-    from trainer_client.evaluation.prompts import aux_layer_ids, check_fit, load_prompts
+    from trainer_client.evaluation.prompts import check_fit, load_prompts
     from worker.targets import load_target
 
-    own = aux_layer_ids(draft)
-    layers = tuple(map(int, aux_layers.split(","))) if aux_layers else own
+    layers = aux_layers or aux_layer_ids(draft)
     loaded = load_target(target, device=device, dtype=dtype, aux_layer_ids=layers)
     embeddings = loaded.get_input_embeddings().weight
     check_fit(draft, target, embeddings.shape[1], loaded.vocab_size)

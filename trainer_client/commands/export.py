@@ -8,31 +8,47 @@ from pathlib import Path
 
 import click
 
-from trainer_client.drafts.export import export_checkpoint
+from trainer_client.drafts.export import draft_folder, export_checkpoint, newest_checkpoint
 from trainer_client.drafts.lint import check_draft
+from trainer_client.drafts.rewriting import rewrite_draft
 from trainer_client.errors import DataError
+from worker.targets.options import Layers
 
 _EXPORT_EXAMPLE = """\b
 Example:
   draftmq export --checkpoint runs/one --output draft
+  draftmq export --checkpoint NEMOS_OUTPUT_DIR --output draft
   draftmq export --check draft"""
 
 
 @click.command(epilog=_EXPORT_EXAMPLE)
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="A run, or one checkpoint.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="A run or a checkpoint, of ours or of NeMo AutoModel's; or speculators' draft.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Where the draft is written.")
 @click.option(
     "--check", "checked", type=click.Path(path_type=Path), help="Lint this EAGLE-3 draft instead."
 )
+@click.option(
+    "--aux-layers",
+    type=Layers(),
+    help="Which layers a draft reads, where another trainer did not write them: I,J,K.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 def export(
-    checkpoint: Path | None, output: Path | None, checked: Path | None, as_json: bool
+    checkpoint: Path | None,
+    output: Path | None,
+    checked: Path | None,
+    aux_layers: tuple[int, ...] | None,
+    as_json: bool,
 ) -> None:
     """Write a checkpoint as vLLM and SGLang load it, or lint any EAGLE-3 draft with --check."""
     if checked is None:
         if checkpoint is None or output is None:
             raise click.UsageError("give --checkpoint and --output, or --check")
-        export_checkpoint(checkpoint, output)
+        _write(checkpoint, output, aux_layers)
     findings = check_draft(checked or Path(str(output)))
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings]))
@@ -42,3 +58,14 @@ def export(
         click.echo(f"{len(findings)} findings in {checked or output}")
     if any(finding.severity == "error" for finding in findings):
         raise DataError(f"{checked or output} will not work in engines as it is; see above")
+
+
+def _write(checkpoint: Path, output: Path, aux_layers: tuple[int, ...] | None) -> None:
+    theirs = (draft_folder(checkpoint) / "config.json").is_file()
+    if theirs and newest_checkpoint(checkpoint) is None:
+        layers = rewrite_draft(checkpoint, output, aux_layers)
+        click.echo(f"it reads the target's layers {','.join(map(str, layers))}", err=True)
+    elif aux_layers:
+        raise click.UsageError("--aux-layers is for drafts of other trainers; ours say them")
+    else:
+        export_checkpoint(checkpoint, output)

@@ -100,8 +100,10 @@ def save(
         unfinished.rename(final)
     except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk is turned into
         shutil.rmtree(unfinished, ignore_errors=True)
+        free = shutil.disk_usage(directory).free >> 20 if directory.exists() else 0
         raise CheckpointError(
-            f"cannot write the checkpoint {final}: {error}; older checkpoints are untouched"
+            f"cannot write the checkpoint {final} ({free} MiB are free there): {error}; older "
+            "checkpoints are untouched; make room, then --resume"
         ) from error
     for old in complete(directory)[:-keep]:
         if old.step != best:

@@ -7,17 +7,21 @@ import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainer_client.drafts import nemo
 from trainer_client.drafts.kinds import kind_of, plain_config
 from trainer_client.eagle3.config import SWITCHES, DraftConfig, rope_parameters
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.errors import ExportError
+
+if TYPE_CHECKING:
+    from trainer_client.drafts.checkpoint import Checkpoint
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 FILES = ("config.json", "model.safetensors")
@@ -194,10 +198,13 @@ def _sizes(config: Mapping[str, Any]) -> DraftConfig:
 
 
 def draft_folder(directory: Path) -> Path:
-    """The draft itself where a run's folder is given, which has one inside."""
+    """The draft itself where a run's folder is given, or a checkpoint or a run of NeMo AutoModel's,
+    which have one inside.
+    """
+    if (directory / "config.json").exists():
+        return directory
     inside = directory / "draft"
-    alone = not (directory / "config.json").exists() and (inside / "config.json").exists()
-    return inside if alone else directory
+    return inside if (inside / "config.json").exists() else nemo.find_draft(directory) or directory
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -242,22 +249,28 @@ def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name(old): tensor for old, tensor in tensors.items()}
 
 
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """Of a run of ours, or the one checkpoint that is named; None where it is neither."""
+    from trainer_client.drafts.checkpoint import complete
+
+    folder = folder.resolve()
+    newest = [complete(place)[-1:] for place in (folder / "checkpoints", folder)]
+    named = [one for one in complete(folder.parent) if one.directory == folder]
+    wanted = next(filter(None, [*newest, named]), None)
+    return wanted[0] if wanted else None
+
+
 def export_checkpoint(checkpoint: Path, output: Path) -> None:
     """Write a run's newest checkpoint, or the one checkpoint that is named, as a draft.
 
     Raises :class:`ExportError` where there is none.
     """
-    from trainer_client.drafts.checkpoint import complete
-
-    checkpoint = checkpoint.resolve()
-    newest = [complete(folder)[-1:] for folder in (checkpoint / "checkpoints", checkpoint)]
-    named = [one for one in complete(checkpoint.parent) if one.directory == checkpoint]
-    wanted = next(filter(None, [*newest, named]), None)
-    if not wanted:
+    found = newest_checkpoint(checkpoint)
+    if found is None:
         raise ExportError(
-            f"{checkpoint} is neither a run with a complete checkpoint nor a checkpoint"
+            f"{checkpoint.resolve()} is neither a run with a complete checkpoint nor a checkpoint"
         )
-    where = wanted[0].directory
+    where = found.directory
     try:
         info = json.loads((where / "target.json").read_text())
         config = DraftConfig(**json.loads((where / "draft.json").read_text()))

@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainer_client.drafts import nemo
+
 #: What speculators' format keeps beside the config of the layers.
 _BESIDE = (
     "draft_vocab_size",
@@ -45,7 +47,7 @@ def kind_of(config: Mapping[str, Any], names: Collection[str]) -> Kind:
     layout = "engine"
     if said is not None:
         layout = "speculators"
-    elif "Eagle3DraftModel" in architecture:
+    elif nemo.is_nemos(config):
         layout = "NeMo AutoModel"
     return Kind(_family(config, names, f"{architecture} {said or ''}".lower()), layout)
 
@@ -71,10 +73,13 @@ def _family(config: Mapping[str, Any], names: Collection[str], words: str) -> st
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config in the form that engines load: speculators' keeps the layers' own one level down.
+    """A config in the form that engines load: speculators' keeps the layers' own one level down,
+    NeMo's has settings of its target.
 
     What speculators leaves out of its file has the defaults of its reader in vLLM.
     """
+    if nemo.is_nemos(config):
+        return nemo.plain_config(config)
     inner = config.get("transformer_layer_config")
     if config.get("speculators_model_type") is None or not isinstance(inner, Mapping):
         return dict(config)

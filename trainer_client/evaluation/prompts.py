@@ -51,28 +51,6 @@ def _prompts(sample: Sample, prompt_tokens: int) -> Iterator[list[int]]:
         yield ids[:prompt_tokens]
 
 
-def aux_layer_ids(draft: Path) -> tuple[int, ...] | None:
-    """The layers whose outputs a draft reads, as its config says; None where it does not.
-
-    Raises :class:`ExportError` for a draft whose settings ask for another network than ours.
-    """
-    config = read_config(draft)
-    eagle = config.get("eagle_config") or {}
-    if any(each.get("use_aux_hidden_state") is False for each in (config, eagle)):
-        raise ExportError(
-            f"{draft} says use_aux_hidden_state: false, so it reads the last hidden state alone; "
-            "only drafts that read several layers can be decoded with here"
-        )
-    name = "eagle_aux_hidden_state_layer_ids"
-    layers = tuple(eagle.get(name) or (index - 1 for index in config.get(name) or ())) or None
-    count = (config | eagle).get("num_aux_hidden_states") or (len(layers) if layers else 3)
-    if layers and count != len(layers):
-        raise ExportError(
-            f"{draft} says that it reads {count} hidden states, and names the layers {layers}"
-        )
-    return layers
-
-
 def check_fit(draft: Path, target: str, hidden_size: int, vocab_size: int) -> None:
     """Raise :class:`ExportError` where a draft was made for a target of other sizes."""
     config: dict[str, Any] = read_config(draft)

@@ -9,12 +9,11 @@ from typing import Any
 from nemo_automodel.recipes.llm.train_eagle3 import TrainEagle3Recipe as NemoRecipe
 
 from broker import logs
+from trainer_client.drafts.nemo import TARGET_FILE
 from trainer_client.nemo.backend import BrokerTarget
 from trainer_client.nemo.settings import remote_options
 
-#: Beside NeMo's own files in a checkpoint: which target the draft was trained for.
-TARGET_FILE = "draftmq_target.json"
-#: What that file says, of :meth:`RemoteEagle3TargetModel.model_info`.
+#: What :data:`TARGET_FILE` says, of :meth:`RemoteEagle3TargetModel.model_info`.
 _FACTS = ("model", "fingerprint", "aux_layer_ids", "hidden_size", "vocab_size", "dtype")
 
 

@@ -44,8 +44,10 @@ _BEFORE = {"draft": "eagle3"}
 _TOLD = ("versions", "ranks", "files", "settings", "total_steps", "skip_non_finite")
 #: What decides which tokens are trained: where those are the same it does not matter.
 _OF_DATA = ("max_length", "loss_on", "skip_bad_lines")
+#: What decides which samples are measured on: where those are the same it does not matter.
+_OF_VALIDATION = ("validation",)
 #: What may differ between the ranks of one run: each may have its own copy of the data.
-_OF_ONE_RANK = ("files", "settings")
+_OF_ONE_RANK = ("files", "settings", *_OF_VALIDATION)
 
 
 class RunError(TrainerClientError):
@@ -96,6 +98,12 @@ def check_place(output: Path, *, resume: bool) -> dict[str, Any] | None:
 
     Raises :class:`RunError` where a new run would mix with an old one's checkpoints and curves.
     """
+    for around in output.resolve().parents:
+        if (around / FILE).exists():
+            raise RunError(
+                f"{output} lies in the run {around}, whose files it would mix with; choose an "
+                "--output beside it"
+            )
     there = read(output)
     checkpoints = any((output / "checkpoints").glob("step-*"))
     if not resume and (there is not None or checkpoints):
@@ -113,8 +121,10 @@ def check_place(output: Path, *, resume: bool) -> dict[str, Any] | None:
 def compare(there: Mapping[str, Any], here: Mapping[str, Any], output: Path) -> None:
     """Raise :class:`RunError` that names what differs between the run there and the one wanted."""
     there = _BEFORE | dict(there)
-    same_data = there.get("data_content") == here.get("data_content")
-    free = {*_TOLD, *(_OF_DATA if same_data else ())}
+    free = set(_TOLD)
+    for content, deciding in (("data_content", _OF_DATA), ("validation_content", _OF_VALIDATION)):
+        if there.get(content) == here.get(content):
+            free |= set(deciding)
     differing = [
         f"{name} is {_shown(there.get(name))} there and {_shown(here[name])} here"
         for name in here

@@ -31,6 +31,15 @@ class Found:
     newest: Checkpoint | None = None
 
 
+def check_writable(output: Path) -> None:
+    """Raise :class:`RunError` where ``output`` cannot be written, or made; nothing is made here."""
+    there = next(each for each in (output, *output.resolve().parents) if each.exists())
+    if not there.is_dir():
+        raise RunError(f"cannot write to --output {output}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"cannot write to --output {output}: {there} is read-only for this user")
+
+
 @contextlib.contextmanager
 def held(output: Path) -> Iterator[None]:
     """Be the only process that trains into ``output``, which is made where it is missing.
@@ -44,8 +53,7 @@ def held(output: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"cannot write to --output {output}: {error.strerror}") from error
     try:
-        if not os.access(output, os.W_OK | os.X_OK):
-            raise RunError(f"cannot write to --output {output}: this user may not")
+        check_writable(output)
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -83,6 +83,8 @@ class TrainSettings:
             not_negative="max_steps weight_decay checkpoint_every draft_intermediate_size "
             "global_batch skip_non_finite",
         )
+        if not -(2**32) < self.seed < 2**32:
+            raise ValueError(f"seed must lie between -2**32 and 2**32, got {self.seed}")
         check_boards(self.boards)
         if self.prefetch != "auto" and self.prefetch < 1:
             raise ValueError(f"prefetch must be 'auto' or at least 1, got {self.prefetch}")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from broker.logs import log
 from trainer_client.eagle3.unroll import Eagle3Unroll, simulated_accept_length
@@ -20,7 +21,7 @@ from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows, TargetBa
 from trainer_client.training.data import Dataset, MicroBatch, Sample, collate
 from trainer_client.training.identity import write_whole
 from trainer_client.training.ranks import Ranks, added_up
-from trainer_client.training.refused import ask_one_by_one
+from trainer_client.training.refused import PartialBatch, ask_one_by_one, rows
 
 _logger = logging.getLogger("draftmq.train")
 
@@ -68,20 +69,32 @@ def measure(
 ) -> tuple[float, float]:
     """Loss and simulated accept length over all samples, which are dealt round to the ranks.
 
-    Samples that the target has no numbers for are left out and named in a warning. Both are NaN
-    where no slot of what is left has supervision. ``waiting`` is around every wait for the target.
+    ``waiting`` is around every wait for the target. A sample for which there are no numbers is left
+    out, with a warning. Both are NaN where no slot of what is left has supervision.
     """
     sums = torch.zeros(4, unroll.depths, dtype=torch.float64, device=device)
+    left_out: list[str] = []
     mine = samples[ranks.rank :: ranks.world_size]
     for at in range(0, len(mine), batch_size):
         asked = collate(mine[at : at + batch_size])
-        for given in _given(backend, asked, waiting):
-            batch = given.map(lambda tensor: tensor.to(device))
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                output = unroll(**batch.to_trainer_inputs(), lm_head=lm_head)
-            counts = unroll.counts(batch)
-            losses = output.depth_losses.double() * counts
-            sums += torch.stack([losses, counts, output.chain_hits, output.chains])
+        with waiting():
+            answer = _asked(backend, asked)
+        left_out += answer.left_out
+        for batch in answer.good:
+            batch = batch.map(lambda tensor: tensor.to(device))
+            found = _sums(unroll, batch, lm_head)
+            if not found.isfinite().all():
+                found = torch.zeros_like(found)
+                for row in rows(batch):
+                    of_row = _sums(unroll, row, lm_head)
+                    if of_row.isfinite().all():
+                        found += of_row
+                    else:
+                        left_out += row.origins
+            sums += found
+    if left_out:
+        fields = {"samples": ", ".join(left_out[:8]), "left_out": len(left_out)}
+        log(_logger, "warning", "held_out_left_out", fields)
     losses, counts, hits, chains = added_up(sums).cpu()
     if not counts.any():
         return math.nan, math.nan
@@ -90,19 +103,23 @@ def measure(
     return float(loss), simulated_accept_length(hits, chains)
 
 
-def _given(
-    backend: TargetBackend, asked: MicroBatch, waiting: Callable[[], AbstractContextManager[None]]
-) -> tuple[Eagle3TargetBatch, ...]:
-    """What the target gives for a micro-batch, in as many batches as it takes."""
-    with waiting():
-        try:
-            given = backend.generate_batch(asked.input_ids, asked.attention_mask, asked.loss_mask)
-            return (given,)
-        except TargetFailedError as error:
-            partial = ask_one_by_one(backend, asked, error)
-    fields = {"samples": ", ".join(partial.left_out), "error": partial.story}
-    log(_logger, "warning", "held_out_samples_left_out", fields)
-    return partial.good
+def _asked(backend: TargetBackend, asked: MicroBatch) -> PartialBatch:
+    """What the target says of a micro-batch, whole or sample by sample."""
+    try:
+        batch = backend.generate_batch(asked.input_ids, asked.attention_mask, asked.loss_mask)
+    except TargetFailedError as error:
+        return ask_one_by_one(backend, asked, error)
+    return PartialBatch((replace(batch, origins=asked.origins),), (), "")
+
+
+def _sums(unroll: Eagle3Unroll, batch: Eagle3TargetBatch, lm_head: LmHeadRows | None) -> Tensor:
+    """Float64 [4, depths]: losses and the slots that have one, chains that are right, and all."""
+    device = batch.input_ids.device
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        output = unroll(**batch.to_trainer_inputs(), lm_head=lm_head)
+    counts = unroll.counts(batch)
+    losses = output.depth_losses.double() * counts
+    return torch.stack([losses, counts, output.chain_hits, output.chains])
 
 
 def best_step(output: Path) -> tuple[int, float] | None:

@@ -103,8 +103,9 @@ class ForeignTarget:
     ) -> TargetOutputs:
         """The inner target's batch as outputs that are shifted already."""
         batch = self.generate_batch(input_ids, attention_mask, loss_mask)
-        last = batch.last_hidden_state if "hidden" in self.encodings else None
-        return TargetOutputs(batch.aux_hidden_states, full_tensor(batch.logits), last, shifted=True)
+        last = full_tensor(batch.last_hidden_state) if "hidden" in self.encodings else None
+        states, logits = full_tensor(batch.aux_hidden_states), full_tensor(batch.logits)
+        return TargetOutputs(states, logits, last, shifted=True)
 
     def close(self) -> None:
         """Close the inner target, if it can be."""
@@ -127,7 +128,7 @@ class ForeignTarget:
                 raise TargetError(
                     f"the target's generate_batch gave {got} for {field}, its contract says {shape}"
                 )
-        if not torch.equal(batch.input_ids.to(ids.device), shift_left(ids)):
+        if not torch.equal(full_tensor(batch.input_ids).to(ids.device), shift_left(ids)):
             raise TargetError(
                 "the target's generate_batch gave a batch of other token ids than it was given "
                 "(input_ids must come back moved left by one)"
@@ -151,6 +152,7 @@ def _makes_logits(head: HasWeight, last: Tensor, logits: Tensor) -> bool:
     if tuple(weight.shape) != (logits.shape[-1], last.shape[-1]):
         return False
     bias = getattr(head, "bias", None)
+    bias = None if bias is None else full_tensor(bias)
     made = F.linear(full_tensor(last).to(weight), weight, bias)[:, :-1].float()
     expected = full_tensor(logits)[:, :-1].float()
     off = (made - expected.to(made.device)).norm() / expected.norm().clamp_min(1e-12).to(

@@ -1,4 +1,8 @@
-"""NeMo AutoModel's own recipe through brokers, against its co-located run: losses and the draft.
+"""NeMo AutoModel through brokers.
+
+Its recipe against its co-located run: losses and the draft. Its wrappers as targets against its own
+server, tensor by tensor (:mod:`tests.engines.nemo.tensors`). Its drafts, exported, against its own
+network (:mod:`tests.engines.nemo.drafts`).
 
 Usage, from the checkout: ``python -m tests.engines.nemo [PYTHON]``, with the Python of an
 environment that has requirements.txt (default: build/engines/nemo/bin/python).
@@ -89,11 +93,16 @@ class Nemo:
         self._draft = ""
         self._write_data()
 
-    def begin(self) -> None:
-        """Train the draft that all other runs begin with: NeMo does not seed its weights."""
+    def begin(self) -> Path:
+        """Train the draft that all other runs begin with: NeMo does not seed its weights.
+
+        Returns its checkpoint.
+        """
         if self.run("begin", 1).code:
             raise SystemExit(f"NeMo's co-located run failed; see {self._folder}/begin.log")
-        self._draft = str(next((self._folder / "begin").rglob("consolidated")))
+        draft = next((self._folder / "begin").rglob("consolidated"))
+        self._draft = str(draft)
+        return draft.parents[1]
 
     def run(self, name: str, ranks: int, faults: Sequence[Fault] = (), **recipe_args: Any) -> Ended:
         """A run of ``STEPS`` steps. The faults strike at their steps, in their order."""
@@ -106,12 +115,7 @@ class Nemo:
         with log.open("w") as out:
             child = subprocess.Popen(
                 [*map(str, command), *module],
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "CUDA_VISIBLE_DEVICES": "",
-                    "PYTHONPATH": str(ROOT),
-                },
+                env=_environment(),
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
@@ -173,17 +177,28 @@ class Nemo:
         (self._folder / "data.jsonl").write_text("".join(lines))
 
 
+def _environment() -> dict[str, str]:
+    here = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **here}
+
+
+def _inside(python: Path, name: str, *arguments: object) -> int:
+    """Run a module of this folder in NeMo's environment."""
+    command = [python, "-m", f"tests.engines.nemo.{name}", *arguments]
+    return subprocess.call(list(map(str, command)), env=_environment())
+
+
 def main() -> int:
     """Print a line for each way to run, and return 1 where one is not as the co-located run."""
     default = ROOT / "build" / "engines" / "nemo" / "bin" / "python"
     python = Path(sys.argv[1]) if len(sys.argv) > 1 else default
-    failed = 0
     folder = ROOT / "build" / "engines" / "nemo-runs"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "logs").mkdir(parents=True)
+    failed = _inside(python, "tensors", folder / "logs")
     with Processes(folder / "logs") as processes:
         cluster, nemo = Cluster(processes), Nemo(python, folder)
-        nemo.begin()
+        failed += _inside(python, "drafts", nemo.begin(), folder / "drafts")
         remote = {"target_model_backend": "remote", "remote_urls": [cluster.url]}
         for ranks in (1, 2):
             wanted = nemo.run(f"colocated-{ranks}", ranks)

@@ -18,11 +18,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from tests.vocab import shuffled
 from trainer_client.drafts.checkpoint import save
 from trainer_client.drafts.export import export_checkpoint, read_draft, write_draft
+from trainer_client.drafts.layers import aux_layer_ids
 from trainer_client.drafts.lint import check_draft
 from trainer_client.eagle3.config import DraftConfig
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.errors import ExportError
-from trainer_client.evaluation.prompts import aux_layer_ids
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 INFO: dict[str, Any] = {

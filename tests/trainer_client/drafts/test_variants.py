@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.trainer_client.drafts.test_export import INFO, change, make_draft
 from trainer_client.drafts.export import read_draft, write_draft
+from trainer_client.drafts.layers import aux_layer_ids
 from trainer_client.drafts.lint import check_draft
 from trainer_client.errors import ExportError
-from trainer_client.evaluation.prompts import aux_layer_ids
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 Fault = Callable[[dict[str, Any], dict[str, Any]], None]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from trainer_client.drafts.layers import aux_layer_ids
 from trainer_client.errors import ExportError
-from trainer_client.evaluation.prompts import aux_layer_ids, check_fit, load_prompts
+from trainer_client.evaluation.prompts import check_fit, load_prompts
 from worker.targets.embedded import folder
 
 

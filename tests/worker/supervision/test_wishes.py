@@ -304,3 +304,45 @@ def test_layers_that_text_does_not_run_are_not_offered_and_rows_for_images_are_c
     assert wished(target, "layers=1,7;last")["states"].shape == (2, 12, 2, 32)
     with pytest.raises(BadRequest, match="layers 3 are asked for"):
         wished(target, "layers=1,3")
+
+
+@pytest.fixture(scope="module")
+def wide() -> HuggingFaceTarget:
+    """A target of 8 layers as wide as one of 8B, and of little else."""
+    config = hf.LlamaConfig(
+        hidden_size=4096,
+        vocab_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        intermediate_size=4,
+    )
+    return HuggingFaceTarget(hf.LlamaForCausalLM(config).to(torch.bfloat16), name="wide")
+
+
+@pytest.mark.parametrize(
+    ("layers", "last", "in_bf16", "in_fp8", "mixed"),
+    [
+        ("1,3,4", True, 32_768, 16_400, 20_492),  # EAGLE-3, EAGLE-3.1, P-EAGLE
+        ("1,2,3,4,5", True, 49_152, 24_600, 28_692),  # EAGLE-3 of 5 layers, DSpark, DFlash with KL
+        ("1,2,3,4,5", False, 40_960, 20_500, 20_500),  # DFlash
+        ("1,2,3,4,5,6", True, 57_344, 28_700, 32_792),  # Kimi's DSpark
+        ("", True, 8_192, 4_100, 8_192),  # MTP
+    ],
+)
+def test_a_reply_has_so_many_bytes_a_token_as_its_family_needs(
+    wide: HuggingFaceTarget, layers: str, last: bool, in_bf16: int, in_fp8: int, mixed: int
+) -> None:
+    states = f"layers={layers}" if layers else ""
+    wishes = {
+        (states, "last" if last else ""): in_bf16,
+        (states, "last=fp8" if last else "", "states=fp8" if layers else ""): in_fp8,
+        (states, "last" if last else "", "states=fp8" if layers else ""): mixed,
+    }
+    ids = torch.arange(24).view(2, 12)
+    ones = torch.ones_like(ids)
+    for parts, wanted in wishes.items():
+        wish = ";".join(filter(None, parts))
+        made = compute_supervision(wide, ids, ones, ones, encoding=wish)
+        assert sum(tensor.nbytes for tensor in made.values()) == wanted * ids.numel(), wish
