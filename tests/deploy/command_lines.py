@@ -49,12 +49,6 @@ def in_shell(text: str) -> Iterator[list[str]]:
                 yield ["train", *_until_end(words[at + 1 :])]
 
 
-def in_markdown(path: Path) -> list[list[str]]:
-    """Those of a document's ``sh`` blocks."""
-    blocks = re.findall(r"```sh\n(.*?)```", path.read_text(), re.S)
-    return [arguments for block in blocks for arguments in in_shell(block)]
-
-
 def in_compose(path: Path, environment: Mapping[str, str]) -> dict[str, list[str]]:
     """Of each service: its command and, where it is one of ours, its health check."""
     found = {}
