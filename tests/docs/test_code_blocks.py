@@ -3,8 +3,8 @@
 Shell: each command line is given to the parser of its program where that is ours (``draftmq``,
 ``make``, ``python -m``, the extras of ``pip install``). A block with programs of others has a
 comment above it: the test that runs it (``run: FILE``), or why none does (``not run: REASON``).
-Python is run beside a broker and a worker. TOML and YAML are read by what reads them. ``text`` and
-``mermaid`` are no code.
+Python is run beside a broker and a worker. TOML, YAML and JSON are read by what reads them.
+``text`` and ``mermaid`` are no code.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from broker.chaos.script import load_script
 from broker.service import Broker
 from tests.deploy import command_lines
 from tests.docs.blocks import Block, all_blocks, blocks_of
+from trainer_client.data.files import read_records
+from trainer_client.data.records import Record, understand
 from worker.service import Worker
 from worker.targets import load_target
 
@@ -35,9 +37,10 @@ SHELL = [block for block in BLOCKS if block.language == "sh"]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 TOML = [block for block in BLOCKS if block.language == "toml"]
 YAML = [block for block in BLOCKS if block.language == "yaml"]
+JSON = [block for block in BLOCKS if block.language == "json"]
 NO_CODE = {"text", "mermaid"}
 #: Programs that a line may run beside ours without a word about it.
-PLAIN = {"cd", "mkdir", "cp", "ls", "cat", "echo", "head"}
+PLAIN = {"cd", "mkdir", "cp", "ls", "cat", "echo", "head", "export", "for", "done"}
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -48,7 +51,7 @@ def commands(text: str) -> Iterator[list[str]]:
         words: list[str] = []
         for word in [*lexer, ";"]:
             if re.fullmatch(r"[;&|()]+", word):
-                while words and re.fullmatch(r"\w+=.*", words[0]):
+                while words and (words[0] == "do" or re.fullmatch(r"\w+=.*", words[0])):
                     del words[0]
                 if words:
                     yield words
@@ -84,7 +87,7 @@ def unknown_program(words: list[str]) -> str:
 
 
 def test_every_block_says_what_it_is() -> None:
-    known = {"sh", "python", "toml", "yaml", *NO_CODE}
+    known = {"sh", "python", "toml", "yaml", "json", *NO_CODE}
     assert {str(block): block.language for block in BLOCKS if block.language not in known} == {}
     assert len(BLOCKS) > 30
 
@@ -176,6 +179,15 @@ def test_toml_blocks_are_read(block: Block, tmp_path: Path) -> None:
     for command, settings in tables.items():
         context = command_lines.parse(["--config", str(path), command])
         assert set(settings) <= set(context.params)
+
+
+@pytest.mark.parametrize("block", JSON, ids=str)
+def test_json_blocks_are_records_of_training_data(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(block.text)
+    for record in read_records(path):
+        assert isinstance(record, Record)
+        assert understand(record)
 
 
 @pytest.mark.parametrize("block", YAML, ids=str)
