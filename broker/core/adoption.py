@@ -1,4 +1,4 @@
-"""What workers bring along from before a reconnect, or a restart of this broker."""
+"""Requests that workers still run when they reconnect, or come to a restarted broker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_HELD = 4096
 
 
 class Adoption:
-    """Takes over requests that run already, within what can be believed of a worker."""
+    """Takes over requests that a worker says it runs already, as far as it can be believed."""
 
     def __init__(
         self,

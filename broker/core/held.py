@@ -1,4 +1,4 @@
-"""Answers that are on their way to their clients: kept for who asks again, but not for ever."""
+"""Answers on their way to clients: the broker keeps each for a while, for clients that resend."""
 
 from __future__ import annotations
 
