@@ -36,7 +36,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav += [{name: list(dict.fromkeys(pages))} for name, pages in sections.items()]
     decisions = [page for page in others if page.startswith("docs/decisions/")]
     rest = [page for page in others if page not in {*START, *decisions}]
-    config.nav += [{"Decisions": sorted(decisions)}, {"More": sorted(rest)}]
+    for name, pages in (("Decisions", sorted(decisions)), ("More", sorted(rest))):
+        config.nav += [{name: pages}] if pages else []
     return config
 
 
