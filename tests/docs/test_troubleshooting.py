@@ -57,6 +57,20 @@ def test_every_log_event_stands_in_the_catalog_and_none_that_nobody_says() -> No
     assert events() == known, "put it into broker/catalog.py, with its cause and what to do"
 
 
+def test_a_warning_says_what_to_do() -> None:
+    severe = {"warning", "error", "critical", "exception"}
+    warned = {
+        event_of(name, call) for _, name, call in calls() if severe & {name, *map(text, call.args)}
+    } - {""}
+    silent = {
+        f"{part}: {event}"
+        for part, known in EVENTS.items()
+        for event, each in known.items()
+        if event in warned and not each.remedy
+    }
+    assert silent == set(), "say in broker/catalog.py what to do"
+
+
 def test_an_event_reaches_the_log_by_functions_that_are_looked_at_alone() -> None:
     passing = set()
     for package in ("broker", "worker", "trainer_client"):
