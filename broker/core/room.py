@@ -21,8 +21,8 @@ _LOOK_PAST = 64
 
 
 class Room:
-    """Counts the bytes that are taken, by client and request. A client that has taken none may
-    always take one item, however large.
+    """Bytes that are taken, by client and request. Whoever has nothing may always have one thing,
+    however large.
     """
 
     def __init__(self, client_bytes: int, total_bytes: int) -> None:
