@@ -30,6 +30,8 @@ SHORTER = {
     "draftmq eval ": "draftmq eval --count 2 --max-new-tokens 8 ",
 }
 SERVICES = ("draftmq broker", "draftmq worker")
+#: Patience with one step: each imports torch, on a machine that may have much else to do.
+STEP_S = 240
 
 
 class Walk:
@@ -71,7 +73,7 @@ class Walk:
             env=self._environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=STEP_S,
             check=False,
         )
         assert done.returncode == 0, f"{block}:\n{text}\n{done.stdout}\n{done.stderr}"
@@ -90,7 +92,7 @@ class Walk:
                 stdin=subprocess.DEVNULL,
             )
         self._services.append((name, service))
-        eventually(lambda: ready in log.read_text() or service.poll() is not None, 60)
+        eventually(lambda: ready in log.read_text() or service.poll() is not None, STEP_S)
         assert service.poll() is None, log.read_text()
 
     def end(self) -> None:
