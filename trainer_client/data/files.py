@@ -1,4 +1,4 @@
-"""Reads files into records: the content decides which format a file has, not its name.
+"""Files to records: the format is what the content is, whatever the name says.
 
 JSON with one object a line, an array of objects, one object alone, or plain text; plain, ``.gz`` or
 ``.xz``. What cannot be read is an error with file and line.
