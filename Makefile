@@ -11,7 +11,7 @@ SECONDS ?= 300
 # What one runs while working: the state machines, the language, the arithmetic, the documents.
 QUICK := tests/broker tests/docs tests/test_architecture.py tests/trainer_client/core \
 	tests/trainer_client/eagle3 tests/worker/core tests/worker/supervision
-.PHONY: help venv demo test quick test-long check sim chaos bench fuzz test-engines clean
+.PHONY: help venv demo test quick test-long check sim chaos bench fuzz test-engines docs clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed 's/:.*## /\t/' | column -ts '	'
@@ -60,6 +60,10 @@ test-engines: venv ## Load an exported draft in speculators and vLLM (an environ
 fuzz: venv ## Fuzz all that parses bytes from outside, for SECONDS=300 together
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+docs: venv ## The documents as a site in build/site, strict about links; needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 clean: ## Remove what these targets made
 	rm -rf $(VENV) build runs *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -203,8 +203,14 @@ EVENTS = {
             "A forward for several requests failed; they are computed one by one.",
             "Often for want of memory: lower `--coalesce-tokens`.",
         ),
-        "bad_mapping": Known("A vocab mapping could not be read. It was not used."),
-        "damaged_mapping": Known("A vocab mapping did not match its checksum; it is asked again."),
+        "bad_mapping": Known(
+            "A vocab mapping could not be read. It was not used.",
+            "The trainer that offered it is of another version, or broken: look at its log.",
+        ),
+        "damaged_mapping": Known(
+            "A vocab mapping did not match its checksum; the worker asks for it again.",
+            "If it comes often, look for bad memory or a middlebox that changes bytes.",
+        ),
         "fingerprint_is_weak": Known(
             "The target shows no weights, so its fingerprint covers less than them.",
             "Give the object a `fingerprint`, or different weights may count as the same.",
@@ -234,7 +240,10 @@ EVENTS = {
             "A broker asked for a vocab mapping that this client does not have.",
             "Another program uses this client's name.",
         ),
-        "damaged_reply": Known("A reply did not match its checksum; it is asked for again."),
+        "damaged_reply": Known(
+            "A reply did not match its checksum; the trainer asks for it again.",
+            "If it comes often, look for bad memory or a middlebox that changes bytes.",
+        ),
         "direct_failed": Known(
             "A direct transfer failed; the request was asked again by wire.",
             "If it comes often, `--direct off` avoids the detour; `why` says what broke.",
@@ -246,7 +255,10 @@ EVENTS = {
             "`--trace` could not be written, on a full disk say. Training goes on.",
             "Make room; the trace has a gap.",
         ),
-        "trace_without_broker": Known("The broker could not be asked for its part of the trace."),
+        "trace_without_broker": Known(
+            "The broker could not be asked for its part of the trace.",
+            "Is `--trace-broker` its HTTP address? The trace has the trainer's times alone.",
+        ),
         "step": Known("How far the run is."),
         "held_out_left_out": Known(
             "Held-out samples gave no finite numbers, and were not measured.",
@@ -309,10 +321,22 @@ EVENTS = {
         "listening": Known("It is ready; the fields are its addresses."),
         "opened": Known("A connection passes through it."),
         "closed": Known("A connection has ended."),
-        "refused": Known("A fault refuses connections now."),
-        "upstream_failed": Known("What it passes connections to could not be reached."),
-        "cannot_accept": Known("It cannot take connections now, for want of descriptors say."),
-        "connection_failed": Known("A connection ended by an error of its own."),
+        "refused": Known(
+            "A fault refuses connections now.",
+            "It ends as its script says, or by `DELETE /faults`.",
+        ),
+        "upstream_failed": Known(
+            "What it passes connections to could not be reached.",
+            "Is `--upstream` right, and does the broker run?",
+        ),
+        "cannot_accept": Known(
+            "It cannot take connections now, for want of descriptors say.",
+            "Raise the limit of open files (`ulimit -n`).",
+        ),
+        "connection_failed": Known(
+            "A connection ended by an error of its own.",
+            "This is a fault of draftmq: please report it with the traceback.",
+        ),
         "injected": Known("A fault begins."),
         "ended": Known("A fault ends."),
     },

@@ -163,10 +163,19 @@ def _read_config(ctx: click.Context, path: Path) -> dict[str, Any]:
             raise click.UsageError(f"{path}: [{name}] is not a command; see draftmq --help")
     invoked = ctx.invoked_subcommand or ""
     if invoked in tables and (command := cli.get_command(ctx, invoked)) is not None:
-        known = {parameter.name for parameter in command.params}
-        if unknown := sorted(set(tables[invoked]) - known):
-            raise click.UsageError(f"{path}: [{invoked}] has no setting {', '.join(unknown)}")
+        _check_settings(path, invoked, command, tables[invoked])
     return tables
+
+
+def _check_settings(path: Path, name: str, command: click.Command, table: dict[str, Any]) -> None:
+    """Raise :class:`click.UsageError` for a key that the command, or one of its group, lacks."""
+    inner = command.commands if isinstance(command, click.Group) else {}
+    known = {parameter.name for parameter in command.params} | set(inner)
+    if unknown := sorted(set(table) - known):
+        raise click.UsageError(f"{path}: [{name}] has no setting {', '.join(unknown)}")
+    for key, settings in table.items():
+        if key in inner and isinstance(settings, dict):
+            _check_settings(path, f"{name}.{key}", inner[key], settings)
 
 
 def main(arguments: Sequence[str] = ()) -> None:

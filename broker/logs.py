@@ -111,9 +111,18 @@ def _to_stderr(style: str) -> logging.Handler:
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options ``--log-format`` and ``--log-level`` for a command; they configure its logs."""
 
-    @click.option("--log-format", type=click.Choice(FORMATS), default="logfmt", show_default=True)
     @click.option(
-        "--log-level", type=click.Choice(("debug", "info", "warning", "error")), default="info"
+        "--log-format",
+        type=click.Choice(FORMATS),
+        default="logfmt",
+        show_default=True,
+        help="A log line as words with key=value, or as one JSON object.",
+    )
+    @click.option(
+        "--log-level",
+        type=click.Choice(("debug", "info", "warning", "error")),
+        default="info",
+        help="The least severe lines that are written.",
     )
     @functools.wraps(command)
     def configured(*, log_format: str, log_level: str, **others: Any) -> Any:

@@ -41,7 +41,10 @@ KEPT = (8, 64, 256)
 
 
 class _Shapes:
-    """A target of that size whose tensors have shapes and no content."""
+    """A target of that width whose tensors have shapes and no content."""
+
+    def __init__(self, hidden: int) -> None:
+        self._hidden = hidden
 
     name, encodings, vocab_size, layers = "shapes", NAMES, V, ()
     model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=32))
@@ -57,11 +60,12 @@ class _Shapes:
             return torch.empty(*input_ids.shape, size, dtype=torch.bfloat16, device="meta")
 
         layers = 3 if needs is None else len(needs.layers)
-        return TargetOutputs(states(H * layers), states(V), states(H))
+        width = self._hidden
+        return TargetOutputs(states(width * layers), states(V), states(width))
 
 
-def bytes_per_token(encoding: str) -> float:
-    """Of a reply with T tokens, from the very code that makes replies."""
+def bytes_per_token(encoding: str, hidden: int = H) -> float:
+    """Of a reply with T tokens of a target of that width, from the very code that makes replies."""
     ids = torch.empty(1, T, dtype=torch.int64, device="meta")
     mapping: Any = SimpleNamespace(
         vocab_size=V,
@@ -70,7 +74,7 @@ def bytes_per_token(encoding: str) -> float:
             torch.empty(V, dtype=torch.bool, device=device),
         ),
     )
-    target: Any = _Shapes()
+    target: Any = _Shapes(hidden)
     made = compute_supervision(target, ids, ids, ids, mapping=mapping, encoding=encoding)
     return sum(tensor.nbytes for tensor in made.values()) / T
 

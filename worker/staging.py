@@ -38,7 +38,7 @@ class Staging(Protocol):
 
 
 class CpuStaging:
-    """Tensors are where they are wanted as soon as they are made."""
+    """Copies nothing: what a target on the CPU makes can be read at once."""
 
     def mark(self, tensors: Iterable[Tensor] = ()) -> Mark:
         return time.perf_counter()

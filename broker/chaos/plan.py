@@ -50,7 +50,7 @@ _WAYS = (Direction.UP, Direction.DOWN)
 
 @dataclass(frozen=True)
 class Conditions:
-    """What lies on one way of one connection now."""
+    """The faults that one direction of one connection is under now."""
 
     stalled: bool = False
     swallowed: bool = False

@@ -1,4 +1,4 @@
-"""What workers bring along from before a reconnect, or a restart of this broker."""
+"""Requests that workers still run when they reconnect, or come to a restarted broker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_HELD = 4096
 
 
 class Adoption:
-    """Takes over requests that run already, within what can be believed of a worker."""
+    """Takes over requests that a worker says it runs already, as far as it can be believed."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Adoption:
                 self._dispatcher.watch(entry, worker, now, unsure=True)
 
     def _drop_unasked(self, entry: Entry, due: float) -> None:
-        """Have a request forgotten that a worker brought along and that nobody asks for by then."""
+        """Set a timer that forgets an adopted request which no client has asked for by then."""
 
         def check(now: float) -> None:
             if entry.expires_at == math.inf:
@@ -83,15 +83,15 @@ class Adoption:
         entry.timer = self._ledger.at(due, check)
 
     def _may_adopt(self, entry: Entry, worker: WorkerSession) -> bool:
-        """Whether a worker that says that it has this request could be right."""
+        """Whether the worker could have this request, as it says."""
         if entry.under_way or entry.packet is None:
             return False
         pool = self._pool_of(entry)
         return pool is not None and pool.description.offer == worker.offer
 
     def check(self, entry: Entry, now: float) -> None:
-        """Its client has asked: a worker that cannot serve it has said that it has it, or one has
-        it indeed and may never answer.
+        """Look again at an adopted request once its client has asked: its worker may be unable to
+        serve it, or may have it and never answer.
         """
         ledger, request = self._ledger, entry.request
         offered = ledger.pools.get(entry.pool)

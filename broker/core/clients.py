@@ -16,7 +16,7 @@ MAX_AWAY = 16384
 
 
 class Clients:
-    """The sessions of clients, and what they say that is not a request."""
+    """Keeps the sessions of clients, and hears all that clients say but their requests."""
 
     def __init__(self, ledger: Ledger, requests: Requests) -> None:
         self._ledger = ledger

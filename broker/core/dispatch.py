@@ -1,4 +1,4 @@
-"""From a pool's queue to a worker: who gets what, and what must wait for something else first."""
+"""Which queued request goes to which worker, and which must wait for something else first."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Dispatcher:
         return entry if worker.id in last.avoid else last, worker, True
 
     def _look_again(self, pool: Pool, due: float) -> None:
-        """Have the pool's queue looked at then, even if nothing happens until then."""
+        """Set a timer to look at the pool's queue then, even if nothing happens until then."""
         if due < pool.looks_at:
             pool.look = self._ledger.at(due, lambda now: self.dispatch(pool, now), pool.look)
 
@@ -105,7 +105,7 @@ class Dispatcher:
         )
 
     def _must_wait(self, entry: Entry, worker: WorkerSession, pool: Pool, now: float) -> bool:
-        """Whether a queued entry cannot run on that worker yet; then it has left the queue."""
+        """Whether a queued entry cannot run on that worker yet; it has left the queue then."""
         ledger = self._ledger
         mapping = entry.request.mapping_id
         known = not mapping or mapping in ledger.mappings or mapping in worker.mappings
@@ -118,7 +118,7 @@ class Dispatcher:
         return True
 
     def use_room(self, now: float) -> None:
-        """Where replies have made room, serve who waited for it before all new ones."""
+        """Serve the requests that waited for room, before all new ones, where replies made room."""
         waiting = self._ledger.waiting_for_reply_room
         for entry in waiting.take_ready(now):
             self.take(entry, self._ledger.pools[entry.pool], now, again=True)

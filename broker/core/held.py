@@ -1,4 +1,4 @@
-"""Answers that are on their way to their clients: kept for who asks again, but not for ever."""
+"""Answers on their way to clients: the broker keeps each for a while, for clients that resend."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class HeldAnswers:
         self._watches = False
 
     def find(self, packet: Packet) -> Packet | None:
-        """The answer that is kept for a request, if it is one to this request: a worker may have
-        said it before its client asked here.
+        """The kept answer that belongs to this request, if there is one. Another may be kept under
+        its id: a worker may have sent that before any client asked here.
         """
         request = cast(m.Request, packet.message)
         held = self._ledger.answers.get(request.id)
@@ -33,12 +33,12 @@ class HeldAnswers:
         return None
 
     def keep(self, request_id: m.RequestId, answer: Packet, now: float) -> None:
-        """Its client may ask again: the answer may be lost on its way."""
+        """Keep an answer for a while: it may be lost on its way, and its client may ask again."""
         self._ledger.answers.put(request_id, answer, now)
         self._watch(now)
 
     def sent(self, request_id: m.RequestId, nbytes: int, now: float) -> None:
-        """A whole reply lies here until its client says that it has it."""
+        """Count a reply's bytes until its client acknowledges it."""
         self._ledger.reply_room.sent(request_id, nbytes, now)
         self._watch(now)
 

@@ -30,7 +30,7 @@ class Times:
 
 @dataclass(eq=False)
 class ModelMeasures:
-    """Of one model's requests, since this broker began."""
+    """Measures one model's requests since this broker began."""
 
     #: from acceptance to the first worker
     queue_wait_s: Histogram = field(default_factory=Histogram)
@@ -43,7 +43,7 @@ class ModelMeasures:
 
 
 class Measures:
-    """Told of each assignment and each reply, by the core."""
+    """The core tells it of each assignment and each reply."""
 
     def __init__(self) -> None:
         self.models: dict[str, ModelMeasures] = {}

@@ -29,7 +29,7 @@ class Requests:
         self.adoption = Adoption(ledger, dispatcher, self._pool_of, self.drop)
 
     def accept(self, client: ClientSession, packet: Packet, now: float) -> None:
-        """A request came: a new one, or one that was asked before."""
+        """Take a request from its client, which may have sent it before."""
         ledger = self._ledger
         request = cast(m.Request, packet.message)
         if (request.id.client, request.id.incarnation) != (client.id, client.incarnation):
@@ -53,7 +53,7 @@ class Requests:
                 self.route(entry, now)
 
     def is_answer(self, reply: m.Reply, entry: Entry) -> bool:
-        """Whether a reply from a worker that was not asked, or no longer, is to this request."""
+        """Whether a reply belongs to this request, though its worker does not run it now."""
         return entry.packet is not None and answers(reply, entry.packet)
 
     def _asked_again(self, entry: Entry, packet: Packet, client: ClientSession, now: float) -> None:
@@ -73,9 +73,9 @@ class Requests:
             self._ledger.answer(client, m.MappingWanted(request.mapping_id))
 
     def _keep(self, entry: Entry, packet: Packet, now: float) -> bool:
-        """Whether there is room for the request's payload; without, it is asked for again later.
+        """Whether there is room for the request's payload; if not, it is asked for again later.
 
-        What a worker has already is kept in any case: it may have to be given to another.
+        A payload that a worker has already is kept in any case, for another worker may need it.
         """
         ledger = self._ledger
         entry.nbytes = packet.nbytes
@@ -89,7 +89,7 @@ class Requests:
         return True
 
     def recall(self, now: float) -> None:
-        """Where requests have made room, ask for those that were let go."""
+        """Ask clients again for payloads that were let go, where requests have made room."""
         ledger = self._ledger
         for entry in ledger.waiting_for_request_room.take_ready(now):
             if ledger.waiting_for_request_room.why_wait(entry, now):
@@ -102,13 +102,13 @@ class Requests:
             ledger.answer(ledger.clients[entry.client], m.RequestWanted(entry.id))
 
     def ask_again(self, client: ClientSession) -> None:
-        """It is back, and may not have heard what was asked for, or have given it up meanwhile."""
+        """Ask a client that is back for its payloads again: it may not have heard before."""
         for entry in self._ledger.recalled.values():
             if entry.client == client.id:
                 self._ledger.answer(client, m.RequestWanted(entry.id))
 
     def route(self, entry: Entry, now: float, *, again: bool = False) -> None:
-        """Find the pool that serves an entry; without one it waits for it."""
+        """Find the pool that serves an entry; an entry without a pool waits for one."""
         pool = self._pool_of(entry)
         if pool is not None:
             self._dispatcher.take(entry, pool, now, again=again)
@@ -121,13 +121,13 @@ class Requests:
         self._watch_pools(now + self._ledger.config.model_grace_s)
 
     def route_waiting(self, now: float) -> None:
-        """There is a new worker, perhaps for those that wait for one."""
+        """Route the entries that wait for a pool, which a new worker may have made."""
         for entry in list(self._ledger.waiting_for_pool.values()):
             if self._pool_of(entry) is not None:
                 self.route(entry, now)
 
     def _pool_of(self, entry: Entry) -> Pool | None:
-        """The pool of the offer that it names, else of its model, else the only one there is."""
+        """The pool of the offer that the entry names, else of its model, else the only pool."""
         ledger = self._ledger
         if offer := entry.pool or entry.request.offer:
             return ledger.pools.get(offer)
@@ -138,13 +138,13 @@ class Requests:
         return found[0] if len(found) == 1 else None
 
     def _watch_pools(self, when: float) -> None:
-        """One timer for all, so that requests that come and are cancelled leave none behind."""
+        """Set one timer for all entries without a pool; a cancelled one leaves none behind."""
         if not self._watches_pools:
             self._watches_pools = True
             self._ledger.at(when, self._still_without_pool)
 
     def _still_without_pool(self, now: float) -> None:
-        """Where there are workers, but for long none for a request, its model is an error."""
+        """End the requests whose model no worker has served for long, though there are workers."""
         self._watches_pools = False
         grace_s = self._ledger.config.model_grace_s
         if self._ledger.pools:
@@ -155,7 +155,7 @@ class Requests:
             self._watch_pools(first + grace_s if first + grace_s > now else now + grace_s)
 
     def _unnamed(self) -> list[Entry]:
-        """Requests without a pool that name no offer; who names one waits for it."""
+        """The requests without a pool that name no offer. Those that name one wait for it."""
         return [
             entry for entry in self._ledger.waiting_for_pool.values() if not entry.request.offer
         ]
@@ -171,7 +171,7 @@ class Requests:
         self.finish(entry, encode(m.Failure(entry.id, "unknown_model", text)), now)
 
     def expire(self, client: ClientSession, now: float) -> None:
-        """Answer what nobody wants any more. The client keeps the exact deadline itself."""
+        """Answer a client's requests that are past their deadline; the client keeps it exactly."""
         for entry in [self._ledger.entries[request_id] for request_id in client.requests]:
             if now >= entry.expires_at:
                 self._ledger.counters["expired"] += 1
@@ -235,9 +235,10 @@ class Requests:
             ledger.reply_room.learn(entry, nbytes)
 
     def _begin_passing(self, entry: Entry, passing: Passing, now: float) -> None:
-        """A reply comes in parts, so nobody else needs to compute it. Where nobody is there to take
-        it, it is lost: its client will ask again. So it is before its client has asked here: what a
-        worker brought along cannot be compared with the request yet.
+        """Begin to pass a reply on in parts; no other worker needs to compute it.
+
+        The reply is lost where its client is away, and the client will ask again. It is lost too
+        where the client has not asked this broker yet: there is no request to compare it with.
         """
         ledger = self._ledger
         client = ledger.clients.get(entry.client)
@@ -255,15 +256,15 @@ class Requests:
         ledger.forward(Side.CLIENT, client.connection, passing.packet)
 
     def _takes(self, client: ClientSession, entry: Entry) -> bool:
-        """Whether it is there; since a restart of ours it may not have asked for it again yet."""
+        """Whether the client is here; after a restart of ours it may not have asked again."""
         if client.connection is None or client.incarnation != entry.id.incarnation:
             return False
         has_room = len(client.requests) < self._ledger.config.window
         return entry.id in client.requests or has_room
 
     def pass_on(self, entry: Entry, passing: Passing, packet: Packet, now: float) -> None:
-        """The next part of a reply goes to its client; with the last the worker is done, and when
-        its client says that it has all of it the request ends.
+        """Pass the next part of a reply on to its client. The last part frees the worker, and the
+        request ends when its client says that it has all parts.
         """
         if wrong := passing.take(packet):
             self._ledger.counters["bad_messages"] += 1
@@ -282,7 +283,7 @@ class Requests:
             self._held.sent(entry.id, passing.reply.tensor_bytes, now)
 
     def _watch_parts(self, entry: Entry, passing: Passing, now: float) -> None:
-        """Break the reply off when its worker sends nothing of any reply for too long."""
+        """Break a reply off when its worker has sent nothing of any reply for too long."""
         worker = self._ledger.workers[passing.worker]
         worker.moved_at = now
 
@@ -299,7 +300,7 @@ class Requests:
     def _given_back(
         self, entry: Entry, worker: WorkerSession, failure: m.Failure, now: float
     ) -> None:
-        """A worker has not tried: others are tried first, and not for ever."""
+        """Try other workers for a request that one gave back untried, but not for ever."""
         entry.given_back_by.append(worker.id)
         entry.tell(f"worker {worker.id} gave it back: {failure.code} {failure.text}")
         if len(entry.given_back_by) < 2 * self._ledger.config.max_losses or entry.workers:
@@ -308,8 +309,8 @@ class Requests:
             self._give_up(entry, failure.code, now)
 
     def break_off(self, entry: Entry, why: str, now: float, *, blamed: bool = False) -> None:
-        """The rest of a reply does not come: the request runs again. Where the worker is to be
-        ``blamed`` for what it sent, that counts as an attempt that failed.
+        """Run a request again whose reply broke off. Where the worker is ``blamed`` for what it
+        sent, this counts as a failed attempt.
         """
         assert entry.passing is not None
         worker_id = entry.passing.worker
@@ -321,7 +322,7 @@ class Requests:
             self._queue_again(entry, now)
 
     def end_passing(self, client: ClientSession, now: float) -> None:
-        """Its connection is gone, with the parts that it had: it will ask again."""
+        """Forget the replies whose parts a lost connection had: their client will ask again."""
         for entry in [self._ledger.entries[request_id] for request_id in client.requests]:
             if entry.passing is not None:
                 self.drop(entry, now, cancel=False)
@@ -334,8 +335,8 @@ class Requests:
             entry.passing = None
 
     def pass_on_transfer(self, packet: Packet) -> None:
-        """Tell a client also of a transfer that it no longer wants: it must take it, to stay in
-        step with the worker.
+        """Tell a client also of a transfer that it no longer wants: the client must receive it, to
+        stay in step with the worker.
         """
         message = packet.message
         if isinstance(message, m.Reply) and m.comes_directly(message):
@@ -361,7 +362,7 @@ class Requests:
             self._give_up(entry, code, now)
 
     def _all_failed(self, entry: Entry, worker: WorkerSession) -> bool:
-        """Whether its target raised on so many workers, or on all that there are: it will again."""
+        """Whether the target raised on so many workers, or on all, that it will raise again."""
         if entry.workers:
             return False
         there = self._ledger.pools[worker.offer].workers.keys()
@@ -371,7 +372,7 @@ class Requests:
         return len(entry.failed_on) >= self._ledger.config.max_losses
 
     def clear_suspicion(self, worker: WorkerSession, now: float) -> None:
-        """The worker is back in the same life, so no request has taken it down."""
+        """Clear the requests that were suspected of having taken down a worker that is back."""
         for entry in list(self._ledger.orphaned.values()):
             if entry.suspects.pop(worker.id, None) != worker.incarnation:
                 continue
@@ -437,7 +438,7 @@ class Requests:
             self._withdraw(entry)
 
     def _withdraw(self, entry: Entry) -> None:
-        """Workers need not go on with it."""
+        """Tell the workers that run the entry to stop."""
         for worker_id in sorted(entry.workers):
             worker = self._ledger.workers[worker_id]
             self._ledger.send(Side.WORKER, worker.connection, m.Cancel(entry.id))

@@ -101,7 +101,8 @@ class WorkerSession:
 class Passing:
     """A reply in parts on its way through here, until its client says that it has all of it.
 
-    Nothing of it is kept: where it breaks off, or its client's connection, the request runs again.
+    The broker keeps none of its parts: where the reply or its client's connection breaks off, the
+    request runs again.
     """
 
     worker: str

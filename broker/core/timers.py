@@ -22,7 +22,7 @@ class Timer:
 
 
 class Timers:
-    """Calls in the order in which they are due; of those that were cancelled few remain."""
+    """Keeps calls in the order in which they are due, and drops most of the cancelled ones."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Timer]] = []

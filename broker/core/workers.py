@@ -15,7 +15,7 @@ from broker.protocol import messages as m
 
 
 class Workers:
-    """The sessions of workers, and what they say."""
+    """Keeps the sessions of workers, and hears what workers say."""
 
     def __init__(self, ledger: Ledger, requests: Requests, dispatcher: Dispatcher) -> None:
         self._ledger = ledger

@@ -22,7 +22,7 @@ _LEAST_BYTES = 1 * MIB
 
 
 class _Lease:
-    """Somebody has the block; numpy keeps this alive as the base of what it makes of it."""
+    """Marks a block as taken: the arrays that numpy makes of the block keep this object alive."""
 
     def __init__(self, block: NDArray[np.uint8], nbytes: int, back: deque[NDArray[np.uint8]]):
         self._block = block

@@ -84,6 +84,19 @@ def test_a_config_file_that_is_wrong_is_an_error(tmp_path: Path, text: str, said
     assert said in result.output
 
 
+def test_a_command_of_a_group_has_its_table_in_the_groups(tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"text": "a b c d e f g"}\n')
+    config = tmp_path / "c.toml"
+    for text, said in (
+        ('[data.check]\ntokenizer = "embedded"\n', "1 text"),
+        ('[data.check]\ntokenzier = "embedded"\n', "[data.check] has no setting tokenzier"),
+        ("[data]\nchekc = 1\n", "[data] has no setting chekc"),
+    ):
+        config.write_text(text)
+        result = run("--config", str(config), "data", "check", str(tmp_path / "one.jsonl"))
+        assert said in result.output, text
+
+
 @pytest.mark.parametrize("name", [name for name, entry in _COMMANDS.items() if entry.extra])
 def test_a_part_that_is_not_installed_is_one_sentence(
     name: str, monkeypatch: pytest.MonkeyPatch

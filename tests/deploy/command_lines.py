@@ -12,7 +12,7 @@ from unittest import mock
 import click
 import yaml
 
-from broker.commands import cli
+from broker.commands import _read_config, cli
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -28,6 +28,9 @@ def parse(arguments: list[str], environment: Mapping[str, str] | None = None) ->
         group = cli.make_context("draftmq", list(arguments))
         name, command, rest = cli.resolve_command(group, [*group._protected_args, *group.args])
         assert command is not None
+        if group.params["config"] is not None:
+            group.invoked_subcommand = str(name)
+            group.default_map = _read_config(group, group.params["config"])
         return command.make_context(name, rest, parent=group)
 
 
@@ -47,12 +50,6 @@ def in_shell(text: str) -> Iterator[list[str]]:
                 yield _until_end(words[at + 1 :])
             elif word == "trainer_client" and words[at - 1] == "-m":
                 yield ["train", *_until_end(words[at + 1 :])]
-
-
-def in_markdown(path: Path) -> list[list[str]]:
-    """Those of a document's ``sh`` blocks."""
-    blocks = re.findall(r"```sh\n(.*?)```", path.read_text(), re.S)
-    return [arguments for block in blocks for arguments in in_shell(block)]
 
 
 def in_compose(path: Path, environment: Mapping[str, str]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Every ``draftmq`` command line of deploy/ and README.md passes the real argument parser."""
+"""Every ``draftmq`` command line of deploy/ passes the real argument parser."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ import pytest
 from tests.deploy import command_lines as lines
 
 SYSTEMD = lines.DEPLOY / "systemd"
-DOCUMENTS = [lines.ROOT / "README.md", lines.DEPLOY / "README.md"]
-
-
-def _said(document: Path) -> list[list[str]]:
-    return lines.in_markdown(document) if document.exists() else []
 
 
 def test_a_wrong_command_line_would_be_noticed() -> None:
@@ -37,14 +32,6 @@ def test_the_finder_sees_commands_wherever_a_shell_does() -> None:
         ["train", "--data", "d"],
         ["broker", "--insecure"],
     ]
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.parent.name)
-def test_documents_say_commands_that_exist(document: Path) -> None:
-    commands = _said(document)
-    assert len(commands) >= 3
-    for arguments in commands:
-        lines.parse(arguments)
 
 
 @pytest.mark.parametrize("dockerfile", sorted(lines.COMPOSE.glob("*.Dockerfile")), ids=str)

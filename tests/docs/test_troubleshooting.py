@@ -57,6 +57,32 @@ def test_every_log_event_stands_in_the_catalog_and_none_that_nobody_says() -> No
     assert events() == known, "put it into broker/catalog.py, with its cause and what to do"
 
 
+def test_a_warning_says_what_to_do() -> None:
+    severe = {"warning", "error", "critical", "exception"}
+    warned = {
+        event_of(name, call) for _, name, call in calls() if severe & {name, *map(text, call.args)}
+    } - {""}
+    silent = {
+        f"{part}: {event}"
+        for part, known in EVENTS.items()
+        for event, each in known.items()
+        if event in warned and not each.remedy
+    }
+    assert silent == set(), "say in broker/catalog.py what to do"
+
+
+def test_an_event_reaches_the_log_by_functions_that_are_looked_at_alone() -> None:
+    passing = set()
+    for package in ("broker", "worker", "trainer_client"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef):
+                    names = {argument.arg: argument.annotation for argument in node.args.args}
+                    if isinstance(names.get("event"), ast.Name) and names["event"].id == "str":
+                        passing.add(node.name)
+    assert passing <= {"log", "_log", "_note", "left_out"}, "let event_of look at its callers too"
+
+
 def test_every_code_stands_in_the_catalog_and_none_that_nobody_says() -> None:
     refusals = {text(call.args[0]) for _, name, call in calls() if name == "Refused" and call.args}
     own = {

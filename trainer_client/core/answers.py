@@ -1,4 +1,4 @@
-"""What becomes of answers: taken once, checked first, their tensors on the wire or direct."""
+"""Takes answers: checks each one, delivers it once, and gets its tensors by wire or directly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Answers:
         self._ledger = ledger
 
     def answered(self, link: Link, packet: Packet, now: float) -> None:
-        """A reply or a failure came; it is acknowledged whatever it is."""
+        """Take a reply or a failure, and acknowledge it whatever it is."""
         answer = packet.message
         assert isinstance(answer, (m.Reply, m.Failure))
         ticket = self._ledger.tickets.get(answer.id)
@@ -65,7 +65,7 @@ class Answers:
             ticket.resend_at = max(ticket.resend_at, now + self._ledger.config.resend_s)
 
     def part(self, link: Link, packet: Packet, now: float) -> None:
-        """The next part of a reply; of one that nobody waits for, nothing is done with it."""
+        """Take the next part of a reply, and drop it where nobody waits for that reply."""
         part = packet.message
         assert isinstance(part, m.Part)
         ticket = self._ledger.tickets.get(part.id)
@@ -124,12 +124,12 @@ class Answers:
             self._ledger.act(ReceiveDirectly(reply))
 
     def _await_tensors(self, ticket: Ticket, packet: Packet) -> None:
-        """The broker is done with the request; what is missing comes from the worker."""
+        """Wait for tensors that come from the worker; the broker is done with the request."""
         self._ledger.move(ticket, Place.RECEIVING)
         ticket.reply = packet
 
     def received(self, event: Received, now: float) -> None:
-        """A direct transfer ended, well or not."""
+        """Deliver what a direct transfer brought, or ask by wire where it failed."""
         if event.id not in self._ledger.receiving:
             return  # cancelled, expired, answered by wire meanwhile, or told twice
         ticket = self._ledger.tickets[event.id]
@@ -173,7 +173,7 @@ class Answers:
             ticket.resend_at = now + link.heartbeat_s
 
     def _is_ours(self, ticket: Ticket, reply: m.Reply) -> bool:
-        """Whether a reply is the one to this request; if not, the request ends with that."""
+        """Whether a reply belongs to this request; if not, the request ends with an error."""
         if stranger := self._stranger(ticket.packet, reply):
             self._ledger.fail(reply.id, "identity", stranger)
             return False
@@ -184,7 +184,7 @@ class Answers:
         return True
 
     def _stranger(self, packet: Packet, reply: m.Reply) -> str:
-        """Why a reply is not the one to this request, or nothing."""
+        """Why a reply does not belong to this request; empty if it does."""
         request = packet.message
         assert isinstance(request, m.Request)
         known = self._ledger.identities.get(reply.model, Identity(reply.fingerprint))

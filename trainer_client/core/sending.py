@@ -16,7 +16,7 @@ class Sending:
         self._ledger = ledger
 
     def fail_over(self) -> None:
-        """What a lost broker had goes to the others, if one of them is there; else it waits."""
+        """Send the requests of a lost broker to another one; without another, they wait."""
         ready = any(link.ready for link in self._ledger.links.values())
         for endpoint, link in self._ledger.links.items():
             if link.ready or not self._ledger.in_flight[endpoint]:
@@ -35,7 +35,7 @@ class Sending:
                 self._ledger.move(ticket, Place.WAITING, first=True)
 
     def resend_overdue(self, now: float) -> None:
-        """Send again what has no answer for long; end what is past its deadline."""
+        """Send requests again that waited long for an answer; end those past their deadline."""
         for request_id, ticket in list(self._ledger.tickets.items()):
             if now >= ticket.deadline:
                 self._expire(request_id, ticket, now)
@@ -49,7 +49,7 @@ class Sending:
                 self._dispatch(ticket, ticket.endpoint, now)
 
     def pump(self, now: float) -> None:
-        """Send what waits, as far as windows allow, to the broker with the most room."""
+        """Send waiting requests to the broker with the most room, as far as windows allow."""
         ledger = self._ledger
         room = {
             endpoint: free

@@ -1,4 +1,4 @@
-"""What workers say of their model, looked at before anybody believes it."""
+"""Checks what workers say of their model, before anything relies on it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What makes a training run the one that it is, written down at its start: ``run.json``.
+"""The identity of a training run, which the run writes down at its start: ``run.json``.
 
-A run that is resumed must be the same run: the same samples, vocabulary, target and settings, or
-its draft is neither the one nor the other. What may differ is listed; everything else is refused by
-name. The ranks of a run agree on it before the first request.
+A resumed run must have the samples, vocabulary, target and settings with which it began, or its
+draft would be a mixture of two runs. :data:`FREE` lists what may differ; any other difference is
+refused by name. The ranks of a run agree on the identity before the first request.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The directory of a run: one process writes there, and a run that lies in it is gone on with."""
+"""The directory of a run: one process writes there; a resumed run goes on with what it finds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer_client.training.identity import RunError
 
 @dataclass(frozen=True)
 class Found:
-    """What a resumed run goes on with; nothing of it where a run begins."""
+    """What a resumed run goes on with; all of it is empty for a run that begins."""
 
     #: ``run.json``
     identity: Mapping[str, Any] | None = None

@@ -15,7 +15,7 @@ from worker.supervision.checks import says_unsound
 
 @dataclass(frozen=True)
 class PartialBatch:
-    """What came of a micro-batch of which the target gave some samples no numbers."""
+    """A micro-batch without those of its samples for which the target gave no numbers."""
 
     #: of one sample each
     good: tuple[Eagle3TargetBatch, ...]

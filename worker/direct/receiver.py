@@ -35,7 +35,7 @@ class _Peer:
 
 
 class Receiver:
-    """All direct channels of one client. All calls are the I/O thread's, but :meth:`close`."""
+    """All direct channels of one client. The I/O thread alone calls it, but for :meth:`close`."""
 
     def __init__(
         self, config: DirectConfig, device: torch.device | str, brokers: Sequence[str]

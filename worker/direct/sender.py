@@ -46,7 +46,7 @@ class _Peer:
 
 
 class Sender:
-    """All direct channels of one worker. :meth:`plan` and :meth:`send` are the compute thread's."""
+    """All direct channels of one worker. The compute thread calls :meth:`plan` and :meth:`send`."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a target gave, looked at before anybody learns from it: its sizes and its values."""
+"""Checks the sizes and values of what a target gave, before anybody learns from it."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from worker.errors import TargetError
 
 @dataclass(frozen=True)
 class Needs:
-    """What a forward is wanted for; it need not go on where it has that."""
+    """What a forward must give; a target may stop a forward that has given it."""
 
     #: ids, ascending: their outputs, and with -1 the input of layer 0
     layers: tuple[int, ...]

@@ -66,7 +66,7 @@ class _Capture:
 
 
 class _EnoughError(Exception):
-    """Ends a forward that has given what it was for: what follows would be computed for nobody."""
+    """Ends a forward once it has given all that was asked for: nobody would use the rest."""
 
 
 #: The forward under way in this thread. Another thread's forward of the same model finds its own,
