@@ -132,6 +132,14 @@ class ClientCore(Ledger):
                 ticket.resend_at = now
                 if ticket.place is Place.ARRIVING:
                     self.move(ticket, Place.IN_FLIGHT)
+        if isinstance(message, m.Welcome):
+            self._keep_within_window(link)
+
+    def _keep_within_window(self, link: Link) -> None:
+        """Another life of a broker may allow less than the last: the newest requests wait here."""
+        flying = sorted(self.in_flight[link.endpoint], key=lambda request_id: request_id.number)
+        for request_id in reversed(flying[link.window :]):
+            self.move(self.tickets[request_id], Place.WAITING, first=True)
 
     def _offer(self, link: Link, mapping_id: str) -> None:
         packet = self.mappings.get(mapping_id)

@@ -186,6 +186,16 @@ def test_long_after_the_beginning_nothing_is_believed_that_was_not_given(rig: Ri
     assert not rig.core.entries
 
 
+def test_requests_that_a_worker_claims_to_have_are_of_their_clients_window() -> None:
+    rig = Rig(window=2)
+    rig.client("c")
+    rig.worker("thief", credits=64, held=tuple(rig.id("c", number) for number in range(5)))
+    for number in range(5):
+        rig.ask("c", number)
+    refused = rig.got("c", m.Failure)
+    assert [f.code for f in refused] == ["over_window"] * 3  # type: ignore[union-attr]
+
+
 def test_a_claim_is_bounded_by_the_credits(rig: Rig) -> None:
     held = tuple(m.RequestId("c", 1, number) for number in range(1, 1000))
     rig.worker("thief", credits=3, held=held)

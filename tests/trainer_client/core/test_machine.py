@@ -124,6 +124,21 @@ def test_no_more_is_sent_than_the_window_and_in_order() -> None:
     assert rig.requests() == [3]
 
 
+def test_a_restarted_broker_with_a_smaller_window_is_sent_no_more_than_that() -> None:
+    rig = Rig()
+    rig.welcome(window=4)
+    asked = [rig.submit(number) for number in range(1, 5)]
+    assert rig.requests() == [1, 2, 3, 4]
+    rig.handle(Disconnected(A))
+    rig.welcome(window=2, broker="b2")
+    assert sorted(rig.requests()) == [1, 2]
+    rig.reply(asked[1])
+    assert rig.requests() == [3]
+    for each in asked:
+        rig.reply(each)
+    assert [type(end).__name__ for end in rig.ended] == ["Deliver"] * 4
+
+
 def test_replies_may_come_in_any_order() -> None:
     rig = Rig()
     rig.welcome()
