@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from broker.peer.link import Arrived, Connected, Disconnected, Link, SendTo
+from broker.peer.link import Arrived, Connected, Disconnected, Link, SendTo, note_said
 from broker.protocol import Packet
 from broker.protocol import messages as m
 from trainer_client.core.answers import Answers
@@ -69,7 +69,9 @@ class ClientCore(Ledger):
         self._sending.resend_overdue(now)
         self._sending.pump(now)
         self._notice(now)
-        return self.take_actions()
+        actions = self.take_actions()
+        note_said(self.links, actions, now)
+        return actions
 
     def goodbye(self) -> list[Action]:
         """Tell the brokers that this client leaves."""

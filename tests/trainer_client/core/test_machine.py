@@ -192,6 +192,16 @@ def test_heartbeats_are_sent_when_there_is_nothing_else_to_say() -> None:
     assert len(beats) == 3
 
 
+def test_a_client_that_asks_and_is_answered_beats_its_heart_rarely() -> None:
+    rig = Rig()
+    rig.welcome()
+    for number in range(40):
+        rig.reply(rig.submit(number))
+        rig.pass_time(0.5)
+    beats = [x for _, x in rig.sent if isinstance(x, m.Heartbeat)]
+    assert len(beats) == 4  # one in 5 s, of which each second has two requests
+
+
 def test_requests_spread_over_brokers_and_fail_over() -> None:
     rig = Rig(A, B)
     rig.welcome(A, broker="a")
