@@ -10,6 +10,7 @@ import functools
 import gzip
 import json
 import lzma
+import random
 import struct
 import tempfile
 import types
@@ -37,6 +38,7 @@ from broker.service import Broker
 from broker.watch.http import HttpServer
 from broker.watch.pages import pages
 from tests.broker.core.rig import mapping_offer, model
+from tests.fuzz.conversations import talk
 from trainer_client.core import ClientCore, Submit
 from trainer_client.drafts.lint import check_draft
 from trainer_client.errors import DataError, ExportError
@@ -374,6 +376,7 @@ TARGETS: dict[str, Target] = {
         ("DRMQ",),
     ),
     "conversation": Target(converse, tuple(_conversations()), ("generate", "probs", "int64")),
+    "talk": Target(talk, tuple(random.Random(n).randbytes(3000) for n in range(6))),
     "mapping": Target(learn_mapping, (b"\0" + struct.pack("<QQQ", 64, 1, 2),)),
     "http": Target(
         ask_http,
