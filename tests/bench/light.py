@@ -55,9 +55,14 @@ def packets(sock: zmq.Socket[bytes]) -> Iterator[Packet]:
 class LightClient:
     """Asks for 1 KiB with 1 KiB, over a connection of its own to a broker or to a worker."""
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, name: str) -> None:
-        self.socket = dealer(context)
-        self.socket.connect(endpoint)
+    def __init__(
+        self, context: zmq.Context[Any], where: str | zmq.Socket[bytes], name: str
+    ) -> None:
+        if isinstance(where, str):
+            self.socket = dealer(context)
+            self.socket.connect(where)
+        else:  # a socket that is connected
+            self.socket = where
         self.welcome = False
         self._name = name
         self._incarnation = time.time_ns()
@@ -70,7 +75,7 @@ class LightClient:
         request = m.Request(
             id=m.RequestId(self._name, self._incarnation, self._number),
             operation="generate",
-            model="",
+            model=MODEL.model,
             step=self._number,
             n_tokens=len(_PAYLOAD),
             mapping_id="",
