@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from broker.core.dispatch import Dispatcher
 from broker.core.ledger import Ledger
@@ -14,8 +14,6 @@ from broker.protocol import messages as m
 
 #: Peers that were there before a restart are back after so many times the liveness limit.
 _RETURN_LIVENESSES = 6
-#: Requests that a worker can be believed to hold.
-_MAX_HELD = 4096
 
 
 class Adoption:
@@ -37,7 +35,7 @@ class Adoption:
         self,
         worker: WorkerSession,
         held: Sequence[m.RequestId],
-        had: Container[m.RequestId],
+        had: Collection[m.RequestId],
         now: float,
     ) -> None:
         """Take over what a worker still works on from before a reconnect or a restart of ours.
@@ -49,12 +47,13 @@ class Adoption:
         ledger = self._ledger
         assert ledger.began_at is not None
         new = now - ledger.began_at <= _RETURN_LIVENESSES * ledger.config.liveness_s
-        unknown = worker.credits if new else 0
-        for request_id in held[:_MAX_HELD]:
+        unknown = worker.credits - len(had) if new else 0
+        adopted = []
+        for request_id in held:
             entry = ledger.entries.get(request_id)
             worker.running[request_id] = now  # its own credits are what it costs
             if request_id not in had:
-                if not unknown or (entry is not None and not self._may_adopt(entry, worker)):
+                if unknown <= 0 or (entry is not None and not self._may_adopt(entry, worker)):
                     continue
                 unknown -= 1
             is_new = entry is None and request_id not in ledger.answers
@@ -71,7 +70,8 @@ class Adoption:
                 entry.pool = worker.offer
                 entry.workers.add(worker.id)
                 entry.adopted = True
-                self._dispatcher.watch(entry, worker, now, unsure=True)
+                adopted.append(entry)
+        self._dispatcher.watch_all(adopted, worker, now, unsure=True)
 
     def _drop_unasked(self, entry: Entry, due: float) -> None:
         """Set a timer that forgets an adopted request which no client has asked for by then."""

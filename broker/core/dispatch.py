@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import cast
 
@@ -164,17 +164,30 @@ class Dispatcher:
         """The worker has the entry from now on: notice when that takes far too long, by its own
         speed, or by its pool's if it is ``unsure``.
         """
+        self.watch_all([entry], worker, now, unsure=unsure)
+
+    def watch_all(
+        self, entries: Iterable[Entry], worker: WorkerSession, now: float, *, unsure: bool
+    ) -> None:
+        """The same for several: what the worker has is counted once."""
         config = self._ledger.config
-        expected_s = worker.busy_until - now
-        if worker.seconds_per_token is None or unsure:
-            typical = self._ledger.pools[worker.offer].choice.typical_seconds_per_token()
-            has = [self._ledger.entries.get(request_id) for request_id in worker.running]
-            n_tokens = sum(each.n_tokens for each in has if each is not None)
-            expected_s = _UNKNOWN_S if typical is None else typical * n_tokens
-        late_s = (config.hedge_after or _LATE) * expected_s
+        late_s = (config.hedge_after or _LATE) * self._expected_s(worker, now, unsure=unsure)
         due = now + max(late_s, config.hedge_floor_s)
-        request_id = entry.id  # a timer must not keep the payload of what has ended
+        for entry in entries:
+            self._watch(entry.id, worker, due)  # a timer must not keep the payload of what ended
+
+    def _watch(self, request_id: RequestId, worker: WorkerSession, due: float) -> None:
         self._set(worker, request_id, due, lambda now: self._overdue(request_id, worker, now))
+
+    def _expected_s(self, worker: WorkerSession, now: float, *, unsure: bool) -> float:
+        """What the worker should take for all that it has."""
+        if worker.seconds_per_token is not None and not unsure:
+            return worker.busy_until - now
+        typical = self._ledger.pools[worker.offer].choice.typical_seconds_per_token()
+        if typical is None:
+            return _UNKNOWN_S
+        has = (self._ledger.entries.get(request_id) for request_id in worker.running)
+        return typical * sum(entry.n_tokens for entry in has if entry is not None)
 
     def _set(self, worker: WorkerSession, request_id: RequestId, due: float, call: _Call) -> None:
         """Set the timer that watches a worker's run of a request; it ends with the run."""

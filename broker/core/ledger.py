@@ -66,7 +66,7 @@ class Ledger:
         self.reply_room = ReplyRoom(config.max_client_bytes, config.max_total_bytes)
         #: requests that are not given to a worker yet, for want of room for the reply
         self.waiting_for_reply_room = Waiting(
-            self.reply_room, self.reply_room.expected_bytes, config.patience_s, one_each=True
+            self.reply_room, self.reply_room.expected_bytes, config.patience_s
         )
         #: moves requests from one of these to another
         self.places = Places(self)

@@ -38,12 +38,12 @@ class Requests:
             ledger.counters["answered_again"] += 1
             self._held.sent(request.id, held.nbytes, now)
             ledger.forward(Side.CLIENT, client.connection, held)
-        elif (entry := ledger.entries.get(request.id)) is not None:
-            self._asked_again(entry, packet, client, now)
-        elif len(client.requests) >= ledger.config.window:
+        elif request.id not in client.requests and len(client.requests) >= ledger.config.window:
             there, window = len(client.requests), ledger.config.window
             text = f"{there} requests are under way, the window is {window}"
             ledger.answer(client, m.Failure(request.id, "over_window", text))
+        elif (entry := ledger.entries.get(request.id)) is not None:
+            self._asked_again(entry, packet, client, now)
         else:
             entry = Entry(request, None, client.job, now, now + request.ttl_s)
             ledger.entries[request.id] = entry

@@ -16,26 +16,32 @@ from collections.abc import Callable, Iterator
 from broker.core.state import Entry
 from broker.protocol.messages import RequestId
 
-#: Requests that are looked at past one for which there is no room.
+#: Of those that wait for room so many are looked at: a client's requests, or clients.
 _LOOK_PAST = 64
+
+
+#: A client may have so many times what it leaves free to others.
+_LEAVES = 7
 
 
 class Room:
     """Bytes that are taken, by client and request. Whoever has nothing may always have one thing,
     however large.
+
+    A client that has something takes more of the total only while that leaves a seventh as much
+    free (dynamic thresholds, Choudhury and Hahne, IEEE/ACM ToN 1998): a few that take all they can
+    leave something to the next. Beside the total there is a lane for one thing of any size.
     """
 
     def __init__(self, client_bytes: int, total_bytes: int) -> None:
         self.client_bytes = client_bytes
         self.total_bytes = total_bytes
         self.taken_bytes = 0
+        #: what was last let into the lane; it is free when that is no longer here
+        self._in_lane: RequestId | None = None
         self._freed: dict[str, None] = {}
         #: client -> request -> bytes; no empty ones
         self._taken: defaultdict[str, dict[RequestId, int]] = defaultdict(dict)
-
-    def has_any(self, client: str) -> bool:
-        """Whether this client has anything."""
-        return client in self._taken
 
     def fits_client(self, client: str, nbytes: int) -> bool:
         """Whether this client may have so much more."""
@@ -43,8 +49,22 @@ class Room:
         return not taken or sum(taken.values()) + nbytes <= self.client_bytes
 
     def fits_total(self, client: str, nbytes: int) -> bool:
-        """Whether there is so much more beside what all have."""
-        return not self._taken or self.taken_bytes + nbytes <= self.total_bytes
+        """Whether there is so much more beside what all have, and some is left after it."""
+        has = sum(self._taken.get(client, {}).values())
+        free = self.total_bytes - (self.taken_bytes - self._lane_bytes) - nbytes
+        return not self._taken or free >= (has and (has + nbytes) / _LEAVES)
+
+    def take_lane(self, request_id: RequestId) -> bool:
+        """Let this one in beside the total, if nothing else is; it is put next."""
+        if self._lane_bytes and self._in_lane != request_id:
+            return False
+        self._in_lane = request_id
+        return True
+
+    @property
+    def _lane_bytes(self) -> int:
+        there = self._in_lane
+        return 0 if there is None else self._taken.get(there.client, {}).get(there, 0)
 
     def put(self, request_id: RequestId, nbytes: int) -> None:
         """Take so much, in place of what the request had."""
@@ -173,38 +193,34 @@ def _remember(learned: dict[_Shape, float], shape: _Shape, value: float, limit: 
         del learned[next(iter(learned))]
 
 
-class Waiting:
-    """Requests for which there is no room now, in the order in which they came.
+#: client -> its requests in the order in which they came; no empty ones
+_ByClient = dict[str, dict[RequestId, Entry]]
 
-    A smaller request may pass a larger one, until the larger one has waited for ``patience_s``:
-    from then on what is freed is kept for it. With ``one_each``, a client that has nothing gets
-    room for one after as long, even where all clients together have enough.
+
+class Waiting:
+    """Requests for which there is no room now.
+
+    A client's own come in their order: a smaller one may pass a larger one until that has waited
+    for ``patience_s``; from then on what the client's others free is kept for it. Clients take
+    turns, and do not wait for each other's: who has waited for ``patience_s`` may take the lane.
     """
 
-    def __init__(
-        self,
-        room: Room,
-        size: Callable[[Entry], int],
-        patience_s: float,
-        *,
-        one_each: bool = False,
-    ) -> None:
+    def __init__(self, room: Room, size: Callable[[Entry], int], patience_s: float) -> None:
         self._room = room
         self._size = size
         self._patience_s = patience_s
-        self._one_each = one_each
-        #: client -> its requests that wait because it has enough itself; no empty ones
-        self._parked: dict[str, dict[RequestId, Entry]] = {}
-        #: requests that wait because all clients together have enough
-        self._crowded: dict[RequestId, Entry] = {}
-        #: when the oldest of these has waited for long enough to be given one in any case
+        #: those that wait because their client has enough itself
+        self._parked: _ByClient = {}
+        #: those that wait because all clients together have enough; who is looked at next is first
+        self._crowded: _ByClient = {}
+        #: when the oldest of these has waited for long enough to take the lane
         self._look_at = math.inf
 
     def __contains__(self, entry: Entry) -> bool:
-        return entry.id in self._crowded or entry.id in self._parked.get(entry.client, {})
+        return any(entry.id in each.get(entry.client, {}) for each in (self._crowded, self._parked))
 
     def __len__(self) -> int:
-        return len(self._crowded) + sum(map(len, self._parked.values()))
+        return sum(len(w) for each in (self._crowded, self._parked) for w in each.values())
 
     @property
     def next_look(self) -> float:
@@ -212,19 +228,28 @@ class Waiting:
         return self._look_at
 
     def why_wait(self, entry: Entry, now: float) -> str:
-        """Why there is no room for it; nothing where there is."""
+        """Why there is no room for it; nothing where there is, and it is put there next."""
         nbytes = self._size(entry)
         if self._has_client_full(entry, nbytes, now):
             return f"client {entry.client} has enough, {nbytes} bytes more are over its limit"
-        if self._fits_all(entry, nbytes, now) and not self._comes_first(self._crowded, entry, now):
+        if self._fits_all(entry, now):
             entry.room_since = None
             return ""
         return f"all clients together have enough, {nbytes} bytes more are over their limit"
 
     def _has_client_full(self, entry: Entry, nbytes: int, now: float) -> bool:
-        parked = self._parked.get(entry.client, {})
-        fits = self._room.fits_client(entry.client, nbytes)
-        return not fits or self._comes_first(parked, entry, now)
+        if not self._room.fits_client(entry.client, nbytes):
+            return True
+        first = next(iter(self._parked.get(entry.client, {}).values()), entry)
+        return self._due(first, now) <= now and self._due(first, now) < self._due(entry, now)
+
+    def _fits_all(self, entry: Entry, now: float) -> bool:
+        if self._room.fits_total(entry.client, self._size(entry)):
+            return True
+        return self._due(entry, now) <= now and self._room.take_lane(entry.id)
+
+    def _due(self, entry: Entry, now: float) -> float:
+        return (now if entry.room_since is None else entry.room_since) + self._patience_s
 
     def add(self, entry: Entry, now: float) -> None:
         """It waits, until :meth:`take_ready` gives it and it is discarded."""
@@ -233,32 +258,16 @@ class Waiting:
         if self._has_client_full(entry, self._size(entry), now):
             self._parked.setdefault(entry.client, {})[entry.id] = entry
         else:
-            self._crowded[entry.id] = entry
+            self._crowded.setdefault(entry.client, {})[entry.id] = entry
             self._look_at = min(self._look_at, max(now, self._due(entry, now)))
-
-    def _due(self, entry: Entry, now: float) -> float:
-        return (now if entry.room_since is None else entry.room_since) + self._patience_s
-
-    def _fits_all(self, entry: Entry, nbytes: int, now: float) -> bool:
-        room = self._room
-        waited_long = self._one_each and self._due(entry, now) <= now
-        return room.fits_total(entry.client, nbytes) or (
-            waited_long and not room.has_any(entry.client)
-        )
-
-    def _comes_first(self, waiting: dict[RequestId, Entry], entry: Entry, now: float) -> bool:
-        """Whether one has waited here for so long that what is freed is kept for it."""
-        first = next(iter(waiting.values()), None)
-        due = math.inf if first is None else self._due(first, now)
-        return due <= now and due < self._due(entry, now)
 
     def discard(self, entry: Entry) -> None:
         """It waits no longer."""
-        self._crowded.pop(entry.id, None)
-        if parked := self._parked.get(entry.client):
-            parked.pop(entry.id, None)
-            if not parked:
-                del self._parked[entry.client]
+        for each in (self._crowded, self._parked):
+            if waiting := each.get(entry.client):
+                waiting.pop(entry.id, None)
+                if not waiting:
+                    del each[entry.client]
 
     def take_ready(self, now: float) -> Iterator[Entry]:
         """Those for which there is room now; what the caller does with one counts for the next, and
@@ -266,33 +275,37 @@ class Waiting:
         """
         freed = self._room.take_freed()
         for client in freed:
-            yield from self._take(
-                self._parked.get(client, {}),
-                lambda entry: self._room.fits_client(entry.client, self._size(entry)),
-                now,
-            )
+            yield from self._take_parked(client, now)
         if freed or now >= self._look_at:
-            yield from self._take(
-                self._crowded, lambda entry: self._fits_all(entry, self._size(entry), now), now
-            )
-            dues = (self._due(e, now) for e in itertools.islice(self._crowded.values(), _LOOK_PAST))
-            later = [due for due in dues if due > now]
-            self._look_at = min(
-                later, default=now + self._patience_s if self._crowded else math.inf
-            )
+            yield from self._take_crowded(now)
+            first = (next(iter(waiting.values())) for waiting in self._crowded.values())
+            dues = [due for entry in first if (due := self._due(entry, now)) > now]
+            again = now + self._patience_s if self._crowded else math.inf
+            self._look_at = min(dues, default=again)
 
-    def _take(
-        self, waiting: dict[RequestId, Entry], fits: Callable[[Entry], bool], now: float
-    ) -> Iterator[Entry]:
+    def _take_parked(self, client: str, now: float) -> Iterator[Entry]:
+        waiting = self._parked.get(client, {})
         for entry in list(itertools.islice(waiting.values(), _LOOK_PAST)):
             if waiting.get(entry.id) is not entry:
                 continue
-            if fits(entry):
+            if self._room.fits_client(client, self._size(entry)):
                 yield entry
             elif self._due(entry, now) <= now:
                 return
 
+    def _take_crowded(self, now: float) -> Iterator[Entry]:
+        for client in list(itertools.islice(self._crowded, _LOOK_PAST)):
+            waiting = self._crowded.get(client)
+            while waiting and self._fits_all(first := next(iter(waiting.values())), now):
+                yield first
+                if waiting.get(first.id) is first:  # it waits again
+                    break
+            if waiting and client in self._crowded:
+                self._crowded[client] = self._crowded.pop(client)
+
     def validate(self) -> None:
         """Check every invariant; raises ``AssertionError``."""
-        assert all(self._parked.values())
-        assert all(e.room_since is not None for e in self._crowded.values())
+        for each in (self._crowded, self._parked):
+            assert all(each.values())
+            for entry in (entry for waiting in each.values() for entry in waiting.values()):
+                assert entry.room_since is not None

@@ -22,7 +22,7 @@ _LAST_ANSWERS = 5
 _SAME_SPEED = 2**0.25
 #: A request goes to a worker that takes no longer for it, by this factor, than one without credit.
 _PATIENCE = 1.5
-#: What takes no longer takes no time: rates have bounds.
+#: A token that takes no longer takes no time, so that no worker has an infinite speed.
 _NO_TIME_S = 1e-9
 #: A worker that looks too slow is tried with one request after so many times what one takes it, and
 #: after so many seconds at the latest: it may have become faster.
@@ -147,9 +147,10 @@ class Choice:
         self._full = Candidates(
             lambda worker: not (worker.free or worker.draining or worker.overdue)
         )
-        #: worker -> its tokens per second, and how many requests it has; and their sums
-        self._counted: dict[WorkerSession, tuple[float, int]] = {}
-        self._tokens_per_s = 0.0
+        #: worker -> its tokens in 1,000 s, and how many requests it has; and their sums. Whole
+        #: numbers: a sum that workers of any speeds join and leave for days stays exact
+        self._counted: dict[WorkerSession, tuple[int, int]] = {}
+        self._tokens_per_ks = 0
         self._n_running = 0
 
     def put(self, worker: WorkerSession) -> None:
@@ -159,7 +160,7 @@ class Choice:
     def discard(self, worker: WorkerSession) -> None:
         """A worker has left."""
         self._changed.pop(worker, None)
-        self._count(worker, (0.0, 0))
+        self._count(worker, (0, 0))
         del self._counted[worker]
         for candidates in (self._free, self._idle, self._full):
             candidates.discard(worker)
@@ -167,7 +168,7 @@ class Choice:
     def free(self) -> Candidates:
         """Those that have a credit."""
         for worker in self._changed:
-            self._count(worker, (_tokens_per_s(worker), len(worker.running)))
+            self._count(worker, (_tokens_per_ks(worker), len(worker.running)))
             for candidates in (self._free, self._idle, self._full):
                 candidates.put(worker)
         self._changed.clear()
@@ -217,7 +218,7 @@ class Choice:
         if worker is None:
             return None
         takes_s = (worker.seconds_per_token or 0.0) * n_tokens
-        others_per_s = self._tokens_per_s - _tokens_per_s(worker)
+        others_per_s = (self._tokens_per_ks - _tokens_per_ks(worker)) / 1000
         return worker, max(
             0, math.ceil(takes_s * others_per_s / max(1, n_tokens)) - self._n_running
         )
@@ -231,9 +232,9 @@ class Choice:
         )
         return speeds[(len(speeds) - 1) // 2] if speeds else None
 
-    def _count(self, worker: WorkerSession, counted: tuple[float, int]) -> None:
-        per_s, running = self._counted.get(worker, (0.0, 0))
-        self._tokens_per_s += counted[0] - per_s
+    def _count(self, worker: WorkerSession, counted: tuple[int, int]) -> None:
+        per_ks, running = self._counted.get(worker, (0, 0))
+        self._tokens_per_ks += counted[0] - per_ks
         self._n_running += counted[1] - running
         self._counted[worker] = counted
 
@@ -242,12 +243,11 @@ class Choice:
         for candidates in (self.free(), self._idle, self._full):
             candidates.validate()
         assert self._n_running == sum(len(worker.running) for worker in self._counted)
-        total = sum(map(_tokens_per_s, self._counted))
-        assert math.isclose(self._tokens_per_s, total, rel_tol=1e-6, abs_tol=1e-6 * (1 + total))
+        assert self._tokens_per_ks == sum(map(_tokens_per_ks, self._counted))
 
 
-def _tokens_per_s(worker: WorkerSession) -> float:
-    return 1 / worker.seconds_per_token if worker.seconds_per_token else 0.0
+def _tokens_per_ks(worker: WorkerSession) -> int:
+    return round(1000 / worker.seconds_per_token) if worker.seconds_per_token else 0
 
 
 def _speed_class(worker: WorkerSession) -> int | None:
@@ -273,7 +273,8 @@ def learn_speed(
     """
     if n_tokens <= 0:
         return
-    measured = max(0.0, compute_s) / n_tokens
+    measured = compute_s / n_tokens
+    measured = measured if measured >= _NO_TIME_S else 0.0
     if worker.seconds_per_token is None:
         worker.seconds_per_token = measured if typical is None else min(measured, typical)
         return

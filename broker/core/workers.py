@@ -35,6 +35,7 @@ class Workers:
                 self._refuse_model(connection, hello, other)
                 return
         same = before is not None and before.incarnation == hello.incarnation
+        had = self._had(before if same else None, hello)
         if before is not None:
             self._rejoin_or_replace(before, connection, hello, now)
         pool = self._ledger.pools.get(offer)
@@ -59,7 +60,6 @@ class Workers:
         self._ledger.log(
             "info", "worker_joined", worker=worker.id, model=worker.model, credits=worker.credits
         )
-        had = self._had(before if same else None, hello)
         self._requests.clear_suspicion(worker, now)
         self._requests.adoption.adopt(worker, hello.held, had, now)
         pool.choice.put(worker)
@@ -68,11 +68,16 @@ class Workers:
         self._dispatcher.dispatch(pool, now)
 
     def _had(self, before: WorkerSession | None, hello: m.WorkerHello) -> set[m.RequestId]:
-        """What this life of a worker was given here and says that it still has."""
+        """What this life of a worker was given here and says that it still has.
+
+        ``before`` is its session, which is about to end. What it only claimed there is not its own.
+        """
         entries = self._ledger.entries
         held = [entries[request_id] for request_id in hello.held if request_id in entries]
         lost = {e.id for e in held if e.suspects.get(hello.worker) == hello.incarnation}
-        return lost if before is None else lost | (before.running.keys() & set(hello.held))
+        if before is None:
+            return lost
+        return lost | {entry.id for entry in held if before.id in entry.workers}
 
     def _refuse_model(self, connection: bytes, hello: m.WorkerHello, pool: Pool) -> None:
         ours, theirs = pool.description.identity(), hello.model.identity()

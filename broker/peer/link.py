@@ -12,7 +12,7 @@ it tells it what happened and carries out what it asks for.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Union
 
@@ -54,6 +54,13 @@ class Reopen:
 
 
 LinkAction = Union[SendTo, Reopen]  # noqa: UP007
+
+
+def note_said(links: Mapping[str, Link], actions: Iterable[object], now: float) -> None:
+    """Tell each link what its owner says there."""
+    for action in actions:
+        if isinstance(action, SendTo):
+            links[action.endpoint].spoke(now)
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,7 @@ class Link:
         self._note = note
         self._heard_at = now
         self._spoke_at = now
+        self._beat_at = now
         self._reopen_at: float | None = now + _CONNECT_S
         self._reopen_wait_s = _REOPEN_FIRST_S
 
@@ -188,6 +196,10 @@ class Link:
             return self._down(now)
         return []
 
+    def spoke(self, now: float) -> None:
+        """Something was said there by whoever owns the link: as good a sign of life as a beat."""
+        self._spoke_at = now
+
     def moving(self, now: float) -> None:
         """The transport moves a message whose end has not come; heartbeats wait behind it."""
         self._heard_at = now
@@ -201,11 +213,11 @@ class Link:
             return []
         if now - self._heard_at >= self.liveness_s:
             return self._down(now)
-        if now - self._spoke_at < self.heartbeat_s:
+        if now < self._beat_due:
             return []
         if self.state is LinkState.GREETING:
             return self._greet(now)
-        self._spoke_at = now
+        self._spoke_at = self._beat_at = now
         return [SendTo(self.endpoint, encode(m.Heartbeat(-1, self._note())))]
 
     def goodbye(self, reason: str) -> list[LinkAction]:
@@ -219,11 +231,19 @@ class Link:
             return self._reopen_at
         if self.state in (LinkState.DOWN, LinkState.REFUSED):
             return None
-        return min(self._spoke_at + self.heartbeat_s, self._heard_at + self.liveness_s)
+        return min(self._beat_due, self._heard_at + self.liveness_s)
+
+    @property
+    def _beat_due(self) -> float:
+        """When one of both has said nothing for ``heartbeat_s``, since a beat is answered, and
+        ``liveness_s`` after the last at the latest: an answer also says who serves what.
+        """
+        quiet_since = min(self._spoke_at, max(self._heard_at, self._beat_at))
+        return min(quiet_since + self.heartbeat_s, self._beat_at + self.liveness_s)
 
     def _greet(self, now: float) -> list[LinkAction]:
         self.state = LinkState.GREETING
-        self._spoke_at = now
+        self._spoke_at = self._beat_at = now
         return [SendTo(self.endpoint, encode(self._hello()))]
 
     def _down(self, now: float) -> list[LinkAction]:

@@ -32,5 +32,5 @@ MAX_STRING_BYTES = 256 * KIB
 MAX_NAME_BYTES = 256
 #: Longest sentence for people; the rest is cut.
 MAX_TEXT_CHARACTERS = 2000
-#: Longest tuple in a body.
-MAX_ITEMS = 16384
+#: Longest tuple in a body: what a worker with the most credits may hold.
+MAX_ITEMS = 4096

@@ -30,6 +30,8 @@ MODEL = m.ModelDescription(
 )
 _PAYLOAD = bytes(1024)
 _MANIFEST = (m.TensorSpec("octets", "uint8", (len(_PAYLOAD),), 1),)
+#: As often as a client says something. Who asks and is answered beats only this often.
+HEARTBEAT_S, _BUSY_HEARTBEAT_S = 1.0, 5.0
 #: Far above any wait here.
 _TTL_S = 60.0
 
@@ -53,13 +55,19 @@ def packets(sock: zmq.Socket[bytes]) -> Iterator[Packet]:
 class LightClient:
     """Asks for 1 KiB with 1 KiB, over a connection of its own to a broker or to a worker."""
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, name: str) -> None:
-        self.socket = dealer(context)
-        self.socket.connect(endpoint)
+    def __init__(
+        self, context: zmq.Context[Any], where: str | zmq.Socket[bytes], name: str
+    ) -> None:
+        if isinstance(where, str):
+            self.socket = dealer(context)
+            self.socket.connect(where)
+        else:  # a socket that is connected
+            self.socket = where
         self.welcome = False
         self._name = name
         self._incarnation = time.time_ns()
         self._number = 0
+        self._spoke_at = self._beat_at = 0.0
         self._send(m.ClientHello(name, self._incarnation, "", 0))
 
     def ask(self) -> None:
@@ -67,7 +75,7 @@ class LightClient:
         request = m.Request(
             id=m.RequestId(self._name, self._incarnation, self._number),
             operation="generate",
-            model="",
+            model=MODEL.model,
             step=self._number,
             n_tokens=len(_PAYLOAD),
             mapping_id="",
@@ -92,9 +100,15 @@ class LightClient:
         self._send(m.Received((reply.id,)))
 
     def beat(self) -> None:
-        self._send(m.Heartbeat(-1))
+        """As :class:`broker.peer.link.Link` does: not where something else was said just now."""
+        now = time.monotonic()
+        quiet = now >= self._spoke_at + HEARTBEAT_S
+        if quiet or now >= self._beat_at + _BUSY_HEARTBEAT_S:
+            self._send(m.Heartbeat(-1))
+            self._beat_at = now
 
     def _send(self, message: m.Message, payload: list[bytes] | None = None) -> None:
+        self._spoke_at = time.monotonic()
         self.socket.send_multipart(encode(message, payload or []).frames, copy=False)
 
 

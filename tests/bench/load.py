@@ -17,13 +17,12 @@ from typing import Any
 
 import zmq
 
-from tests.bench.light import LightClient
+from tests.bench.light import HEARTBEAT_S, LightClient
 from tests.bench.processes import cpu_s, raise_descriptor_limit
 
 #: Requests under way at once where the rate is measured; the same for every number of clients, so
 #: that only that number differs.
 IN_FLIGHT = 10
-_HEARTBEAT_S = 1.0
 _PATIENCE_S = 30.0
 #: The two ways take turns of this length.
 _TURN_S = 0.25
@@ -34,7 +33,7 @@ class Beats:
 
     def __init__(self, clients: Sequence[LightClient]) -> None:
         self._clients = deque(clients)
-        self._apart_s = _HEARTBEAT_S / len(clients)
+        self._apart_s = HEARTBEAT_S / len(clients)
         self._next_at = time.perf_counter()
 
     def __call__(self) -> None:

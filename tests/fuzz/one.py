@@ -8,7 +8,15 @@ from pathlib import Path
 import atheris
 
 #: The packages whose branches guide the fuzzer.
-_GUIDES = ["broker", "worker", "trainer_client", "tests.fuzz.targets", "tomllib", "waitress"]
+_GUIDES = [
+    "broker",
+    "worker",
+    "trainer_client",
+    "tests.fuzz.targets",
+    "tests.sim",
+    "tomllib",
+    "waitress",
+]
 
 with atheris.instrument_imports(include=_GUIDES):
     from tests.fuzz.targets import MAX_BYTES, TARGETS

@@ -10,6 +10,7 @@ import functools
 import gzip
 import json
 import lzma
+import random
 import struct
 import tempfile
 import types
@@ -20,7 +21,6 @@ from typing import Any
 
 import click
 import torch
-import xxhash
 from safetensors.torch import save_file
 
 from broker.commands import cli
@@ -37,6 +37,8 @@ from broker.service import Broker
 from broker.watch.http import HttpServer
 from broker.watch.pages import pages
 from tests.broker.core.rig import mapping_offer, model
+from tests.fuzz.conversations import talk
+from tests.fuzz.frames import seal
 from trainer_client.core import ClientCore, Submit
 from trainer_client.drafts.lint import check_draft
 from trainer_client.errors import DataError, ExportError
@@ -79,15 +81,6 @@ def decode_raw(data: bytes) -> None:
     """Frames as they come."""
     with contextlib.suppress(RemoteProtocolError):
         decode(split(data))
-
-
-def seal(kind: int, body: bytes, payload: list[bytes]) -> list[bytes]:
-    """Frames whose lengths and checksums are right, whatever they hold."""
-    table = b"".join(wire._ENTRY.pack(len(p), xxhash.xxh3_64_intdigest(p)) for p in payload)
-    total = sum(map(len, payload))
-    prelude = wire._PRELUDE.pack(wire.MAGIC, wire.VERSION, kind, 0, len(payload), len(body), total)
-    header = prelude + table + body
-    return [header + wire._CHECKSUM.pack(xxhash.xxh3_64_intdigest(header)), *payload]
 
 
 def unseal(packet: wire.Packet) -> bytes:
@@ -374,6 +367,7 @@ TARGETS: dict[str, Target] = {
         ("DRMQ",),
     ),
     "conversation": Target(converse, tuple(_conversations()), ("generate", "probs", "int64")),
+    "talk": Target(talk, tuple(random.Random(n).randbytes(3000) for n in range(6))),
     "mapping": Target(learn_mapping, (b"\0" + struct.pack("<QQQ", 64, 1, 2),)),
     "http": Target(
         ask_http,

@@ -7,6 +7,7 @@ taken out still plays.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -163,12 +164,14 @@ def slow(world: World, who: str, factor: float, for_s: float) -> None:
         world.later(for_s, recover)
 
 
-def rude(world: World, who: str, seed: int, for_s: float) -> None:
+def rude(
+    world: World, who: str, seed: int, for_s: float, luck: random.Random | None = None
+) -> None:
     """Peers come that keep to nothing, and are cut off after a while."""
     broker = world.process(who)
     if isinstance(broker, BrokerProcess):
         world.rude_names.update(NAMES)
-        Crowd(world, broker, seed).act(world.now + for_s)
+        Crowd(world, broker, seed, luck).act(world.now + for_s)
 
 
 KINDS: dict[str, Callable[..., None]] = {

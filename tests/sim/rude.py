@@ -31,20 +31,26 @@ _SIZES = (0, 1, 10, 200, 100_000, 1 << 40, -1)
 #: Bytes of a tensor that is really sent.
 _PAYLOADS = (0, 1, 8, 1000, 50_000)
 _MAX_CONNECTIONS = 12
+#: Replies in parts of which one is yet to be heard.
+_MAX_ANNOUNCED = 8
 
 
 class Crowd:
     """Rude peers at one broker, until their time is up; then all of their connections are cut."""
 
-    def __init__(self, world: World, broker: BrokerProcess, seed: int) -> None:
+    def __init__(
+        self, world: World, broker: BrokerProcess, seed: int, rng: random.Random | None = None
+    ) -> None:
         self.world = world
         self.broker = broker
         self.seed = seed
-        self.rng = random.Random(seed)
+        self.rng = rng or random.Random(seed)
         #: connection -> its side
         self.connections: dict[bytes, Side] = {}
         #: what the broker asked of them
         self.asked: list[tuple[bytes, m.RequestId]] = []
+        #: parts of replies that were announced: who said so, of which request, and what is to come
+        self._announced: list[tuple[bytes, m.RequestId, int, int]] = []
         self._numbers = 0
 
     def act(self, until: float) -> None:
@@ -56,7 +62,8 @@ class Crowd:
                 self._hang_up(connection)
             return
         self._once()
-        self.world.later(self.rng.choice((0.0, 0.001, 0.02, 0.2)), self.act, until)
+        wait_s = 1.5 if self.rng.random() < 0.01 else self.rng.choice((0.0, 0.001, 0.02, 0.2))
+        self.world.later(wait_s, self.act, until)
 
     def _once(self) -> None:
         rng = self.rng
@@ -74,6 +81,8 @@ class Crowd:
             self.broker.receive(BadBytes(side, connection, "noise", rng.random() < 0.5))
         elif luck < 0.08:
             self.broker.receive(Moving(side, connection))
+        elif luck < 0.2 and (mine := [a for a in self._announced if a[0] == connection]):
+            self._next_part(rng.choice(mine))
         elif luck < 0.4 and (mine := [i for c, i in self.asked if c == connection]):
             self._say(connection, self._answer(rng.choice(mine)))
         else:
@@ -89,6 +98,7 @@ class Crowd:
     def _hang_up(self, connection: bytes) -> None:
         side = self.connections.pop(connection)
         self.asked = [asked for asked in self.asked if asked[0] != connection]
+        self._announced = [part for part in self._announced if part[0] != connection]
         del self.broker.rude[connection]
         self.broker.receive(ConnectionLost(side, connection))
 
@@ -109,7 +119,21 @@ class Crowd:
         else:
             if isinstance(message, m.WorkerHello):  # what it says that it holds it may answer
                 self.asked += [(connection, request_id) for request_id in message.held[:3]]
+            if isinstance(message, m.Reply) and 0 < message.parts < 3:
+                self._announced.append(
+                    (connection, message.id, message.parts, message.tensor_bytes)
+                )
+                del self._announced[:-_MAX_ANNOUNCED]
             self.broker.receive(Received(side, connection, packet))
+
+    def _next_part(self, announced: tuple[bytes, m.RequestId, int, int]) -> None:
+        """One that was announced: as it was said, or too many, or with too much in it."""
+        self._announced.remove(announced)
+        connection, request_id, parts, nbytes = announced
+        luck = self.rng.random()
+        for number in range(parts if luck < 0.8 else 3 * parts):
+            size = nbytes // parts + (number == parts - 1) * (nbytes % parts) + (luck < 0.1)
+            self._say(connection, (m.Part(request_id, number), [b"p" * max(1, size)]))
 
     # -- what they say --------------------------------------------------------------------------
 

@@ -201,14 +201,32 @@ def make(seed: int) -> Schedule:
 #: Seeds of schedules with bad manners begin here: a seed alone says which kind a schedule is.
 FIRST_RUDE = 1 << 32
 #: With bad manners, the honest are given so short work that each is served within seconds.
-_SHORT = {"n_tokens": 50, "nature": "ok", "mapping_id": "", "deadline_s": 90.0}
+HONEST_ASK = {
+    "n_tokens": 50, "nature": "ok", "model": "m", "mapping_id": "", "deadline_s": 90.0
+}  # fmt: skip
+
+
+def _room(rng: random.Random) -> dict[str, int]:
+    """Limits of a broker that the rude never reach, or those that each of them does, while all of
+    them together do not.
+    """
+    if rng.random() < 0.5:
+        return {}
+    return {
+        "max_client_bytes": rng.choice((1, 2000, 100_000)),
+        "max_total_bytes": 1_000_000,
+        "max_client_request_bytes": rng.choice((1, 2000, 100_000)),
+        "max_total_request_bytes": 1_000_000,
+        "held_answer_bytes": rng.choice((0, 1000, 60_000)),
+        "held_mapping_bytes": rng.choice((0, 100, 1000)),
+    }
 
 
 def _make_rude(seed: int) -> Schedule:
     """An honest pair, and crowds of rude peers that have models of their own."""
     rng = random.Random(seed)
     ops = [
-        Op(0.0, "start", "b1", {"role": "broker", "window": rng.choice((1, 4, 16))}),
+        Op(0.0, "start", "b1", {"role": "broker", "window": rng.choice((1, 4, 16))} | _room(rng)),
         Op(
             0.0, "start", "w1",
             {"role": "worker", "serves": "m", "credits": rng.choice((1, 2)), "max_mappings": 2,
@@ -221,6 +239,6 @@ def _make_rude(seed: int) -> Schedule:
         ops.append(Op(round(rng.random() * 2.0, 3), "rude", "b1", how))
     for label in range(1, rng.randint(4, 12)):
         at = round(0.5 + rng.random() * _SPAN_S, 3)
-        asked = _SHORT | {"label": label, "step": label, "model": "m"}
+        asked = HONEST_ASK | {"label": label, "step": label}
         ops.append(Op(at, "submit", "c1", asked))
     return Schedule(seed, ("b1",), tuple(sorted(ops, key=lambda op: op.at)))

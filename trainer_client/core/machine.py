@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from broker.peer.link import Arrived, Connected, Disconnected, Link, SendTo
+from broker.peer.link import Arrived, Connected, Disconnected, Link, SendTo, note_said
 from broker.protocol import Packet
 from broker.protocol import messages as m
 from trainer_client.core.answers import Answers
@@ -69,7 +69,9 @@ class ClientCore(Ledger):
         self._sending.resend_overdue(now)
         self._sending.pump(now)
         self._notice(now)
-        return self.take_actions()
+        actions = self.take_actions()
+        note_said(self.links, actions, now)
+        return actions
 
     def goodbye(self) -> list[Action]:
         """Tell the brokers that this client leaves."""
@@ -132,6 +134,14 @@ class ClientCore(Ledger):
                 ticket.resend_at = now
                 if ticket.place is Place.ARRIVING:
                     self.move(ticket, Place.IN_FLIGHT)
+        if isinstance(message, m.Welcome):
+            self._keep_within_window(link)
+
+    def _keep_within_window(self, link: Link) -> None:
+        """Another life of a broker may allow less than the last: the newest requests wait here."""
+        flying = sorted(self.in_flight[link.endpoint], key=lambda request_id: request_id.number)
+        for request_id in reversed(flying[link.window :]):
+            self.move(self.tickets[request_id], Place.WAITING, first=True)
 
     def _offer(self, link: Link, mapping_id: str) -> None:
         packet = self.mappings.get(mapping_id)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from broker.log_line import Log
-from broker.peer.link import Arrived, Connected, Disconnected, Link, LinkState, SendTo
+from broker.peer.link import Arrived, Connected, Disconnected, Link, LinkState, SendTo, note_said
 from broker.protocol import Packet, RemoteProtocolError, encode
 from broker.protocol import messages as m
 from worker.core.events import (
@@ -107,6 +107,7 @@ class WorkerCore:
         self._notice(now)
         self._compute_next(now)
         self._leave_if_done(now)
+        note_said(self.links, self._actions, now)
         return self._actions
 
     def goodbye(self) -> list[Action]:

@@ -120,7 +120,9 @@ def test_room_counts_each_request_once() -> None:
     assert room.taken_bytes == 600
     assert not room.fits_client("c", 401)
     assert room.fits_client("c", 400)
-    assert room.fits_total("c", 4400)
+    assert room.fits_total("c", 7 * 5000 // 8 - 600)
+    assert not room.fits_total("c", 7 * 5000 // 8 - 599), "it leaves an eighth to the next"
+    assert room.fits_total("d", 4400)
     room.free(entry.id)
     room.free(entry.id)
     assert room.taken_bytes == 0
@@ -367,3 +369,49 @@ def test_what_a_worker_brought_along_and_lost_is_asked_for_at_once() -> None:
     rig.worker("w", held=(rig.id("c", 1),))
     rig.cut(Side.WORKER, "w")
     assert wanted(rig, "c") == ["c#1"]
+
+
+# -- those who take all they can ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_hogs", [2, 8, 20])
+def test_clients_that_fill_the_room_of_requests_keep_nobody_out(n_hogs: int) -> None:
+    """They ask for what nobody serves, with as long requests as they may, and wait."""
+    rig = Rig(max_client_request_bytes=100_000, max_total_request_bytes=400_000)
+    rig.worker("w")
+    rig.client("honest")
+    for n in range(n_hogs):
+        rig.client(f"hog{n}")
+    alive = [(Side.CLIENT, f"hog{n}") for n in range(n_hogs)]
+    alive += [(Side.CLIENT, "honest"), (Side.WORKER, "w")]
+    spec = m.TensorSpec("input_ids", "uint8", (20_000,), 1)
+    for turn in range(4):
+        for n in range(n_hogs):
+            for number in range(16):
+                asked = m.RequestId(f"hog{n}", 1, 16 * turn + number)
+                fields = ("generate", "", 0, 0, "", "probs", 1e9, (spec,))
+                rig.from_client(
+                    f"hog{n}", encode(m.Request(asked, *fields, offer="no such"), [bytes(20_000)])
+                )
+        rig.pass_time(5.0, *alive)
+        asked = rig.ask("honest", turn)
+        assert rig.requests("w") == [str(asked)]
+        rig.reply("w", asked)
+        assert rig.core.request_room.taken_bytes <= 400_000 + 2 * 20_000
+
+
+def test_many_that_wait_for_room_do_not_hide_who_waits_behind_them() -> None:
+    rig = with_room(client_bytes=10_000, total_bytes=5000)
+    there = ("a", "b", "keeper", "last", *(f"hog{n}" for n in range(100)))
+    for name in there:
+        rig.client(name)
+    running = [rig.ask(name, 1) for name in ("a", "b")]
+    rig.ask("keeper", 1, n_tokens=200)
+    for n in range(100):
+        rig.ask(f"hog{n}", 1, n_tokens=1 << 40)
+    asked = rig.ask("last", 1)
+    rig.got("w")
+    for each in running:
+        reply(rig, "w", each)
+        rig.from_client(each.client, m.Received((each,)))
+    assert rig.requests("w") == [str(asked)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.core.schedule import _SAME_SPEED, Candidates, expected_finish
+from broker.core.schedule import _SAME_SPEED, Candidates, Choice, expected_finish, learn_speed
 from broker.core.state import WorkerSession
 from broker.protocol.messages import RequestId
 
@@ -68,3 +68,20 @@ def test_changes_are_seen_and_nothing_piles_up(data: st.DataObject) -> None:
         free.discard(worker) if change == "leave" else free.put(worker)
         free.validate()
     assert sum(map(len, free._classes.values())) <= 4 * len(there) + 65
+
+
+@given(st.lists(st.tuples(st.integers(1, 1 << 40), st.floats(0, 1e9)), max_size=40))
+def test_the_speed_of_a_pool_stays_exact_whatever_its_workers_say(
+    answers: list[tuple[int, float]],
+) -> None:
+    """One after another joins, says how long it took for how many tokens, and leaves again."""
+    choice = Choice()
+    for number, (n_tokens, compute_s) in enumerate([(1, 5e-324), *answers]):
+        worker = make_worker(number, None, 0.0, 1)
+        learn_speed(worker, n_tokens, compute_s)
+        choice.put(worker)
+        choice.validate()
+        assert choice.choose_for_later(n_tokens, 0.0) is not None
+        if number % 2:
+            choice.discard(worker)
+            choice.validate()

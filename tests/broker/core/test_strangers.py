@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from broker.core import Side
+from broker.core import BrokerCore, Received, Side
 from broker.core.inspect import snapshot, validate
 from broker.protocol import LocalProtocolError, encode
 from broker.protocol import messages as m
@@ -184,6 +184,54 @@ def test_long_after_the_beginning_nothing_is_believed_that_was_not_given(rig: Ri
     assert not rig.core.entries
     rig.cut(Side.WORKER, "thief")
     assert not rig.core.entries
+
+
+def test_a_claim_is_no_truer_the_second_time(rig: Rig) -> None:
+    held = tuple(m.RequestId("c", 1, number) for number in range(1, 1000))
+    for connection in ("first", "second", "third"):
+        rig.worker("thief", credits=3, held=held, connection=connection)
+    assert len(rig.core.entries) == 3
+    rig.pass_time(120)
+    assert not rig.core.entries
+
+
+def test_a_long_claim_costs_what_a_short_one_does_for_each_request() -> None:
+    """Counted in looks at requests, of which there must not be one for each pair of them."""
+    looks = []
+    for n_held in (500, 4000):
+        core = BrokerCore("b1")
+        core.entries = entries = Counted()  # type: ignore[assignment]
+        held = tuple(m.RequestId("c", 1, number) for number in range(n_held))
+        core.handle(Received(Side.WORKER, b"s", encode(sound_hello())), 0.0)
+        core.workers["sound"].seconds_per_token = 0.1
+        core.pools[model().offer].choice.free()  # which takes note of it
+        for connection in (b"first", b"second"):
+            hello = m.WorkerHello("thief", 1, model(), 4096, held)
+            core.handle(Received(Side.WORKER, connection, encode(hello)), 1.0)
+        looks.append(entries.looks)
+    assert looks[1] < 10 * looks[0]
+
+
+class Counted(dict):  # type: ignore[type-arg]
+    looks = 0
+
+    def get(self, *args: object) -> object:
+        self.looks += 1
+        return super().get(*args)
+
+
+def sound_hello() -> m.WorkerHello:
+    return m.WorkerHello("sound", 1, model(), 1, ())
+
+
+def test_requests_that_a_worker_claims_to_have_are_of_their_clients_window() -> None:
+    rig = Rig(window=2)
+    rig.client("c")
+    rig.worker("thief", credits=64, held=tuple(rig.id("c", number) for number in range(5)))
+    for number in range(5):
+        rig.ask("c", number)
+    refused = rig.got("c", m.Failure)
+    assert [f.code for f in refused] == ["over_window"] * 3  # type: ignore[union-attr]
 
 
 def test_a_claim_is_bounded_by_the_credits(rig: Rig) -> None:

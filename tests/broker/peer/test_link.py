@@ -81,6 +81,34 @@ def test_it_beats_as_the_welcome_says_with_its_note() -> None:
     assert (rig.link.workers, rig.link.offers) == (2, ("o1", "o2"))
 
 
+def test_what_is_said_and_answered_stands_for_heartbeats() -> None:
+    rig = Rig().welcomed()
+    for _ in range(12):
+        rig.wait(0.25)
+        rig.link.spoke(rig.now)
+        rig.arrive(m.Failure(m.RequestId("c", 1, 1), "expired", ""))
+    assert rig.said == []
+    rig.wait(1.0)
+    assert len(rig.said) == 1
+
+
+def test_a_broker_that_answers_nothing_is_asked_for_a_sign_of_life() -> None:
+    rig = Rig().welcomed()
+    for _ in range(12):
+        rig.wait(0.25)
+        rig.link.spoke(rig.now)
+    assert len(rig.said) == 3
+
+
+def test_who_is_always_busy_hears_now_and_then_who_serves_what() -> None:
+    rig = Rig().welcomed()
+    for _ in range(4 * 20):
+        rig.wait(0.25)
+        rig.link.spoke(rig.now)
+        rig.arrive(m.Failure(m.RequestId("c", 1, 1), "expired", ""))
+    assert len(rig.said) == 4  # every 5 s, its liveness
+
+
 def test_silence_beyond_its_liveness_takes_it_down_and_any_message_keeps_it_up() -> None:
     rig = Rig().welcomed()
     for _ in range(10):

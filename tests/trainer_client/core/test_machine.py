@@ -124,6 +124,21 @@ def test_no_more_is_sent_than_the_window_and_in_order() -> None:
     assert rig.requests() == [3]
 
 
+def test_a_restarted_broker_with_a_smaller_window_is_sent_no_more_than_that() -> None:
+    rig = Rig()
+    rig.welcome(window=4)
+    asked = [rig.submit(number) for number in range(1, 5)]
+    assert rig.requests() == [1, 2, 3, 4]
+    rig.handle(Disconnected(A))
+    rig.welcome(window=2, broker="b2")
+    assert sorted(rig.requests()) == [1, 2]
+    rig.reply(asked[1])
+    assert rig.requests() == [3]
+    for each in asked:
+        rig.reply(each)
+    assert [type(end).__name__ for end in rig.ended] == ["Deliver"] * 4
+
+
 def test_replies_may_come_in_any_order() -> None:
     rig = Rig()
     rig.welcome()
@@ -175,6 +190,16 @@ def test_heartbeats_are_sent_when_there_is_nothing_else_to_say() -> None:
     rig.pass_time(3.0, A)
     beats = [x for _, x in rig.sent if isinstance(x, m.Heartbeat)]
     assert len(beats) == 3
+
+
+def test_a_client_that_asks_and_is_answered_beats_its_heart_rarely() -> None:
+    rig = Rig()
+    rig.welcome()
+    for number in range(40):
+        rig.reply(rig.submit(number))
+        rig.pass_time(0.5)
+    beats = [x for _, x in rig.sent if isinstance(x, m.Heartbeat)]
+    assert len(beats) == 4  # one in 5 s, of which each second has two requests
 
 
 def test_requests_spread_over_brokers_and_fail_over() -> None:
