@@ -159,7 +159,7 @@ EVENTS = {
             "`draftmq keygen` made it? Add its public key to the list that `--allow` names.",
         ),
         "handshake_failed": Known(
-            "A connection ended before it could speak: a scanner, a probe, or a missing key.",
+            "A connection from `address` spoke no ZeroMQ, or without the right key: `why`.",
             "Harmless unless a peer of yours cannot attach; then give it the keys.",
         ),
         "cut_off": Known(

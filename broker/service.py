@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -283,6 +283,13 @@ class Broker:
         if left_out is not None:
             log(_logger, "warning", event, fields | ({"left_out": left_out} if left_out else {}))
 
+    def _with_address(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The address in place of the name of a connection, which tells nobody anything."""
+        shown = dict(fields)
+        if "connection" in shown:
+            shown["address"] = self._ports[Side(shown["side"])].address_of(shown.pop("connection"))
+        return shown
+
     def _handle(self, events: Iterable[Event]) -> None:
         for event in events:
             try:
@@ -317,7 +324,7 @@ class Broker:
         gone = []
         for action in actions:
             if isinstance(action, Log) and action.level == "warning":
-                self._note(action.event, **action.fields)
+                self._note(action.event, **self._with_address(action.fields))
             elif isinstance(action, Log):
                 log(_logger, action.level, action.event, action.fields)
             elif not self._ports[action.side].send(action):

@@ -214,6 +214,19 @@ FAULTS = (
         f"{_INPUT}::test_a_second_process_with_the_same_name_fences_off_the_first",
     ),
     Fault(
+        "a worker or a client is restarted on a host whose clock is an hour behind",
+        "at hello",
+        "the new one serves, the old one is fenced off",
+        "tests/integration/test_clocks.py"
+        "::test_a_restarted_worker_with_a_clock_behind_serves_and_the_old_one_does_not",
+    ),
+    Fault(
+        "the broker is restarted, and two processes of one name come back",
+        "at hello, in either order",
+        "the older is fenced off",
+        "tests/broker/core/test_fencing.py::test_numbers_outlive_a_restart_of_the_broker",
+    ),
+    Fault(
         "another release's protocol",
         "at hello",
         "a refusal with both versions",

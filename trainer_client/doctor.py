@@ -30,7 +30,7 @@ from broker.peer.link import Arrived, Connected, Disconnected, Link, LinkState
 from broker.peer.loop import PeerLoop
 from broker.protocol import messages as m
 from broker.protocol.errors import DraftmqError
-from broker.protocol.names import own_name
+from broker.protocol.names import new_incarnation, own_name
 from broker.protocol.wire import VERSION
 from broker.transport.names import addresses_of
 
@@ -181,7 +181,7 @@ def _conversation(
         return
     yield Finding("keys", True, f"own key {shown.fingerprint}" if shown.curves else "none are used")
     name = own_name(f"doctor-{socket.gethostname()}-{uuid.uuid4().hex[:8]}", shown.fingerprint)
-    visit = _Visit(broker, m.ClientHello(name, time.time_ns(), "doctor", -1))
+    visit = _Visit(broker, m.ClientHello(name, new_incarnation(), "doctor", -1))
     loop = PeerLoop("draftmq-doctor", visit, lambda _: None, lambda _: None, _logger, shown.curves)
     loop.start()
     try:

@@ -23,7 +23,7 @@ from broker.peer.credentials import KeyLike, credentials
 from broker.peer.loop import PeerLoop
 from broker.protocol import Limits, Packet, encode
 from broker.protocol import messages as m
-from broker.protocol.names import bounded, own_name
+from broker.protocol.names import bounded, new_incarnation, own_name
 from trainer_client.core import (
     CancelRequest,
     ClientConfig,
@@ -148,7 +148,7 @@ class Client:
         self.name = own_name(name, shown.fingerprint)
         self.core = ClientCore(
             self.name,
-            time.time_ns(),
+            new_incarnation(),
             endpoints,
             time.monotonic(),
             job=bounded(job),

@@ -24,7 +24,7 @@ from broker.logs import log
 from broker.peer.credentials import KeyLike, credentials
 from broker.peer.loop import PeerLoop
 from broker.protocol import Limits
-from broker.protocol.names import own_name
+from broker.protocol.names import new_incarnation, own_name
 from broker.watch.http import HttpServer
 from broker.watch.pages import peer_pages
 from worker.answers import Answerer, description
@@ -96,7 +96,7 @@ class Worker:
         self._sender = Sender(direct or DirectConfig(), self.name, device, endpoints)
         self.core = WorkerCore(
             self.name,
-            time.time_ns(),
+            new_incarnation(),
             description(self.facts),
             endpoints,
             time.monotonic(),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import cast
 
+from broker.core import fencing
 from broker.core.events import Side
-from broker.core.ledger import Ledger, fenced, heartbeat
+from broker.core.ledger import Ledger, heartbeat
 from broker.core.requests import Requests
 from broker.core.state import ClientSession
 from broker.protocol import Packet, encode, mapping_id
@@ -28,31 +29,43 @@ class Clients:
         """A client is there, or there again: a new life, or a new connection of the same."""
         hello = cast(m.ClientHello, packet.message)
         client = self._ledger.clients.get(hello.client)
-        if client is not None and hello.incarnation < client.incarnation:
-            self._ledger.send(Side.CLIENT, connection, fenced(hello.client, hello, client))
+        if client is not None and fencing.is_older(hello, client, self._ledger.incarnation):
+            refusal = fencing.fenced(client.id, hello.incarnation, client.incarnation)
+            self._ledger.send(Side.CLIENT, connection, refusal)
             return
-        if client is not None and hello.incarnation > client.incarnation:
+        before = client
+        if client is not None and hello.incarnation != client.incarnation:
             self._forget(client, "a newer life of it said hello", now)
             if client.connection not in (None, connection):
-                self._ledger.send(Side.CLIENT, client.connection, fenced(client.id, client, hello))
+                refusal = fencing.fenced(client.id, client.incarnation, hello.incarnation)
+                self._ledger.send(Side.CLIENT, client.connection, refusal)
             client = None
         if client is None:
             client = ClientSession(
-                hello.client, hello.incarnation, hello.job, hello.rank, connection, now
+                hello.client,
+                hello.incarnation,
+                hello.job,
+                hello.rank,
+                connection,
+                now,
+                self._ledger.admission(hello, before),
+                fencing.replaced(hello, before),
             )
             self._ledger.clients[client.id] = client
             self._ledger.log(
                 "info", "client_joined", client=client.id, job=client.job, rank=client.rank
             )
             self._watch(client)
-        elif client.connection is not None:
-            del self._ledger.client_connections[client.connection]
+        else:
+            if client.connection is not None:
+                del self._ledger.client_connections[client.connection]
+            client.admission = self._ledger.admission(hello, client)
         client.connection = connection
         self._away.pop(client.id, None)
         client.last_seen = now
         self._ledger.client_connections[connection] = client
         self._lose_sent(client, now)
-        self._ledger.welcome(Side.CLIENT, connection)
+        self._ledger.welcome(Side.CLIENT, client)
         self._requests.ask_again(client)
 
     def disconnected(self, client: ClientSession, now: float) -> None:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from broker.core import fencing
 from broker.core.config import BrokerConfig
 from broker.core.events import Action, Send, Side
 from broker.core.measures import Measures
@@ -31,6 +32,8 @@ class Ledger:
 
     def __init__(self, incarnation: str, config: BrokerConfig) -> None:
         self.incarnation = incarnation
+        #: numbers the lives of peers in the order in which they first come
+        self._newcomers = itertools.count(1)
         self.config = config
         self.clients: dict[str, ClientSession] = {}
         self.workers: dict[str, WorkerSession] = {}
@@ -119,8 +122,17 @@ class Ledger:
         served = (offer for offer, pool in self.pools.items() if pool.workers)
         return tuple(itertools.islice(served, m.MAX_OFFERS))
 
-    def welcome(self, side: Side, connection: bytes) -> None:
+    def admission(self, hello: fencing.Hello, session: fencing.Life | None) -> m.Admission:
+        """The number of the life that says ``hello``; one that has none is given one here."""
+        if hello.admission is not None:
+            return hello.admission
+        if session is not None and session.incarnation == hello.incarnation:
+            return session.admission
+        return m.Admission(self.incarnation, next(self._newcomers))
+
+    def welcome(self, side: Side, session: ClientSession | WorkerSession) -> None:
         """Answer a hello that was accepted."""
+        assert session.connection is not None
         limits = self.config.limits
         welcome = m.Welcome(
             broker=self.incarnation,
@@ -133,23 +145,15 @@ class Ledger:
             max_request_bytes=limits.max_request_bytes,
             max_reply_bytes=limits.max_reply_bytes,
             offers=self.offers() if side is Side.CLIENT else (),
+            number=session.admission.number if session.admission.broker == self.incarnation else 0,
         )
-        self.send(side, connection, welcome)
+        self.send(side, session.connection, welcome)
 
 
 @functools.lru_cache(maxsize=16)
 def heartbeat(n_workers: int, offers: tuple[str, ...] = ()) -> Packet:
     """What a broker says to each of its peers, most of the time the same."""
     return encode(m.Heartbeat(n_workers, "", offers))
-
-
-def fenced(name: str, old: Any, new: Any) -> m.Refused:
-    """What the older of two lives of one peer is told."""
-    text = (
-        f"{name} said hello with incarnation {new.incarnation} here; incarnation "
-        f"{old.incarnation} is fenced off: two processes use one name, or this one is a leftover"
-    )
-    return m.Refused("fenced", text)
 
 
 COUNTERS = (

@@ -99,7 +99,8 @@ class BrokerCore(Ledger):
                 self._refuse_side(event, message)
                 return
             kind = type(message).__name__
-            self.log("warning", "wrong_message", side=event.side.value, kind=kind)
+            fields = {"side": event.side.value, "connection": event.connection}
+            self.log("warning", "wrong_message", kind=kind, **fields)
             return
         if isinstance(message, (m.ClientHello, m.WorkerHello)):
             name = message.client if isinstance(message, m.ClientHello) else message.worker
@@ -129,7 +130,8 @@ class BrokerCore(Ledger):
     def _bad_bytes(self, event: BadBytes) -> None:
         """What was lost may have been anything: a known peer's hello tells again what matters."""
         self.counters["bad_messages"] += 1
-        self.log("warning", "bad_message", side=event.side.value, error=event.error)
+        fields = {"side": event.side.value, "connection": event.connection}
+        self.log("warning", "bad_message", error=event.error, **fields)
         if event.other_version:
             self.send(event.side, event.connection, m.Refused("version", event.error))
         elif event.connection in self._connections(event.side):
@@ -158,7 +160,8 @@ class BrokerCore(Ledger):
             "the two swapped?"
         )
         self.send(here, event.connection, m.Refused("wrong_port", text))
-        self.log("warning", "wrong_port", side=here.value, name=name, text=text)
+        fields = {"side": here.value, "connection": event.connection}
+        self.log("warning", "wrong_port", name=name, text=text, **fields)
 
     def _refuse_name(self, event: Received, name: str) -> None:
         text = (
@@ -166,7 +169,8 @@ class BrokerCore(Ledger):
             f"{own_name('', event.user)!r}"
         )
         self.send(event.side, event.connection, m.Refused("foreign_name", text))
-        self.log("warning", "foreign_name", side=event.side.value, name=name, key=event.user)
+        fields = {"side": event.side.value, "connection": event.connection}
+        self.log("warning", "foreign_name", name=name, key=event.user, **fields)
 
     def __repr__(self) -> str:
         queued = sum(len(pool.queue) for pool in self.pools.values())

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar, cast
 
 from broker.core.places import Place
 from broker.core.timers import Timer
-from broker.protocol.messages import Part, Reply, Request, RequestId
+from broker.protocol.messages import Admission, Part, Reply, Request, RequestId
 from broker.protocol.wire import Packet
 
 K = TypeVar("K")
@@ -36,6 +36,9 @@ class ClientSession:
     #: None while the connection is lost and the client may still come back
     connection: bytes | None
     last_seen: float
+    #: the number of this life, and which broker gave it; and the lives that it followed here
+    admission: Admission = field(default_factory=lambda: Admission("", 0))
+    replaced: tuple[int, ...] = ()
     #: requests queued or running; never more than the window
     requests: set[RequestId] = field(default_factory=set)
     #: what it last said of its direct channels
@@ -57,6 +60,9 @@ class WorkerSession:
     connection: bytes
     credits: int
     last_seen: float
+    #: the number of this life, and which broker gave it; and the lives that it followed here
+    admission: Admission = field(default_factory=lambda: Admission("", 0))
+    replaced: tuple[int, ...] = ()
     #: assigned and not yet answered -> when assigned; at most ``credits``, but for what it held
     #: before a reconnect
     running: dict[RequestId, float] = field(default_factory=dict)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import cast
 
+from broker.core import fencing
 from broker.core.dispatch import Dispatcher
 from broker.core.events import Side
-from broker.core.ledger import Ledger, fenced, heartbeat
+from broker.core.ledger import Ledger, heartbeat
 from broker.core.pool import Pool
 from broker.core.requests import Requests
 from broker.core.state import Blame, WorkerSession
@@ -26,8 +27,9 @@ class Workers:
         """A worker is there, or there again: a new life, or a new connection of the same."""
         hello = cast(m.WorkerHello, packet.message)
         before = self._ledger.workers.get(hello.worker)
-        if before is not None and hello.incarnation < before.incarnation:
-            self._ledger.send(Side.WORKER, connection, fenced(hello.worker, hello, before))
+        if before is not None and fencing.is_older(hello, before, self._ledger.incarnation):
+            refusal = fencing.fenced(before.id, hello.incarnation, before.incarnation)
+            self._ledger.send(Side.WORKER, connection, refusal)
             return
         offer = hello.model.offer
         for other in self._ledger.pools_called(hello.model.model):
@@ -49,14 +51,16 @@ class Workers:
             connection,
             hello.credits,
             now,
+            self._ledger.admission(hello, before),
+            fencing.replaced(hello, before),
         )
         worker.idle_since = now
-        if before is not None and before.incarnation == worker.incarnation:
+        if before is not None and same:
             worker.seconds_per_token = before.seconds_per_token
             worker.last_seconds_per_token = before.last_seconds_per_token
         self._ledger.workers[worker.id] = pool.workers[worker.id] = worker
         self._ledger.worker_connections[connection] = worker
-        self._ledger.welcome(Side.WORKER, connection)
+        self._ledger.welcome(Side.WORKER, worker)
         self._ledger.log(
             "info", "worker_joined", worker=worker.id, model=worker.model, credits=worker.credits
         )
@@ -96,9 +100,10 @@ class Workers:
         self, before: WorkerSession, connection: bytes, hello: m.WorkerHello, now: float
     ) -> None:
         """The same worker again: on a new connection, or in a new life."""
-        if hello.incarnation > before.incarnation:
+        if hello.incarnation != before.incarnation:
             if before.connection != connection:
-                self._ledger.send(Side.WORKER, before.connection, fenced(before.id, before, hello))
+                refusal = fencing.fenced(before.id, before.incarnation, hello.incarnation)
+                self._ledger.send(Side.WORKER, before.connection, refusal)
             self._lose(before, "a newer life of it said hello", now, Blame.GUILTY)
             return
         for request_id in hello.held:  # still its own: not lost, and adopted below

@@ -107,6 +107,8 @@ class Link:
         self.endpoint = endpoint
         self.state = LinkState.DOWN
         self.broker = ""
+        #: the number that a broker here gave this life of the peer when it first came
+        self.admission: m.Admission | None = None
         self.window = 0
         self.limits = Limits()
         self.heartbeat_s = _HEARTBEAT_S
@@ -179,6 +181,8 @@ class Link:
             self.state = LinkState.READY
             self.trouble = ""
             self.broker = message.broker
+            if message.number and self.admission is None:
+                self.admission = m.Admission(message.broker, message.number)
             self.window = message.window
             self.offers = message.offers
             self.limits = message.limits()

@@ -67,6 +67,15 @@ class RequestId(NamedTuple):
         return f"{self.client}#{self.number}"
 
 
+class Admission(NamedTuple):
+    """The number that a life of a peer was given, and by which life of the broker, when it first
+    came there. Of two with numbers of one broker, the higher is the newer.
+    """
+
+    broker: Name
+    number: Count
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor of a manifest. Its bytes lie in the next ``frames`` payload frames, C order."""
@@ -155,18 +164,25 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """First message of a client on a connection. A newer incarnation fences off the older."""
+    """First message of a client on a connection. A newer life fences off the older.
+
+    ``incarnation`` is drawn by each life and only tells it from others; which is the newer is told
+    by ``admission``, nil before its first ``Welcome`` from this endpoint.
+    """
 
     KIND: ClassVar[int] = 1
     client: Name
     incarnation: Count
     job: Name
     rank: Rank
+    admission: Admission | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerHello:
-    """First message of a worker. ``held`` are requests it still works on, from before a cut."""
+    """First message of a worker. ``held`` are requests it still works on, from before a cut;
+    ``incarnation`` and ``admission`` are as in :class:`ClientHello`.
+    """
 
     KIND: ClassVar[int] = 2
     worker: Name
@@ -174,6 +190,7 @@ class WorkerHello:
     model: ModelDescription
     credits: Credits
     held: tuple[RequestId, ...]
+    admission: Admission | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +198,8 @@ class Welcome:
     """The broker's answer to a hello: the rules of this connection.
 
     ``window`` is the number of requests a client may have at the broker at once (0 to a worker);
-    ``offers`` are those that its heartbeats will name.
+    ``offers`` are those that its heartbeats will name. ``number`` is the peer's
+    (:class:`Admission`), or 0 where it came with the number of an earlier life of the broker.
     """
 
     KIND: ClassVar[int] = 3
@@ -195,6 +213,7 @@ class Welcome:
     max_request_bytes: Count
     max_reply_bytes: Count
     offers: tuple[Name, ...] = ()
+    number: Count = 0
 
     def limits(self) -> Limits:
         """The limits that the broker enforces."""

@@ -8,6 +8,7 @@ across a restart of the broker, which forgets who was there.
 from __future__ import annotations
 
 import hashlib
+import secrets
 
 from broker.protocol.limits import MAX_NAME_BYTES
 
@@ -22,6 +23,11 @@ def bounded(name: str) -> str:
     digest = hashlib.blake2b(octets, digest_size=_DIGEST_CHARACTERS // 2).hexdigest()
     end = octets[-(MAX_NAME_BYTES - _DIGEST_CHARACTERS - 8) :].decode(errors="ignore")
     return f"{digest}...{end}"
+
+
+def new_incarnation() -> int:
+    """What tells one life of a peer from all others. Chance, not a clock: clocks are set back."""
+    return secrets.randbits(62)
 
 
 def own_name(name: str, fingerprint: str) -> str:

@@ -31,6 +31,8 @@ class Connection:
 
     descriptor: int
     since: float
+    #: of the peer, as ``HOST:PORT``; "" where it could not be seen any more
+    address: str = ""
     name: bytes = b""
     user: str = ""
     messages: int = 0
@@ -103,10 +105,10 @@ class Connections:
         yield from list(self._strangers.values())
         yield from list(self._known.values())
 
-    def accepted(self, descriptor: int, now: float) -> None:
-        """A connection came."""
+    def accepted(self, descriptor: int, now: float, address: str = "") -> None:
+        """A connection came, from this address."""
         self.closed(descriptor)
-        self._strangers[descriptor] = Connection(descriptor, now)
+        self._strangers[descriptor] = Connection(descriptor, now, address)
 
     def spoke(self, descriptor: int, name: bytes, user: str, now: float) -> Connection | None:
         """A message came on it; None where no connection of this name is known to have it."""
@@ -253,9 +255,25 @@ def cut(descriptor: int, local_port: object) -> str:
         if sock.family != socket.AF_UNIX:  # no farewell: the kernel forgets it at libzmq's close
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
         sock.shutdown(socket.SHUT_RDWR)
-        return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "local"
+        return _shown(peer)
 
     return borrow(descriptor, shut, "")
+
+
+def peer_address(descriptor: int, local_port: object) -> str:
+    """The peer's address, or "" where the descriptor is no connection of our port any more."""
+
+    def look(sock: socket.socket) -> str:
+        return _shown(sock.getpeername()) if port_of(sock.getsockname()) == local_port else ""
+
+    return borrow(descriptor, look, "")
+
+
+def _shown(peer: object) -> str:
+    if not isinstance(peer, tuple):
+        return "local"
+    host, port = peer[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def port_of(address: object) -> object:

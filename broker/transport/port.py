@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import errno
 import os
 import time
 from collections.abc import Callable, Container
@@ -12,13 +14,17 @@ import zmq
 from broker.core import BadBytes, BrokerConfig, ConnectionLost, Event, Moving, Received, Send, Side
 from broker.errors import BrokerError
 from broker.protocol import RemoteProtocolError, VersionMismatchError, decode
-from broker.transport.connections import Allowance, Connection, Connections, cut
+from broker.transport.connections import Allowance, Connection, Connections, cut, peer_address
 from broker.transport.local import LocalPath
 from broker.transport.sockets import HANDSHAKE_FAILED, Curve, Monitor, configure, receive
 
 #: Messages taken from one socket before the other gets a turn, and the time for it: a list of 4,000
 #: requests takes 50 ms to read.
 _BATCH, _BATCH_S = 64, 0.02
+#: Failed handshakes whose connections are not gone yet.
+_MAX_BROKEN = 64
+#: The peer has closed its connection: before it said who it is, as probes of TCP ports do.
+_HUNG_UP = (0, errno.EPIPE, errno.ECONNRESET)
 #: How often strangers are looked at, while there are any connections.
 _SWEEP_S = 0.2
 #: What a frame takes on the wire beside its bytes, at the most: ZMTP's 9 bytes, CURVE's 33.
@@ -54,6 +60,8 @@ class Port:
         self._silent_s = 2 * config.heartbeat_s
         self.next_sweep: float | None = None
         self._events: list[Event] = []
+        #: why handshakes have failed, in the order in which their connections will be gone
+        self._broken: collections.deque[str] = collections.deque(maxlen=_MAX_BROKEN)
         self.socket = context.socket(zmq.ROUTER)
         configure(self.socket, config.limits, curve)
         self.socket.router_mandatory = True
@@ -133,12 +141,25 @@ class Port:
     def _read_monitor(self, now: float) -> None:
         for event, value in self.monitor.read():
             if event == zmq.EVENT_ACCEPTED:
-                self.connections.accepted(value, now)
+                self.connections.accepted(value, now, peer_address(value, self._own_port))
                 self.next_sweep = self.next_sweep or now + _SWEEP_S
             elif event == zmq.EVENT_DISCONNECTED:
-                self._lost(self.connections.closed(value))
-            else:
-                self._note("handshake_failed", side=self.side.value, why=_handshake(event, value))
+                connection = self.connections.closed(value)
+                if self._broken and (connection is None or not connection.name):
+                    self._note_broken(self._broken.popleft(), connection)
+                self._lost(connection)
+            else:  # of which connection the next tells that is gone without a word
+                self._broken.append(_handshake(event, value))
+
+    def _note_broken(self, why: str, connection: Connection | None) -> None:
+        if why:
+            address = connection.address if connection is not None else ""
+            self._note("handshake_failed", side=self.side.value, address=address, why=why)
+
+    def address_of(self, name: bytes) -> str:
+        """The address of a connection's peer, or "" where there is none."""
+        connection = self.connections.named(name)
+        return connection.address if connection is not None else ""
 
     def _receive(self, name: bytes, frames: list[zmq.Frame], nbytes: int, now: float) -> None:
         connection = self._connection(name, frames, now)
@@ -216,10 +237,11 @@ def _allowance(side: Side, config: BrokerConfig) -> Allowance:
 
 
 def _handshake(event: int, value: int) -> str:
+    """Why a handshake failed; nothing where the peer merely hung up."""
     if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
         return "the key is not allowed here"
     if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-        return os.strerror(value) if value else "broken off"
+        return "" if value in _HUNG_UP else os.strerror(value)
     if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
         return "one side has keys and the other has none (--key)"
     if value == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:

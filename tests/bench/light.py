@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import zmq
 from broker.protocol import Packet, RemoteProtocolError, decode, encode, payload_hash
 from broker.protocol import messages as m
 from broker.protocol.limits import Limits
+from broker.protocol.names import new_incarnation
 from broker.transport.sockets import configure
 
 MODEL = m.ModelDescription(
@@ -65,7 +65,7 @@ class LightClient:
             self.socket = where
         self.welcome = False
         self._name = name
-        self._incarnation = time.time_ns()
+        self._incarnation = new_incarnation()
         self._number = 0
         self._spoke_at = self._beat_at = 0.0
         self._send(m.ClientHello(name, self._incarnation, "", 0))

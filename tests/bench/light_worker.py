@@ -13,6 +13,7 @@ import zmq
 
 from broker.protocol import encode
 from broker.protocol import messages as m
+from broker.protocol.names import new_incarnation
 from tests.bench.light import MODEL, dealer, packets, reply_to
 
 #: As many as are ever asked for at once here, so that the broker never waits for a credit.
@@ -25,7 +26,7 @@ def main(broker: str, direct: str) -> None:
     attached, bound = dealer(context), dealer(context)
     attached.connect(broker)
     bound.bind(direct)
-    hello = encode(m.WorkerHello("light", time.time_ns(), MODEL, _CREDITS, ()))
+    hello = encode(m.WorkerHello("light", new_incarnation(), MODEL, _CREDITS, ()))
     attached.send_multipart(hello.frames)
     poller = zmq.Poller()
     poller.register(attached, zmq.POLLIN)

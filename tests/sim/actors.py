@@ -55,7 +55,7 @@ class WorkerProcess(PeerProcess):
         super().__init__(world, name, life)
         self.core = WorkerCore(
             name,
-            life,
+            self.incarnation,
             _description(serves),
             world.endpoints,
             self.now,
@@ -178,7 +178,7 @@ class ClientProcess(PeerProcess):
         super().__init__(world, name, life)
         config = ClientConfig(resend_s=resend_s, resend_max_s=2 * resend_s)
         self.core = ClientCore(
-            name, life, world.endpoints, self.now, job=job, rank=0, config=config
+            name, self.incarnation, world.endpoints, self.now, job=job, rank=0, config=config
         )
         self._number = 0
         self.open(world.endpoints)
@@ -198,7 +198,7 @@ class ClientProcess(PeerProcess):
     ) -> Ask:
         self._number += 1
         request = m.Request(
-            m.RequestId(self.name, self.life, self._number),
+            m.RequestId(self.name, self.incarnation, self._number),
             "generate",
             model,
             step,

@@ -126,9 +126,15 @@ def crash(world: World, who: str, down_s: float, quietly: bool) -> None:
 
 
 def twin(world: World, who: str) -> None:
-    """A second process with the same name starts while the first still runs."""
+    """A second process with the same name starts while the first still runs.
+
+    Not before every broker has welcomed the first: who comes first is the only thing that can tell
+    which of the two is the newer.
+    """
     process = world.process(who)
-    if isinstance(process, PeerProcess):
+    if isinstance(process, PeerProcess) and all(
+        link.broker for link in process.core.links.values()
+    ):
         world.leftovers.append(process)
         world.saw("twin")
         world.start(who)

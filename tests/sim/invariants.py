@@ -69,7 +69,7 @@ class Invariants:
                 continue
             owner = connection.socket.owner
             require(
-                (owner.name, owner.life) == (session.id, session.incarnation),
+                (owner.name, owner.incarnation) == (session.id, session.incarnation),
                 "stolen session",
                 broker,
                 "has the session of",
@@ -77,7 +77,7 @@ class Invariants:
                 session.incarnation,
                 "on the connection of",
                 owner.name,
-                owner.life,
+                owner.incarnation,
             )
 
     def _broker_sends(self, broker: BrokerProcess, event: Any, actions: list[Any]) -> None:
@@ -106,7 +106,7 @@ class Invariants:
             owner = connection.socket.owner
             if isinstance(message, (m.Reply, m.Failure)):
                 require(
-                    (message.id.client, message.id.incarnation) == (owner.name, owner.life),
+                    (message.id.client, message.id.incarnation) == (owner.name, owner.incarnation),
                     "answer to a stranger",
                     broker,
                     "sends the answer to",

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from broker.core import BrokerCore
+from broker.core import BrokerCore, fencing
 from broker.core.clients import Clients
+from broker.core.fencing import is_older
 from broker.core.held import HeldAnswers
 from broker.core.requests import Requests
 from broker.peer.link import Link
@@ -72,7 +73,7 @@ def _accepts_stale(registry: str, hello: type, name: str) -> Iterator[None]:
     def as_new(core: Any, event: Any) -> Any:
         message = heard(event, hello)
         session = getattr(core, registry).get(getattr(message, name)) if message else None
-        if session is None or session.incarnation <= message.incarnation:
+        if session is None or not is_older(message, session, core.incarnation):
             return event
         return with_message(event, incarnation=session.incarnation)
 
@@ -88,6 +89,30 @@ def broker_accepts_a_stale_client() -> Iterator[None]:
 @mutation
 def broker_accepts_a_stale_worker() -> Iterator[None]:
     yield from _accepts_stale("workers", m.WorkerHello, "worker")
+
+
+@mutation
+def broker_takes_the_higher_incarnation_for_the_newer() -> Iterator[None]:
+    def by_clock(_: Any) -> Any:
+        return lambda hello, session, broker: hello.incarnation < session.incarnation
+
+    with instead(fencing, "is_older", by_clock):
+        yield
+
+
+@mutation
+def broker_takes_whoever_comes_last_for_the_newer() -> Iterator[None]:
+    with instead(fencing, "is_older", lambda _: lambda hello, session, broker: False):
+        yield
+
+
+@mutation
+def peers_forget_their_numbers() -> Iterator[None]:
+    def unnumbered(core: Any, event: Any) -> Any:
+        return with_message(event, number=0) if heard(event, m.Welcome) else event
+
+    with hearing(ClientCore, unnumbered), hearing(WorkerCore, unnumbered):
+        yield
 
 
 @mutation

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 #: What a peer that leaves has said may take so long on its way.
 LINGER_S = 2.0
+#: The lives of a peer have incarnations that go down from here, as if a clock were set back before
+#: each start: nothing may be learned from their order.
+FIRST_INCARNATION = 1000
 #: What ``poll`` rounds a wait up to.
 _POLL_S = 0.001
 
@@ -39,6 +42,7 @@ class Process:
         self.world = world
         self.name = name
         self.life = life
+        self.incarnation = FIRST_INCARNATION + 1 - life
         self.alive = True
         self.stopped = False
         self._inbox: list[Any] = []

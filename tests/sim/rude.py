@@ -15,6 +15,7 @@ from broker.core import BadBytes, ConnectionLost, Moving, Received, Side
 from broker.protocol import LocalProtocolError, Packet, RemoteProtocolError, decode, encode
 from broker.protocol import messages as m
 from tests.broker.core.rig import mapping_offer, model
+from tests.sim.peers import FIRST_INCARNATION
 
 if TYPE_CHECKING:
     from tests.sim.peers import BrokerProcess
@@ -166,19 +167,24 @@ class Crowd:
     def _hello(self, side: Side, name: str) -> tuple[m.Message, list[bytes]]:
         rng = self.rng
         life = rng.choice((1, 1, 2, 3, 1 << 40))
+        number = rng.choice(
+            (None, None, None, m.Admission(rng.choice(("b1.1", "", "other")), rng.choice(_NUMBERS)))
+        )
         if side is Side.CLIENT:
             job = rng.choice(("", "job", f"job{rng.randrange(1000)}", rng.choice(_ANY_NAME)))
-            return m.ClientHello(name, life, job, rng.choice(_NUMBERS)), []
+            return m.ClientHello(name, life, job, rng.choice(_NUMBERS), number), []
         held = tuple(self._id() for _ in range(rng.choice((0, 0, 1, 3, 20))))
         serves = model(rng.choice(MODELS), fingerprint=rng.choice(("f0", "f0", "f1", "g" * 5000)))
-        return m.WorkerHello(name, life, serves, rng.choice((1, 2, 8, 0, 1 << 40)), held), []
+        return m.WorkerHello(
+            name, life, serves, rng.choice((1, 2, 8, 0, 1 << 40)), held, number
+        ), []
 
     def _id(self) -> m.RequestId:
         rng = self.rng
         if self.asked and rng.random() < 0.3:
             return rng.choice(self.asked)[1]
         if rng.random() < 0.2:  # one of the honest client's
-            return m.RequestId("c1", 1, rng.randrange(1, 13))
+            return m.RequestId("c1", FIRST_INCARNATION, rng.randrange(1, 13))
         return m.RequestId(rng.choice(_ANY_NAME[:6]), rng.choice((1, 1, 2)), rng.randrange(20))
 
     def _request(self) -> tuple[m.Message, list[bytes]]:

@@ -109,8 +109,15 @@ class Ledger:
         self.client = client
         self.incarnation = incarnation
         self.config = config or ClientConfig()
-        hello = m.ClientHello(client, incarnation, job or client, rank)
-        self.links = {endpoint: Link(endpoint, lambda: hello, now, note) for endpoint in endpoints}
+
+        def hello_for(endpoint: str) -> Callable[[], m.ClientHello]:
+            return lambda: m.ClientHello(
+                client, incarnation, job or client, rank, self.links[endpoint].admission
+            )
+
+        self.links = {
+            endpoint: Link(endpoint, hello_for(endpoint), now, note) for endpoint in endpoints
+        }
         self._numbers = itertools.count(1)
         #: every unfinished request, in order of submission
         self.tickets: OrderedDict[m.RequestId, Ticket] = OrderedDict()

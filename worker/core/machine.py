@@ -309,7 +309,12 @@ class WorkerCore:
                 request_id for request_id, held in self.held.items() if endpoint in held.endpoints
             )
             return m.WorkerHello(
-                self.worker, self.incarnation, self.description, self.credits, held
+                self.worker,
+                self.incarnation,
+                self.description,
+                self.credits,
+                held,
+                self.links[endpoint].admission,
             )
 
         return hello

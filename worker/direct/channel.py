@@ -62,6 +62,8 @@ class Failed:
 
     epoch: int
     why: str
+    #: nothing was under way: the other end has left, as ends do
+    at_rest: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,19 +243,20 @@ class Channel:
             self.transfers += 1
             self.receiving = None
         elif isinstance(event, Failed):
-            self._failed(event.why, now)
+            self._failed(event, now)
         elif isinstance(event, GiveUp):
             self.why = f"on the wire after {self.failures} failures in a row: {event.why}"
             self._log("warning", "channel_given_up", failures=self.failures, why=event.why)
         elif isinstance(event, Close):
             self.why = event.why
 
-    def _failed(self, why: str, now: float) -> None:
-        self.why = why
+    def _failed(self, event: Failed, now: float) -> None:
+        self.why = why = event.why
         wait_s = self.config.backoff_s * 2.0 ** min(self.failures, 30)
         self.failures += 1
         self.retry_at = now + min(wait_s, self.config.backoff_max_s)
-        self._log("warning", "channel_broken", epoch=self.epoch, why=why, failures=self.failures)
+        level = "info" if event.at_rest else "warning"
+        self._log(level, "channel_broken", epoch=self.epoch, why=why, failures=self.failures)
         if self.failures >= self.config.max_failures:
             self._move(GiveUp(self.epoch, why), now)
 

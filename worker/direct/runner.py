@@ -141,7 +141,7 @@ class Runner:
                 self.tell(Tick(self.core.epoch))
                 if self._backend is not None and self._backend.gone:
                     self._let_go(self._epoch)
-                    self.tell(Failed(self._epoch, "the other end is gone"))
+                    self.tell(Failed(self._epoch, "the other end is gone", at_rest=True))
 
     def _join(self, epoch: int) -> None:
         self._let_go(self._epoch)

@@ -41,6 +41,8 @@ class _Peer:
     incarnation: int
     #: what both ends can do, best first; the first is in use, and leaves when it is given up
     backends: list[str]
+    #: the life that this one followed: what comes late of that is not sent directly any more
+    former: int | None = None
     runner: Runner | None = None
     invitation: m.Invitation | None = None
 
@@ -72,8 +74,8 @@ class Sender:
         if request.direct is None or nbytes < self.config.min_bytes or not self.choice.backends:
             return Plan()
         peer = self._peer(request.id, request.direct)
-        runner = self._runner(request.id.client, peer)
-        if runner is None:
+        runner = None if peer is None else self._runner(request.id.client, peer)
+        if peer is None or runner is None:
             return Plan()
         room = self._staged_bytes + nbytes <= self.config.max_staged_bytes
         if room and (taken := runner.take_seq()) is not None:
@@ -128,15 +130,19 @@ class Sender:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _peer(self, request: m.RequestId, offer: m.DirectOffer) -> _Peer:
+    def _peer(self, request: m.RequestId, offer: m.DirectOffer) -> _Peer | None:
         peer = self._peers.get(request.client)
-        if peer is None or peer.incarnation < request.incarnation:
+        if peer is not None and peer.former == request.incarnation:
+            return None
+        if peer is None or peer.incarnation != request.incarnation:
             self._drop(request.client, "a newer life of the client")
             self._drop_idle()
             common = [name for name in self.choice.backends if name in offer.backends]
             if offer.host != host_id() or not offer.host:
                 common = [name for name in common if name not in ON_ONE_HOST]
-            peer = self._peers[request.client] = _Peer(request.incarnation, common)
+            peer = self._peers[request.client] = _Peer(
+                request.incarnation, common, peer.incarnation if peer is not None else None
+            )
         return peer
 
     def _runner(self, client: str, peer: _Peer) -> Runner | None:
