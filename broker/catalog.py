@@ -248,6 +248,10 @@ EVENTS = {
         ),
         "trace_without_broker": Known("The broker could not be asked for its part of the trace."),
         "step": Known("How far the run is."),
+        "tokenizing": Known("The data is read for the first time; later starts find its tokens."),
+        "tokenized_elsewhere": Known(
+            "Another process of this node reads the same data; this one waits for its tokens."
+        ),
         "samples_left_out": Known(
             "A loss or gradient was not finite and `--skip-non-finite` allows that.",
             "Look at the samples that are named.",

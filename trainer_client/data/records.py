@@ -129,7 +129,7 @@ def _tokens(origin: str, row: Mapping[str, Any]) -> Tokens:
         mask = [1] * len(ids)
     for name, values in (("input_ids", ids), ("loss_mask", mask)):
         whole = isinstance(values, list) and all(
-            isinstance(each, int) and 0 <= each < 1 << 32 for each in values
+            isinstance(each, int) and 0 <= each < 1 << 31 for each in values
         )
         if not whole or not values:
             said = f'{origin}: "{name}" must be a list of whole numbers that is not empty'

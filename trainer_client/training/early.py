@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from trainer_client.data.files import BadLine, read_records
+from trainer_client.data.files import BadLine, blocks
 from trainer_client.data.records import understand
+from trainer_client.data.sources import files_of
 from trainer_client.training.place import look
 from trainer_client.training.settings import TrainSettings
+
+#: Of each file: what is wrong with a file is mostly wrong with its beginning.
+_LOOKED_AT_BYTES = 16 << 20
 
 
 def look_first(settings: TrainSettings) -> None:
     """See that there is a place for the run, and that its data can be understood.
 
-    Without the target's tokenizer, so before a worker is waited for. Raises
+    Without the target's tokenizer, so before a worker is waited for; of a large file only the
+    beginning, for all of it is read when its tokens are made. Raises
     :class:`trainer_client.errors.DataError` with the first line that is wrong, unless such lines
     are to be skipped, and :class:`trainer_client.training.identity.RunError`.
     """
     look(settings.output, resume=settings.resume)
-    for record in read_records(settings.data):
-        try:
-            if isinstance(record, BadLine):
-                raise record
-            understand(record)
-        except BadLine:
-            if not settings.skip_bad_lines:
-                raise
+    settings.reading(0)
+    for file in files_of(settings.data):
+        for block in blocks(file):
+            for record in block.records():
+                try:
+                    if isinstance(record, BadLine):
+                        raise record
+                    understand(record)
+                except BadLine:
+                    if not settings.skip_bad_lines:
+                        raise
+            if block.position > _LOOKED_AT_BYTES:
+                break

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,11 +40,13 @@ FREE = (
     "log_to",
 )
 #: What a run was before it was written down.
-_BEFORE = {"draft": "eagle3"}
+_BEFORE = {"draft": "eagle3", "chat_template": "", "chat_template_args": []}
 #: What is written down for people, and compared by nobody when a run is resumed.
 _TOLD = ("versions", "ranks", "files", "settings", "total_steps", "skip_non_finite")
 #: What decides which tokens are trained: where those are the same it does not matter.
-_OF_DATA = ("max_length", "loss_on", "skip_bad_lines")
+_OF_DATA = ("max_length", "loss_on", "skip_bad_lines", "chat_template", "chat_template_args")
+#: Patience with a rank whose node reads the data for the first time.
+_TOKENIZING = timedelta(days=2)
 #: What may differ between the ranks of one run: each may have its own copy of the data.
 _OF_ONE_RANK = ("files", "settings")
 
@@ -143,7 +146,9 @@ def agree(
         mine = {"error": str(error) if error else "", "made": dict(shown(made)) if made else {}}
         everyone: list[Any] = [None] * world
         with summing():
-            dist.all_gather_object(everyone, mine)
+            # of its own: one node may find its data tokenized, and another take hours for it
+            patient = dist.new_group(backend="gloo", timeout=_TOKENIZING)
+            dist.all_gather_object(everyone, mine, group=patient)
         if error is None:
             _refuse_others(rank, everyone)
     if error is not None:
@@ -172,15 +177,6 @@ def _refuse_others(rank: int, everyone: list[dict[str, Any]]) -> None:
             raise RunError(
                 f"the ranks would not train the same: {said}; give all the same files and options"
             )
-
-
-def content_hash(path: Path) -> str:
-    """A hash of a file's bytes."""
-    content = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

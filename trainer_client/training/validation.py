@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from trainer_client.data.samples import taking
 from trainer_client.eagle3.unroll import Eagle3Unroll, simulated_accept_length
 from trainer_client.targets.batch import LmHeadRows, TargetBackend
 from trainer_client.training.data import Dataset, Sample, collate
@@ -20,20 +22,22 @@ from trainer_client.training.ranks import Ranks, added_up
 BEST = "best.json"
 
 
-def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, list[Sample]]:
+def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Sequence[Sample]]:
     """Take a share of the samples, one at least, out of a data set; seed alone says which."""
     count = min(len(dataset.samples) - 1, max(1, round(share * len(dataset.samples))))
     order = torch.randperm(len(dataset.samples), generator=torch.Generator().manual_seed(seed))
-    held = set(order[:count].tolist())
-    kept = [sample for number, sample in enumerate(dataset.samples) if number not in held]
-    return replace(dataset, samples=kept), [dataset.samples[number] for number in sorted(held)]
+    held = order[:count].sort().values.numpy()
+    kept = np.setdiff1d(np.arange(len(dataset.samples)), held, assume_unique=True)
+    return replace(dataset, samples=taking(dataset.samples, kept), noted=None), taking(
+        dataset.samples, held
+    )
 
 
 @torch.no_grad()
 def measure(
     unroll: Eagle3Unroll,
     backend: TargetBackend,
-    samples: list[Sample],
+    samples: Sequence[Sample],
     *,
     ranks: Ranks,
     batch_size: int,
