@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import click
 from broker import logs
 from trainer_client.commands.tokenizer import load_tokenizer, served_tokenizer
 from trainer_client.commands.train import HELP
+from trainer_client.data import cache as tokens
 from trainer_client.data.reading import template_options
 from trainer_client.targets.remote import RemoteEagle3TargetModel
 from trainer_client.training.data import Options, Sample
@@ -138,3 +140,26 @@ def _plain(found: DataReport, tokenizer: Any) -> dict[str, Any]:
         for sample in found.shown
     ]
     return plain
+
+
+@data.command(
+    epilog="""\b
+Example:
+  draftmq data cache --clear"""
+)
+@click.option("--clear", is_flag=True, help="Remove all that no process uses right now.")
+@logs.options
+def cache(clear: bool) -> None:
+    """Show the token cache: what lies in it, the least recently used first.
+
+    It lies in DRAFTMQ_DATA_CACHE, and keeps DRAFTMQ_DATA_CACHE_GIB (64) of what nobody uses.
+    """
+    if clear:
+        gone = tokens.clean()
+        click.echo(f"{len(gone)} removed, {sum(entry.nbytes for entry in gone) / 2**20:,.1f} MiB")
+        return
+    click.echo(f"{tokens.directory()}")
+    for entry in tokens.listed():
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_at))
+        size = f"{entry.nbytes / 2**20:,.1f} MiB"
+        click.echo(f"{used}  {size:>12}  {entry.tokens:,} tokens  {', '.join(entry.files)}")

@@ -39,6 +39,7 @@ class Built:
     """What was written, and all that is known of it."""
 
     files: tuple[File, ...]
+    n_samples: int
     known: Known
     truncated: int
     without_loss: int
@@ -94,7 +95,8 @@ def build(
             f"{options.max_length} tokens{said}); give more data or a larger --max-length"
         )
     known = Known(tally.digest, tally.counts, tally.n_tokens, tally.supervised)
-    return Built(source.found(), known, truncated, without_loss, dict(left_out), dict(kinds))
+    counts = truncated, without_loss, dict(left_out), dict(kinds)
+    return Built(source.found(), n_samples, known, *counts)
 
 
 class _Source:

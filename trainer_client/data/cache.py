@@ -153,20 +153,20 @@ def _open(entry: Path, paths: Sequence[str]) -> Dataset | None:
         counts = np.load(entry / _COUNTS)
         words = np.memmap(entry / _WORDS, WORD, "r")
         entries = np.memmap(entry / _ENTRIES, ENTRY, "r")
-        if len(words) != facts["known"]["n_tokens"]:
+        if (len(entries), len(words)) != (facts["n_samples"], facts["known"]["n_tokens"]):
             raise ValueError("it was cut")
         files = tuple(
             File(path, each["kind"]) for path, each in zip(paths, facts["files"], strict=True)
         )
         known = Known(**facts["known"], counts=counts)
-        rest = (facts[name] for name in ("truncated", "without_loss", "left_out", "kinds"))
+        rest = [facts[name] for name in ("truncated", "without_loss", "left_out", "kinds")]
         with contextlib.suppress(OSError):  # a cache of somebody else's, which may be read
             os.utime(entry)  # the least recently used are cleaned away first
     except (OSError, ValueError, KeyError, TypeError):
         os.close(held)
         return None
     weakref.finalize(words, os.close, held)
-    return Built(files, known, *rest).dataset(words, entries)
+    return Built(files, facts["n_samples"], known, *rest).dataset(words, entries)
 
 
 @contextlib.contextmanager
