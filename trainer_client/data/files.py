@@ -116,26 +116,37 @@ def blocks(path: Path) -> Iterator[Block]:
 # -- what a file is -------------------------------------------------------------------------------
 
 
-def _zstd(raw: BinaryIO) -> BinaryIO:
-    zstandard = needed("zstandard", "files packed with zstd")
-    stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    return io.BufferedReader(_Zstd(stream))
-
-
 class _Zstd(io.RawIOBase):
-    """Bytes of a zstd file, with the library's error as the one that other packers raise."""
+    """The content of a zstd file, of one frame or several; a file that was cut is an error."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, raw: BinaryIO) -> None:
+        library = needed("zstandard", "files packed with zstd")
+        self._raw, self._error = raw, library.ZstdError
+        self._begin = library.ZstdDecompressor().decompressobj
+        self._frame = self._begin()
+        self._inside, self._ready = False, b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        try:
-            return int(self._stream.readinto(buffer))
-        except Exception as error:  # zstandard.ZstdError, of a library that may be missing
-            raise OSError(f"damaged zstd data: {error}") from None
+        while not self._ready:
+            octets = (self._frame.unused_data if self._frame.eof else b"") or self._raw.read(_HEAD)
+            if not octets and self._inside:
+                raise EOFError("its last zstd frame has no end")
+            if not octets:
+                return 0
+            if self._frame.eof:
+                self._frame = self._begin()
+            try:
+                self._ready = self._frame.decompress(octets)
+            except self._error as error:
+                raise OSError(f"damaged zstd data: {error}") from None
+            self._inside = not self._frame.eof
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
 
 
 #: The first bytes of packed files, and what opens them.
@@ -143,7 +154,7 @@ _PACKED: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
     b"\xfd7zXZ\0": lzma.LZMAFile,
     b"BZh": bz2.BZ2File,
-    b"\x28\xb5\x2f\xfd": _zstd,
+    b"\x28\xb5\x2f\xfd": _Zstd,
 }
 _OTHER_ENCODINGS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 

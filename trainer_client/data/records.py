@@ -66,6 +66,8 @@ def understand(record: Record) -> Text | Tokens | Chat:
     value, origin = record.value, record.origin
     if isinstance(value, str):
         return Text(value)
+    if isinstance(value, list) and value and all(map(_is_message, value)):
+        value = {"messages": value}
     if not isinstance(value, dict):
         raise _wrong_shape(origin)
     row = {name: each for name, each in value.items() if each is not None}
@@ -80,12 +82,25 @@ def understand(record: Record) -> Text | Tokens | Chat:
         return _tokens(origin, row)
     if there == ["prompt"]:
         return _prompt(origin, row)
-    said = row[there[0]]
+    said = _rows(row[there[0]])
     if isinstance(row.get("system"), str) and isinstance(said, list) and said:
         first = said[0] if isinstance(said[0], dict) else {}
         if row["system"] and first.get("role", first.get("from")) != "system":
             said = [{"role": "system", "content": row["system"]}, *said]
     return _chat(origin, said, row.get("tools"))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
+def _rows(columns: Any) -> Any:
+    """A list of objects, also where a table has it as columns (``{"role": [...], ...}``)."""
+    if not isinstance(columns, dict) or not all(isinstance(c, list) for c in columns.values()):
+        return columns
+    if len({len(column) for column in columns.values()}) != 1:
+        return columns
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _wrong_shape(origin: str) -> BadLine:

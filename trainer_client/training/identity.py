@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,8 +44,6 @@ _BEFORE = {"draft": "eagle3", "chat_template": "", "chat_template_args": []}
 _TOLD = ("versions", "ranks", "files", "settings", "total_steps", "skip_non_finite")
 #: What decides which tokens are trained: where those are the same it does not matter.
 _OF_DATA = ("max_length", "loss_on", "skip_bad_lines", "chat_template", "chat_template_args")
-#: Patience with a rank whose node reads the data for the first time.
-_TOKENIZING = timedelta(days=2)
 #: What may differ between the ranks of one run: each may have its own copy of the data.
 _OF_ONE_RANK = ("files", "settings")
 
@@ -146,9 +143,7 @@ def agree(
         mine = {"error": str(error) if error else "", "made": dict(shown(made)) if made else {}}
         everyone: list[Any] = [None] * world
         with summing():
-            # of its own: one node may find its data tokenized, and another take hours for it
-            patient = dist.new_group(backend="gloo", timeout=_TOKENIZING)
-            dist.all_gather_object(everyone, mine, group=patient)
+            dist.all_gather_object(everyone, mine)
         if error is None:
             _refuse_others(rank, everyone)
     if error is not None:

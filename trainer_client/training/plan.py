@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from trainer_client.training.data import Dataset, Sample, Schedule, stored_datas
 from trainer_client.training.place import Found, look
 from trainer_client.training.ranks import Ranks
 from trainer_client.training.settings import TrainSettings
+from trainer_client.training.stopping import Stopped
 from trainer_client.training.validation import hold_out
 from trainer_client.training.vocab import always_known, frequent_tokens, token_counts
 from worker.supervision.mapping import VocabMapping
@@ -111,20 +113,23 @@ def agreed_plan(
     :class:`trainer_client.training.identity.RunError` where ranks differ.
     """
     found = ranks.told_by_first(lambda: look(settings.output, resume=settings.resume))
-    plan = identity.agree(
-        ranks.rank,
-        ranks.world_size,
-        lambda: make_plan(
-            settings,
-            backend,
-            tokenizer,
-            ranks,
-            found.identity,
-            selected_token_ids=found.selected_token_ids,
-            done=found.step,
-        ),
-        lambda plan: plan.identity,
-    )
+
+    def make() -> Plan:
+        try:
+            return make_plan(
+                settings,
+                backend,
+                tokenizer,
+                ranks,
+                found.identity,
+                selected_token_ids=found.selected_token_ids,
+                done=found.step,
+            )
+        finally:
+            if not isinstance(sys.exception(), Stopped):
+                ranks.wait_for_slow()
+
+    plan = identity.agree(ranks.rank, ranks.world_size, make, lambda plan: plan.identity)
     return found, plan
 
 
