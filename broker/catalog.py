@@ -249,6 +249,7 @@ EVENTS = {
         "trace_without_broker": Known("The broker could not be asked for its part of the trace."),
         "step": Known("How far the run is."),
         "tokenizing": Known("The data is read for the first time; later starts find its tokens."),
+        "regenerating": Known("How far `draftmq data regenerate` is."),
         "tokenized_elsewhere": Known(
             "Another process of this node reads the same data; this one waits for its tokens."
         ),

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from broker import logs
+from trainer_client.commands.regenerate import regenerate
 from trainer_client.commands.tokenizer import load_tokenizer, served_tokenizer
 from trainer_client.commands.train import HELP
 from trainer_client.data import cache as tokens
@@ -163,3 +164,6 @@ def cache(clear: bool) -> None:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_at))
         size = f"{entry.nbytes / 2**20:,.1f} MiB"
         click.echo(f"{used}  {size:>12}  {entry.tokens:,} tokens  {', '.join(entry.files)}")
+
+
+data.add_command(regenerate)

@@ -61,8 +61,11 @@ class Chat:
     weights: list[float] = field(default_factory=list)
 
 
-def understand(record: Record) -> Text | Tokens | Chat:
-    """What a record is. Raises :class:`BadLine` that says what is wrong, and where."""
+def understand(record: Record, *, may_lack_answers: bool = False) -> Text | Tokens | Chat:
+    """What a record is. Raises :class:`BadLine` that says what is wrong, and where.
+
+    With ``may_lack_answers`` a prompt alone, or a conversation that nobody answers, is one too.
+    """
     value, origin = record.value, record.origin
     if isinstance(value, str):
         return Text(value)
@@ -72,6 +75,10 @@ def understand(record: Record) -> Text | Tokens | Chat:
         raise _wrong_shape(origin)
     row = {name: each for name, each in value.items() if each is not None}
     there = [name for name in _SHAPES if name in row]
+    if may_lack_answers and there == ["prompt"] and isinstance(row["prompt"], str):
+        row.setdefault("completion", "?")  # which is asked for
+    if may_lack_answers and there == ["prompt"] and isinstance(row["prompt"], list):
+        there, row["messages"] = ["messages"], row["prompt"]
     if "completion" not in row and "prompt" in there:
         there.remove("prompt")  # of data that keeps a conversation's first words beside it
     if len(there) != 1:
@@ -87,7 +94,7 @@ def understand(record: Record) -> Text | Tokens | Chat:
         first = said[0] if isinstance(said[0], dict) else {}
         if row["system"] and first.get("role", first.get("from")) != "system":
             said = [{"role": "system", "content": row["system"]}, *said]
-    return _chat(origin, said, row.get("tools"))
+    return _chat(origin, said, row.get("tools"), may_lack_answers=may_lack_answers)
 
 
 def _is_message(value: Any) -> bool:
@@ -166,7 +173,9 @@ def _prompt(origin: str, row: Mapping[str, Any]) -> Text | Chat:
     return Text(text, ((len(prompt), len(text)),))
 
 
-def _chat(origin: str, said: Any, tools: Any, loss_from: int = 0) -> Chat:
+def _chat(
+    origin: str, said: Any, tools: Any, *, loss_from: int = 0, may_lack_answers: bool = False
+) -> Chat:
     if not isinstance(said, list) or not said:
         raise BadLine(
             f'{origin}: "messages" must be a list that is not empty', "messages are no list"
@@ -176,7 +185,8 @@ def _chat(origin: str, said: Any, tools: Any, loss_from: int = 0) -> Chat:
         where = f"{origin}: message {number}"
         messages.append(_message(where, message))
         weights.append(_weight(where, message) if number > loss_from else 0.0)
-    if all(message["role"] != "assistant" for message in messages):
+    silent = all(message["role"] != "assistant" for message in messages)
+    if silent and not may_lack_answers:
         said = f"{origin} has no assistant turn, so there is nothing to learn from"
         raise BadLine(said, "no assistant turn")
     return Chat(messages, _listed(f"{origin}: its tools", "tools", tools) or None, weights)
