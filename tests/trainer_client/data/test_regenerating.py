@@ -230,7 +230,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, server: Server) -> None:
     data, output = write(tmp_path / "a.jsonl", 30), tmp_path / "own.jsonl"
     server.patience = 12
     options = [f"--endpoint={server.url}", "--model=target", f"--output={output}"]
-    program = "import sys; from broker.commands import main; main(sys.argv[1:])"
+    program = "from broker.commands import main; main()"
     command = [sys.executable, "-c", program, "data", "regenerate", str(data), *options]
     child = subprocess.Popen(
         [*command, "--concurrency=4"],
