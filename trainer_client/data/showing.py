@@ -20,11 +20,13 @@ class ReadingProgress:
     """
 
     def __init__(self, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
+        columns = [TextColumn("tokenizing"), BarColumn(), TimeRemainingColumn()]
         shown = TextColumn("{task.fields[shown]}")
-        self._bar = Bar(TextColumn("tokenizing"), BarColumn(), TimeRemainingColumn(), shown)
+        self._bar = Bar(*columns, shown, console=Console(stderr=True))
         self._bar.disable = quiet or not self._bar.console.is_terminal
         self._clock = clock
         self._began = self._said = clock()
