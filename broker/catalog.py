@@ -264,6 +264,11 @@ EVENTS = {
             "Held-out samples gave no finite numbers, and were not measured.",
             "Look at the samples that are named.",
         ),
+        "tokenizing": Known("The data is read for the first time; later starts find its tokens."),
+        "regenerating": Known("How far `draftmq data regenerate` is."),
+        "tokenized_elsewhere": Known(
+            "Another process of this node reads the same data; this one waits for its tokens."
+        ),
         "samples_left_out": Known(
             "A loss or gradient was not finite and `--skip-non-finite` allows that.",
             "Look at the samples that are named.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
@@ -12,6 +14,9 @@ import zmq
 from zmq.utils.garbage import gc as zero_copy  # pyzmq's own, one for the process
 
 torch.set_num_threads(1)
+#: Tests and what they start keep their tokens apart from this user's.
+_cache = tempfile.TemporaryDirectory(prefix="draftmq-tokens-")
+os.environ["DRAFTMQ_DATA_CACHE"] = _cache.name
 
 _contexts: weakref.WeakSet[zmq.Context] = weakref.WeakSet()
 _begin = zmq.Context.__init__

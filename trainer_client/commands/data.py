@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ from typing import Any
 import click
 
 from broker import logs
+from trainer_client.commands.regenerate import regenerate
 from trainer_client.commands.tokenizer import load_tokenizer, served_tokenizer
+from trainer_client.commands.train import HELP
+from trainer_client.data import cache as tokens
+from trainer_client.data.reading import template_options
 from trainer_client.targets.remote import RemoteEagle3TargetModel
-from trainer_client.training.data import Sample
+from trainer_client.training.data import Options, Sample
 from trainer_client.training.report import DataReport, report
 from trainer_client.training.settings import TrainSettings
 
@@ -32,33 +37,39 @@ def data() -> None:
 
 
 @data.command(epilog=_EXAMPLE)
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--tokenizer", help="Name or path of the target's tokenizer.")
 @click.option("--broker", multiple=True, help="Take the tokenizer of the model that it serves.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code of the tokenizer's own.")
 @click.option("--max-length", default=TrainSettings.max_length, show_default=True)
 @click.option("--loss-on", type=click.Choice(("all", "last")), default="all", show_default=True)
+@click.option("--chat-template", default="", help=HELP["chat_template"])
+@click.option("--chat-template-args", multiple=True, help=HELP["chat_template_args"])
 @click.option("--skip-bad-lines", is_flag=True, help="Count what cannot be used, and go on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @logs.options
 def check(
-    file: Path,
+    files: tuple[Path, ...],
     tokenizer: str | None,
     broker: tuple[str, ...],
     trust_remote_code: bool,
     max_length: int,
     loss_on: str,
+    chat_template: str,
+    chat_template_args: tuple[str, ...],
     skip_bad_lines: bool,
     as_json: bool,
 ) -> None:
-    """Read FILE as a training would, and say what would be learned from it.
+    """Read FILES as a training would, and say what would be learned from it.
 
     Exits 1 where nothing, or every token of a conversation, has loss.
     """
     if bool(tokenizer) == bool(broker):
         raise click.UsageError("give either --tokenizer or --broker")
     read = load_tokenizer(tokenizer or _served_tokenizer(broker), trust_remote_code)
-    found = report(file, read, max_length, skip_bad_lines=skip_bad_lines, loss_on=loss_on)
+    told = template_options(chat_template, chat_template_args)
+    options = Options(max_length, skip_bad_lines, loss_on, told)
+    found = report(files, read, options, quiet=as_json)
     if as_json:
         click.echo(json.dumps(_plain(found, read)))
     else:
@@ -130,3 +141,29 @@ def _plain(found: DataReport, tokenizer: Any) -> dict[str, Any]:
         for sample in found.shown
     ]
     return plain
+
+
+@data.command(
+    epilog="""\b
+Example:
+  draftmq data cache --clear"""
+)
+@click.option("--clear", is_flag=True, help="Remove all that no process uses right now.")
+@logs.options
+def cache(clear: bool) -> None:
+    """Show the token cache: what lies in it, the least recently used first.
+
+    It lies in DRAFTMQ_DATA_CACHE, and keeps DRAFTMQ_DATA_CACHE_GIB (64) of what nobody uses.
+    """
+    if clear:
+        gone = tokens.clean()
+        click.echo(f"{len(gone)} removed, {sum(entry.nbytes for entry in gone) / 2**20:,.1f} MiB")
+        return
+    click.echo(f"{tokens.directory()}")
+    for entry in tokens.listed():
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_at))
+        size = f"{entry.nbytes / 2**20:,.1f} MiB"
+        click.echo(f"{used}  {size:>12}  {entry.tokens:,} tokens  {', '.join(entry.files)}")
+
+
+data.add_command(regenerate)

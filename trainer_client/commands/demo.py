@@ -34,7 +34,11 @@ _START_S, _LEAVE_S = 60.0, 10.0
 
 def _environment() -> dict[str, str]:
     """This process's, without what is set for other clusters than the demo's."""
-    others = {name: value for name, value in os.environ.items() if not name.startswith("DRAFTMQ_")}
+    others = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("DRAFTMQ_") or name.startswith("DRAFTMQ_DATA_CACHE")
+    }
     return others | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -38,8 +38,8 @@ from worker.direct.config import DirectConfig
 
 _logger = logging.getLogger("draftmq.train")
 
-_HELP = {
-    "data": "JSON lines or an array: text, messages, conversations, ...; or plain text.",
+HELP = {
+    "data": "File, pattern or directory (JSON, parquet, text, Arrow); may be repeated.",
     "output": "Directory of the run: metrics, curves, checkpoints, the draft.",
     "epochs": "Passes over the data.",
     "max_steps": "End after so many steps (0: after the epochs).",
@@ -49,6 +49,8 @@ _HELP = {
     "skip_non_finite": "Samples with values that are not finite that may be left out.",
     "max_length": "Tokens of a sample; what is longer is cut, and counted.",
     "loss_on": "Assistant turns that have loss: all of them, or each conversation's last.",
+    "chat_template": "File with a chat template to use in the place of the tokenizer's.",
+    "chat_template_args": "What the template is told, name=value; may be repeated.",
     "skip_bad_lines": "Leave out records that cannot be used, and count them by reason.",
     "draft": "The family of the draft: its norms, and what the next depth reads.",
     "draft_vocab_size": "Tokens that the draft can emit: the most frequent in the data.",
@@ -82,6 +84,8 @@ class _Depth(click.ParamType):
 
 _TYPES = {
     "Path": click.Path(path_type=Path),
+    "Paths": click.Path(path_type=Path),
+    "Pairs": str,
     "int": int,
     "str": str,
     "float": float,
@@ -97,11 +101,12 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """One option for each field of :class:`TrainSettings`."""
     for field in reversed(fields(TrainSettings)):
         name = "--" + field.name.replace("_", "-")
-        options: dict[str, Any] = {"help": _HELP[field.name]}
+        options: dict[str, Any] = {"help": HELP[field.name]}
         if field.type == "bool":
             options["is_flag"] = True
         else:
             options["type"] = _TYPES[str(field.type)]
+            options["multiple"] = field.type in ("Paths", "Pairs")
         if field.default is MISSING:
             options["required"] = True
         else:

@@ -61,15 +61,24 @@ class Chat:
     weights: list[float] = field(default_factory=list)
 
 
-def understand(record: Record) -> Text | Tokens | Chat:
-    """What a record is. Raises :class:`BadLine` that says what is wrong, and where."""
+def understand(record: Record, *, may_lack_answers: bool = False) -> Text | Tokens | Chat:
+    """What a record is. Raises :class:`BadLine` that says what is wrong, and where.
+
+    With ``may_lack_answers`` a prompt alone, or a conversation that nobody answers, is one too.
+    """
     value, origin = record.value, record.origin
     if isinstance(value, str):
         return Text(value)
+    if isinstance(value, list) and value and all(map(_is_message, value)):
+        value = {"messages": value}
     if not isinstance(value, dict):
         raise _wrong_shape(origin)
     row = {name: each for name, each in value.items() if each is not None}
     there = [name for name in _SHAPES if name in row]
+    if may_lack_answers and there == ["prompt"] and isinstance(row["prompt"], str):
+        row.setdefault("completion", "?")  # which is asked for
+    if may_lack_answers and there == ["prompt"] and isinstance(row["prompt"], list):
+        there, row["messages"] = ["messages"], row["prompt"]
     if "completion" not in row and "prompt" in there:
         there.remove("prompt")  # of data that keeps a conversation's first words beside it
     if len(there) != 1:
@@ -80,12 +89,25 @@ def understand(record: Record) -> Text | Tokens | Chat:
         return _tokens(origin, row)
     if there == ["prompt"]:
         return _prompt(origin, row)
-    said = row[there[0]]
+    said = _rows(row[there[0]])
     if isinstance(row.get("system"), str) and isinstance(said, list) and said:
         first = said[0] if isinstance(said[0], dict) else {}
         if row["system"] and first.get("role", first.get("from")) != "system":
             said = [{"role": "system", "content": row["system"]}, *said]
-    return _chat(origin, said, row.get("tools"))
+    return _chat(origin, said, row.get("tools"), may_lack_answers=may_lack_answers)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
+def _rows(columns: Any) -> Any:
+    """A list of objects, also where a table has it as columns (``{"role": [...], ...}``)."""
+    if not isinstance(columns, dict) or not all(isinstance(c, list) for c in columns.values()):
+        return columns
+    if len({len(column) for column in columns.values()}) != 1:
+        return columns
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _wrong_shape(origin: str) -> BadLine:
@@ -129,7 +151,7 @@ def _tokens(origin: str, row: Mapping[str, Any]) -> Tokens:
         mask = [1] * len(ids)
     for name, values in (("input_ids", ids), ("loss_mask", mask)):
         whole = isinstance(values, list) and all(
-            isinstance(each, int) and 0 <= each < 1 << 32 for each in values
+            isinstance(each, int) and 0 <= each < 1 << 31 for each in values
         )
         if not whole or not values:
             said = f'{origin}: "{name}" must be a list of whole numbers that is not empty'
@@ -151,7 +173,9 @@ def _prompt(origin: str, row: Mapping[str, Any]) -> Text | Chat:
     return Text(text, ((len(prompt), len(text)),))
 
 
-def _chat(origin: str, said: Any, tools: Any, loss_from: int = 0) -> Chat:
+def _chat(
+    origin: str, said: Any, tools: Any, *, loss_from: int = 0, may_lack_answers: bool = False
+) -> Chat:
     if not isinstance(said, list) or not said:
         raise BadLine(
             f'{origin}: "messages" must be a list that is not empty', "messages are no list"
@@ -161,7 +185,8 @@ def _chat(origin: str, said: Any, tools: Any, loss_from: int = 0) -> Chat:
         where = f"{origin}: message {number}"
         messages.append(_message(where, message))
         weights.append(_weight(where, message) if number > loss_from else 0.0)
-    if all(message["role"] != "assistant" for message in messages):
+    silent = all(message["role"] != "assistant" for message in messages)
+    if silent and not may_lack_answers:
         said = f"{origin} has no assistant turn, so there is nothing to learn from"
         raise BadLine(said, "no assistant turn")
     return Chat(messages, _listed(f"{origin}: its tools", "tools", tools) or None, weights)

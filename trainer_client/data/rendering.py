@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer_client.data.files import BadLine
+from trainer_client.data.prefixes import Prefixes, prefixes
 from trainer_client.data.records import Chat
 
 #: Settings of generation prompts that templates know for answers without thinking.
@@ -68,12 +69,13 @@ class Renderer:
             raise BadLine(f"{origin} has no assistant turn with loss", "no turn with loss")
         if self._marked and (marked := self._by_marks(origin, chat, turns)):
             return [marked]
+        whole = self._render(origin, chat.messages, chat.tools)
+        every = self._prefixes(chat, whole) if len(turns) > 1 else None
         served = []
         for index in turns:
-            served.append(self._served(origin, chat, index))
+            served.append(self._served(origin, chat, index, every))
             if too_long(served[-1].text[: served[-1].said[0][0]]):
                 break
-        whole = self._render(origin, chat.messages, chat.tools)
         if all(whole.startswith(each.text[: each.said[-1][1]]) for each in served):
             return [Spans(whole, tuple(each.said[-1] for each in served))]
         return served
@@ -99,11 +101,21 @@ class Renderer:
         kept = tuple((begin, end) for begin, end in told if begin < end)
         return Spans(sound(origin, text), kept) if kept else None
 
-    def _served(self, origin: str, chat: Chat, index: int) -> Spans:
+    def _prefixes(self, chat: Chat, whole: str) -> Prefixes | None:
+        """All beginnings of a conversation at once, where the template permits it."""
+        names = getattr(self._tokenizer, "special_tokens_map", {})
+        known = {**names, **self._options} | ({"tools": chat.tools} if chat.tools else {})
+        found = prefixes(self._template, chat.messages, known, _VARIANTS)
+        return found if found is not None and found.whole == whole else None
+
+    def _served(self, origin: str, chat: Chat, index: int, every: Prefixes | None) -> Spans:
         """The turn at ``index`` with the history before it, as it is served."""
         before, message = chat.messages[:index], chat.messages[index]
-        text = self._render(origin, chat.messages[: index + 1], chat.tools)
-        prompts = list(self._prompts(before, chat.tools))
+        if every is not None:
+            text, prompts = every.text(index + 1), every.prompts(index)
+        else:
+            text = self._render(origin, chat.messages[: index + 1], chat.tools)
+            prompts = list(self._prompts(before, chat.tools))
         fitting = [prompt for prompt in prompts if text.startswith(prompt)]
         if fitting:
             begin = max(map(len, fitting))

@@ -3,57 +3,31 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
-from array import array
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer_client.data.files import BadLine, Record, read_records
-from trainer_client.data.records import Chat, Tokens, understand
-from trainer_client.data.rendering import Renderer, Spans, sound
-from trainer_client.data.tokens import Encoder
-from trainer_client.errors import DataError
+from trainer_client.data.building import in_memory
+from trainer_client.data.cache import cached
+from trainer_client.data.reading import Options
+from trainer_client.data.samples import Dataset, Sample
+from trainer_client.data.showing import ReadingProgress
+from trainer_client.data.sources import Given, files_of
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One sequence of tokens; the loss counts where ``loss_mask`` is 1."""
-
-    input_ids: tuple[int, ...]
-    loss_mask: tuple[int, ...]
-    origin: str  # file:line
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """All samples of a file, and what was cut or left out on the way."""
-
-    samples: list[Sample]
-    truncated: int
-    without_loss: int
-    #: records that were left out, by reason
-    left_out: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(len(sample.input_ids) for sample in self.samples)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """A hash of what is trained: all tokens and loss masks, in their order."""
-        content = hashlib.blake2b(digest_size=16)
-        for sample in self.samples:
-            content.update(len(sample.input_ids).to_bytes(8, "little"))
-            content.update(array("q", sample.input_ids).tobytes())
-            content.update(bytes(sample.loss_mask))
-        return content.hexdigest()
+__all__ = [
+    "Dataset",
+    "MicroBatch",
+    "Options",
+    "Sample",
+    "Schedule",
+    "collate",
+    "read_dataset",
+    "stored_dataset",
+]
 
 
 @dataclass(frozen=True)
@@ -67,7 +41,7 @@ class MicroBatch:
 
 
 def read_dataset(
-    path: Path,
+    given: Given,
     tokenizer: Any,
     max_length: int,
     *,
@@ -75,88 +49,25 @@ def read_dataset(
     loss_on: str = "all",
     template_options: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    """Read and tokenize a data file, whatever its format (:mod:`trainer_client.data.files`).
+    """Read and tokenize data files, whatever their format (:mod:`trainer_client.data.files`).
 
+    The samples are in memory and nowhere else; :func:`stored_dataset` is for data of any size.
     Raises :class:`DataError` with the first line that is wrong; with ``skip_bad_lines`` what is
     wrong is left out, and counted by reason.
     """
-    reader = _Reader(tokenizer, max_length, loss_on, template_options)
-    samples, truncated, without_loss = [], 0, 0
-    left_out: Counter[str] = Counter()
-    for record in read_records(path):
-        try:
-            if isinstance(record, BadLine):
-                raise record
-            found = reader.samples(record)
-        except BadLine as error:
-            if not skip_bad_lines:
-                raise
-            left_out[error.reason] += 1
-            continue
-        for sample in found:
-            if len(sample.input_ids) > max_length:
-                truncated += 1
-                ids, mask = sample.input_ids[:max_length], sample.loss_mask[:max_length]
-                sample = Sample(ids, mask, sample.origin)
-            if any(sample.loss_mask[1:]):  # the first token is never predicted
-                samples.append(sample)
-            else:
-                without_loss += 1
-    if not samples:
-        said = "".join(f", {count} {reason}" for reason, count in left_out.items())
-        raise DataError(
-            f"{path} has no sample with anything to learn from ({without_loss} had no loss within "
-            f"{max_length} tokens{said}); give more data or a larger --max-length"
-        )
-    return Dataset(samples, truncated, without_loss, dict(left_out))
+    options = Options(max_length, skip_bad_lines, loss_on, template_options)
+    return in_memory(files_of(given), tokenizer, options)
 
 
-class _Reader:
-    """Records to samples, for one tokenizer."""
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        max_length: int,
-        loss_on: str,
-        template_options: Mapping[str, Any] | None,
-    ) -> None:
-        self._encoder = Encoder(tokenizer)
-        self._renderer = Renderer(tokenizer, loss_on=loss_on, options=template_options)
-        self._max_length = max_length
-
-    def samples(self, record: Record) -> list[Sample]:
-        """What a record has to train on. Raises :class:`BadLine`."""
-        origin, known = record.origin, understand(record)
-        if isinstance(known, Tokens):
-            return [Sample(known.input_ids, known.loss_mask, origin)]
-        if isinstance(known, Chat):
-            rendered = self._renderer.samples(origin, known, self._too_long)
-            return [Sample(*self._encoder.spans(each), origin) for each in rendered]
-        if isinstance(record.value, str):
-            return self._cut(origin, known.text)
-        sound(origin, known.text)
-        if known.said:  # in pieces, as it is served: what was asked, then the rest
-            ids, mask = self._encoder.pieces(Spans(known.text, known.said))
-            begins = self._encoder.missing(ids)
-            return [Sample((*begins, *ids), (*(0 for _ in begins), *mask), origin)]
-        ids = tuple(self._encoder.text(known.text))
-        return [Sample(ids, (1,) * len(ids), origin)]
-
-    def _too_long(self, prompt: str) -> bool:
-        return len(prompt) > self._max_length and (
-            len(self._encoder.plain(prompt)) >= self._max_length
-        )
-
-    def _cut(self, origin: str, text: str) -> list[Sample]:
-        """Running text in samples of full length, each with the beginning of sequence."""
-        begins, ids = self._encoder.begins, self._encoder.plain(text)
-        size = max(1, self._max_length - len(begins))
-        parts = [(*begins, *ids[at : at + size]) for at in range(0, len(ids) - 1, size)]
-        return [
-            Sample(part, (1,) * len(part), f"{origin}:token {number * size}")
-            for number, part in enumerate(parts)
-        ]
+def stored_dataset(
+    given: Given, tokenizer: Any, options: Options, watch: ReadingProgress | None = None
+) -> Dataset:
+    """The same from the token cache (:mod:`trainer_client.data.cache`), where all processes of this
+    node find it. ``watch`` shows how far it is.
+    """
+    watch = watch or ReadingProgress()
+    with watch:
+        return cached(files_of(given), tokenizer, options, told=watch.told, waits=watch.waits)
 
 
 def collate(samples: Sequence[Sample]) -> MicroBatch:

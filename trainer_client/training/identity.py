@@ -39,11 +39,11 @@ FREE = (
     "log_to",
 )
 #: What a run was before it was written down.
-_BEFORE = {"draft": "eagle3"}
+_BEFORE = {"draft": "eagle3", "chat_template": "", "chat_template_args": []}
 #: What is written down for people, and compared by nobody when a run is resumed.
 _TOLD = ("versions", "ranks", "files", "settings", "total_steps", "skip_non_finite")
 #: What decides which tokens are trained: where those are the same it does not matter.
-_OF_DATA = ("max_length", "loss_on", "skip_bad_lines")
+_OF_DATA = ("max_length", "loss_on", "skip_bad_lines", "chat_template", "chat_template_args")
 #: What decides which samples are measured on: where those are the same it does not matter.
 _OF_VALIDATION = ("validation",)
 #: What may differ between the ranks of one run: each may have its own copy of the data.
@@ -182,15 +182,6 @@ def _refuse_others(rank: int, everyone: list[dict[str, Any]]) -> None:
             raise RunError(
                 f"the ranks would not train the same: {said}; give all the same files and options"
             )
-
-
-def content_hash(path: Path) -> str:
-    """A hash of a file's bytes."""
-    content = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer_client.data.cache import known_contents
+from trainer_client.data.sources import files_of
 from trainer_client.eagle3.config import FAMILIES, DraftConfig
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.targets.batch import TargetBackend
 from trainer_client.training import identity
-from trainer_client.training.data import Dataset, Sample, Schedule, read_dataset
+from trainer_client.training.data import Dataset, Sample, Schedule, stored_dataset
 from trainer_client.training.place import Found, look
 from trainer_client.training.ranks import Ranks
 from trainer_client.training.settings import TrainSettings
+from trainer_client.training.stopping import Stopped
 from trainer_client.training.validation import hold_out
 from trainer_client.training.vocab import always_known, frequent_tokens, token_counts
 from worker.supervision.mapping import VocabMapping
@@ -34,7 +36,7 @@ class Plan:
     schedule: Schedule
     total_steps: int
     #: samples that are measured on, and not trained
-    held_out: list[Sample]
+    held_out: Sequence[Sample]
     #: what ``run.json`` says of the run
     identity: Mapping[str, Any]
 
@@ -58,20 +60,13 @@ def make_plan(
     on for longer than is wanted now.
     """
     info = backend.model_info()
-    limit = info["max_position_embeddings"] or settings.max_length
-    read = functools.partial(
-        read_dataset,
-        tokenizer=tokenizer,
-        max_length=min(settings.max_length, limit),
-        skip_bad_lines=settings.skip_bad_lines,
-        loss_on=settings.loss_on,
-    )
-    dataset = read(settings.data)
-    held_out: list[Sample] = []
+    options = settings.reading(info["max_position_embeddings"])
+    dataset = stored_dataset(settings.data, tokenizer, options)
+    held_out: Sequence[Sample] = []
     if settings.validation_share is not None:
         dataset, held_out = hold_out(dataset, settings.validation_share, settings.seed)
     elif settings.validation:
-        held_out = read(Path(settings.validation)).samples
+        held_out = stored_dataset(settings.validation, tokenizer, options).samples
     mapping, coverage = _vocabulary(settings, info, tokenizer, dataset, selected_token_ids)
     began = settings.batch_size * settings.accumulation * ranks.world_size
     if there is not None:
@@ -79,6 +74,7 @@ def make_plan(
     schedule = Schedule(len(dataset.samples), settings.global_batch or began, settings.seed)
     whole = settings.epochs * schedule.steps_per_epoch
     total_steps = min(settings.max_steps or whole, whole)
+    contents = known_contents()
     here = {
         **settings.shared(),
         "global_batch": schedule.global_batch,
@@ -94,7 +90,7 @@ def make_plan(
         "total_steps": total_steps,
         "versions": identity.versions(),
         "ranks": ranks.world_size,
-        "files": {str(settings.data): identity.content_hash(settings.data)},
+        "files": {str(file): contents.hash(file) for file in files_of(settings.data)},
         "settings": settings.plain(),
     }
     if there is not None:
@@ -117,20 +113,23 @@ def agreed_plan(
     :class:`trainer_client.training.identity.RunError` where ranks differ.
     """
     found = ranks.told_by_first(lambda: look(settings.output, resume=settings.resume))
-    plan = identity.agree(
-        ranks.rank,
-        ranks.world_size,
-        lambda: make_plan(
-            settings,
-            backend,
-            tokenizer,
-            ranks,
-            found.identity,
-            selected_token_ids=found.selected_token_ids,
-            done=found.step,
-        ),
-        lambda plan: plan.identity,
-    )
+
+    def make() -> Plan:
+        try:
+            return make_plan(
+                settings,
+                backend,
+                tokenizer,
+                ranks,
+                found.identity,
+                selected_token_ids=found.selected_token_ids,
+                done=found.step,
+            )
+        finally:
+            if not isinstance(sys.exception(), Stopped):
+                ranks.wait_for_slow()
+
+    plan = identity.agree(ranks.rank, ranks.world_size, make, lambda plan: plan.identity)
     return found, plan
 
 
@@ -143,7 +142,7 @@ def _vocabulary(
 ) -> tuple[VocabMapping, float]:
     """The draft's vocabulary, and the share of the data's tokens that it covers."""
     size = info["vocab_size"]
-    counts = token_counts(dataset.samples, size)
+    counts = token_counts(dataset, size)
     known = always_known(tokenizer, size)
     mapping, coverage = frequent_tokens(counts, settings.draft_vocab_size, known)
     if selected_token_ids is None or int(selected_token_ids.max()) >= size:

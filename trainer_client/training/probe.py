@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
+from trainer_client.data.samples import lengths_of
 from trainer_client.eagle3.unroll import Eagle3Unroll
 from trainer_client.targets.batch import TargetBackend
 from trainer_client.targets.wished import takes_head
@@ -46,7 +48,8 @@ def probe(
         lm_head=backend.lm_head_rows() if takes_head(backend.encoding) else None,
         device=device,
     )
-    longest = sorted(samples, key=lambda sample: -len(sample.input_ids))[: settings.batch_size]
+    order = np.argsort(-lengths_of(samples), kind="stable")[: settings.batch_size]
+    longest = [samples[int(number)] for number in order]
     asked = collate(longest)
 
     waited = [0.0]
@@ -60,7 +63,7 @@ def probe(
 
     *_, step = trainer.run(batches(), first_step=0, waited_s=lambda: waited[0])
     ranks.meet()
-    n_tokens = sum(len(sample.input_ids) for sample in samples)
+    n_tokens = plan.dataset.n_tokens
     epochs = (plan.total_steps - found.step) / plan.schedule.steps_per_epoch
     info = backend.model_info()
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)

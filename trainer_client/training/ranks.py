@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from trainer_client.errors import TrainerClientError
 
 T = TypeVar("T")
+#: Longer than any data set takes to tokenize.
+_SLOW = timedelta(days=2)
 
 
 class RankLostError(TrainerClientError):
@@ -112,6 +114,14 @@ class Ranks:
         if self.world_size > 1:
             with summing():
                 dist.barrier()
+
+    def wait_for_slow(self) -> None:
+        """Wait for all others, however long they take: one node may find its data tokenized, and
+        another tokenize it for hours, and the other waits of a run end after minutes.
+        """
+        if self.world_size > 1 and dist.is_initialized():
+            with summing():
+                dist.barrier(dist.new_group(backend="gloo", timeout=_SLOW))
 
     def leave(self) -> None:
         """Leave the process group, also in the middle of things."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from trainer_client.data.files import BadLine, read_records
-from trainer_client.data.records import Chat, Tokens, understand
-from trainer_client.training.data import Dataset, Sample, read_dataset
+from trainer_client.data.samples import lengths_of
+from trainer_client.data.showing import ReadingProgress
+from trainer_client.data.sources import Given
+from trainer_client.training.data import Dataset, Options, Sample, stored_dataset
 from trainer_client.training.vocab import always_known, frequent_tokens, token_counts
 
 #: Sizes of a draft vocabulary whose coverage is shown, where the target has more.
@@ -53,45 +53,27 @@ class DataReport:
         return ""
 
 
-def report(
-    path: Path, tokenizer: Any, max_length: int, *, skip_bad_lines: bool, **options: Any
-) -> DataReport:
-    """Read a file as ``train`` does, and raise the :class:`trainer_client.errors.DataError` that it
-    raises.
+def report(given: Given, tokenizer: Any, options: Options, *, quiet: bool = False) -> DataReport:
+    """Read files as ``train`` does, which then finds their tokens.
+
+    Raises the :class:`trainer_client.errors.DataError` that it raises.
     """
-    kinds: Counter[str] = Counter()
-    for record in read_records(path):
-        try:
-            if not isinstance(record, BadLine):
-                kinds[_kind(understand(record))] += 1
-        except BadLine:
-            continue  # reading it again says what is wrong, or counts it
-    found = read_dataset(path, tokenizer, max_length, skip_bad_lines=skip_bad_lines, **options)
-    return _of(kinds, found, tokenizer)
-
-
-def _of(kinds: Mapping[str, int], found: Dataset, tokenizer: Any) -> DataReport:
+    found = stored_dataset(given, tokenizer, options, ReadingProgress(quiet=quiet))
     samples = found.samples
-    lengths: Counter[int] = Counter(_bucket(len(sample.input_ids)) for sample in samples)
+    lengths = Counter(map(_bucket, lengths_of(samples).tolist()))
     every = max(1, len(samples) // _SHOWN)
     return DataReport(
-        kinds=dict(kinds),
+        kinds=found.kinds,
         samples=len(samples),
         tokens=found.n_tokens,
-        supervised=sum(sum(map(bool, sample.loss_mask[1:])) for sample in samples),
+        supervised=found.known.supervised,
         truncated=found.truncated,
         without_loss=found.without_loss,
         left_out=found.left_out,
         lengths=dict(sorted(lengths.items())),
-        coverage=_coverage(samples, tokenizer),
+        coverage=_coverage(found, tokenizer),
         shown=samples[::every][:_SHOWN],
     )
-
-
-def _kind(known: object) -> str:
-    if isinstance(known, Chat):
-        return "conversation"
-    return "tokens" if isinstance(known, Tokens) else "text"
 
 
 def _bucket(length: int) -> int:
@@ -101,10 +83,9 @@ def _bucket(length: int) -> int:
     return bucket
 
 
-def _coverage(samples: Sequence[Sample], tokenizer: Any) -> dict[int, float]:
-    largest = max(max(sample.input_ids) for sample in samples)
-    vocab_size = max(len(tokenizer), largest + 1)
-    counts = token_counts(samples, vocab_size)
+def _coverage(found: Dataset, tokenizer: Any) -> dict[int, float]:
+    vocab_size = max(len(tokenizer), len(found.known.counts))
+    counts = token_counts(found, vocab_size)
     known = always_known(tokenizer, vocab_size)
     sizes = [size for size in _VOCABULARIES if size < vocab_size]
     return {size: frequent_tokens(counts, size, known)[1] for size in sizes}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from broker.numbers import check_numbers
+from trainer_client.data.reading import Options, template_options
 from trainer_client.eagle3.config import Family
 from trainer_client.eagle3.draft import Attention
 from trainer_client.training import identity
@@ -14,13 +15,16 @@ from trainer_client.training.prefetch import Depth
 from trainer_client.watch.boards import check_boards
 
 Turns = Literal["all", "last"]
+Paths = Path | tuple[Path, ...]
+Pairs = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """Everything that can be set about a run; each default with its reason."""
 
-    data: Path
+    #: Files, patterns, directories.
+    data: Paths
     output: Path
     #: Passes over the data, unless ``max_steps`` ends the run first; SpecForge's range is 1 to 10.
     epochs: int = 1
@@ -36,6 +40,10 @@ class TrainSettings:
     max_length: int = 2048
     #: Which assistant turns have loss: all, or the last of each conversation.
     loss_on: Turns = "all"
+    #: A file with the chat template to use in the place of the tokenizer's.
+    chat_template: str = ""
+    #: What the chat template is told, as ``name=value``; a value is JSON, or else a string.
+    chat_template_args: Pairs = ()
     #: Leave out records that cannot be used, and count them by reason; else the first is an error.
     skip_bad_lines: bool = False
     #: ``eagle3.1`` has a norm for each aux state and feeds back what the head reads.
@@ -105,6 +113,18 @@ class TrainSettings:
         except ValueError:
             return None
 
+    def reading(self, limit_tokens: int) -> Options:
+        """How the data is read, for a target of this many positions (0: not known).
+
+        Raises :class:`trainer_client.errors.DataError` for a template that cannot be read.
+        """
+        return Options(
+            max_length=min(self.max_length, limit_tokens or self.max_length),
+            skip_bad_lines=self.skip_bad_lines,
+            loss_on=self.loss_on,
+            template_options=template_options(self.chat_template, self.chat_template_args),
+        )
+
     @property
     def boards(self) -> list[str]:
         """The names in ``log_to``."""
@@ -120,4 +140,6 @@ class TrainSettings:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return str(value[0]) if len(value) == 1 else list(map(str, value))
     return str(value) if isinstance(value, Path) else value

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from broker.logs import log
+from trainer_client.data.samples import records_of, taking
 from trainer_client.eagle3.unroll import Eagle3Unroll, simulated_accept_length
 from trainer_client.errors import DataError, TargetFailedError
 from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows, TargetBackend
@@ -29,37 +30,34 @@ _logger = logging.getLogger("draftmq.train")
 BEST = "best.json"
 
 
-def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, list[Sample]]:
+def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Sequence[Sample]]:
     """Take a share of the samples, at least one, out of a data set; the seed alone says which.
 
     All samples of one record stay together: the turns of a conversation repeat each other, and one
     that is measured would have been trained. Raises :class:`DataError` where nothing would be left
     to train.
     """
-    records = defaultdict(list)
-    for number, sample in enumerate(dataset.samples):
-        records[sample.origin].append(number)
-    if len(records) < 2:
+    samples = dataset.samples
+    record = records_of(samples)
+    sizes = np.bincount(record)
+    if len(sizes) < 2:
         raise DataError(
-            f"--validation {share:g} is a share of the records, and the data has {len(records)}; "
+            f"--validation {share:g} is a share of the records, and the data has {len(sizes)}; "
             "give more data, or a --validation file"
         )
-    wanted = max(1, round(share * len(dataset.samples)))
-    of_record = list(records.values())
-    order = torch.randperm(len(of_record), generator=torch.Generator().manual_seed(seed))
-    held: set[int] = set()
-    for record in order[:-1].tolist():
-        if len(held) < wanted:
-            held.update(of_record[record])
-    kept = [sample for number, sample in enumerate(dataset.samples) if number not in held]
-    return replace(dataset, samples=kept), [dataset.samples[number] for number in sorted(held)]
+    wanted = max(1, round(share * len(samples)))
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed)).numpy()
+    taken = int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
+    held = np.isin(record, order[: min(taken, len(order) - 1)])
+    kept, measured = (taking(samples, np.flatnonzero(which)) for which in (~held, held))
+    return replace(dataset, samples=kept, noted=None), measured
 
 
 @torch.no_grad()
 def measure(
     unroll: Eagle3Unroll,
     backend: TargetBackend,
-    samples: list[Sample],
+    samples: Sequence[Sample],
     *,
     ranks: Ranks,
     batch_size: int,

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 
 from trainer_client.errors import DataError
-from trainer_client.training.data import Sample
+from trainer_client.training.data import Dataset, Sample
 from worker.supervision.mapping import VocabMapping
 
 #: A tokenizer with more special tokens keeps some for its users.
 _MANY = 64
 
 
-def token_counts(samples: Iterable[Sample], vocab_size: int) -> torch.Tensor:
+def token_counts(dataset: Dataset, vocab_size: int) -> torch.Tensor:
     """How often each token is to be predicted; int64 [V].
 
     A draft that has read a token with loss learns the one after it, so that is what counts: the
     stop token too, where it stands behind the loss. The first that it reads is the second of a
-    sample. Raises :class:`DataError` for an id that the
-    target does not have.
+    sample. Raises :class:`DataError` for an id that the target does not have.
     """
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    known = dataset.known.counts
+    if len(known) > vocab_size:
+        _refuse(dataset.samples, vocab_size)
+    return torch.nn.functional.pad(torch.from_numpy(known), (0, vocab_size - len(known)))
+
+
+def _refuse(samples: Sequence[Sample], vocab_size: int) -> NoReturn:
+    """Name the sample with a token that the target does not have."""
     for sample in samples:
-        ids = torch.tensor(sample.input_ids)
-        if len(ids) and int(ids.max()) >= vocab_size:
+        if (largest := max(sample.input_ids)) >= vocab_size:
             raise DataError(
-                f"{sample.origin} has the token {int(ids.max())}, and the target's vocabulary has "
+                f"{sample.origin} has the token {largest}, and the target's vocabulary has "
                 f"{vocab_size} tokens; was the data made with another tokenizer?"
             )
-        mask = torch.tensor(sample.loss_mask, dtype=torch.bool)
-        counts += torch.bincount(ids[2:][mask[1:-1]], minlength=vocab_size)
-    return counts
+    raise AssertionError("no sample has the token that was counted")
 
 
 def always_known(tokenizer: Any, vocab_size: int) -> list[int]:

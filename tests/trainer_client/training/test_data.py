@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from trainer_client.errors import DataError
-from trainer_client.training.data import Sample, Schedule, collate, read_dataset
+from trainer_client.training.data import Dataset, Sample, Schedule, collate, read_dataset
 from trainer_client.training.vocab import frequent_tokens, token_counts
 from worker.targets import EMBEDDED
 
@@ -151,13 +151,13 @@ def test_what_counts_for_the_vocabulary_is_what_slots_learn() -> None:
     for slot in range(len(ids) - 2):
         if mask[slot + 1]:
             expected[ids[slot + 2]] += 1
-    assert torch.equal(token_counts([Sample(ids, mask, "a:1")], 16), expected)
+    assert torch.equal(token_counts(Dataset([Sample(ids, mask, "a:1")], 0, 0), 16), expected)
     assert int(expected.sum()) == 2
 
 
 def test_the_draft_vocab_is_the_most_frequent_tokens(tmp_path: Path, tokenizer: object) -> None:
     path = write(tmp_path / "a.jsonl", {"text": "a a a a b b c"})
-    counts = token_counts(read_dataset(path, tokenizer, 64).samples, 2048)
+    counts = token_counts(read_dataset(path, tokenizer, 64), 2048)
     mapping, coverage = frequent_tokens(counts, 2)
     assert mapping.draft_vocab_size == 2
     kept = counts[mapping.selected_token_ids]
