@@ -91,6 +91,7 @@ def make_plan(
         "target": info.get("offer") or info["fingerprint"],
         "encoding": backend.encoding,
         "skip_non_finite": settings.skip_non_finite,
+        "checkpoint_every": settings.checkpoint_every,
         "total_steps": total_steps,
         "versions": identity.versions(),
         "ranks": ranks.world_size,
