@@ -237,6 +237,21 @@ def test_a_sample_that_the_target_overflows_on_is_left_out_alone_and_named(
     assert all(tensor.isfinite().all() for tensor in weights(wanted.output).values())
 
 
+@pytest.mark.parametrize("remote", [True, False])
+@pytest.mark.parametrize("what", ["lm_head", "model.embed_tokens"])
+def test_weights_that_are_not_finite_are_not_blamed_on_a_sample(
+    cluster: Cluster, tmp_path: Path, what: str, remote: bool
+) -> None:
+    made = make_target()
+    with torch.no_grad():
+        made.model.get_submodule(what).weight[101] = torch.inf
+    cluster.worker(made)
+    backend = cluster.trainer() if remote else ColocatedTarget(made, "hidden")
+    wanted = dataclasses.replace(settings(tmp_path, "run", max_steps=2), skip_non_finite=1000)
+    with pytest.raises(TrainerClientError, match=r"is (the|its) checkpoint whole\?"):
+        train(wanted, backend, ByteTokenizer())
+
+
 def test_the_other_samples_of_its_step_are_learned_as_if_it_were_not_there(tmp_path: Path) -> None:
     """In one run a sample is bad when it comes; in the other it never was in that step."""
     wanted = samples_with_one_bad(tmp_path, batch_size=4)
