@@ -22,6 +22,7 @@ from tests.integration.conftest import Cluster, make_target
 from tests.integration.test_processes import PATIENCE_S, Commands, commands, draftmq
 from tests.integration.test_runs import Ends, run, stopped, target
 from tests.integration.test_training import ByteTokenizer, settings, weights
+from tests.vocab import shuffled
 from tests.waiting import eventually
 from trainer_client.errors import DeadlineError, TrainerClientError
 from trainer_client.targets.colocated import ColocatedTarget
@@ -68,7 +69,7 @@ def test_a_resumed_run_keeps_the_vocabulary_of_its_checkpoint(
     """Also where another release would choose other tokens from the same data."""
     wanted = settings(tmp_path, "run", max_steps=6)
     stopped(wanted, 3)
-    other = VocabMapping(torch.arange(64) + 100, 256)
+    other = VocabMapping(shuffled(torch.arange(64) + 100), 256)
     monkeypatch.setattr(plan, "frequent_tokens", lambda *_: (other, 1.0))
     asked: list[VocabMapping] = []
 
