@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import tempfile
 from datetime import timedelta
@@ -478,6 +479,19 @@ def test_a_held_out_sample_without_numbers_is_named_and_not_measured(
     assert summary["validation_loss"] == pytest.approx(expected, rel=1e-4)
     (said,) = [each for each in caplog.records if each.message == "held_out_left_out"]
     assert said.fields["samples"].endswith("data.jsonl:6")  # type: ignore[attr-defined]
+
+
+def test_what_was_measured_is_not_there_twice_when_a_run_was_killed(tmp_path: Path) -> None:
+    """It had measured, and was killed before the checkpoint of that step was whole."""
+    wanted = samples_with_one_bad(tmp_path, validation="0.25", checkpoint_every=2, epochs=2)
+    wanted = dataclasses.replace(wanted, keep_checkpoints=9)
+    run(wanted)
+    lines = (wanted.output / "validation.jsonl").read_text()
+    last = checkpoints(wanted.output)[-1]
+    shutil.rmtree(wanted.output / "checkpoints" / last)
+    run(dataclasses.replace(wanted, resume=True))
+    assert checkpoints(wanted.output)[-1] == last
+    assert (wanted.output / "validation.jsonl").read_text() == lines
 
 
 def test_a_measured_file_may_lie_elsewhere_when_a_run_goes_on(tmp_path: Path) -> None:
