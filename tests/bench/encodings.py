@@ -18,6 +18,7 @@ from tests.bench.peers.nemo import NAME as NEMO
 from tests.bench.peers.nemo import nemo
 from tests.bench.pool import Pool, pool
 from tests.bench.ready import DRAFT_VOCAB, HIDDEN_SIZE, TOKENS
+from tests.vocab import shuffled
 from trainer_client.targets.remote import RemoteEagle3TargetModel
 
 ENCODINGS = ("hidden", "topk", "probs")
@@ -77,7 +78,8 @@ def _take(started: Pool, encoding: str, seen: _Seen) -> None:
 
 
 def _map_all(client: RemoteEagle3TargetModel) -> None:
-    client.set_vocab_mapping(torch.arange(DRAFT_VOCAB), torch.ones(DRAFT_VOCAB, dtype=torch.bool))
+    ids = shuffled(torch.arange(DRAFT_VOCAB))
+    client.set_vocab_mapping(ids, torch.ones(DRAFT_VOCAB, dtype=torch.bool))
 
 
 def _projection_s(started: Pool) -> float:

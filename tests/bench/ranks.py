@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.bench.paced import TOKENS
+from tests.vocab import shuffled
 from trainer_client.targets.remote import RemoteEagle3TargetModel
 from trainer_client.training.prefetch import Prefetcher
 
@@ -118,7 +119,7 @@ def client(endpoint: str, rank: int = 0) -> RemoteEagle3TargetModel:
     """A client that has chosen a draft vocab: all of the target's."""
     backend = RemoteEagle3TargetModel([endpoint], direct="off", job="bench", rank=rank)
     size = backend.model_info()["vocab_size"]
-    backend.set_vocab_mapping(torch.arange(size), torch.ones(size, dtype=torch.bool))
+    backend.set_vocab_mapping(shuffled(torch.arange(size)), torch.ones(size, dtype=torch.bool))
     return backend
 
 

@@ -18,6 +18,7 @@ import torch
 
 from broker.service import Broker
 from tests.gpu.programs import DEVICE, GPU, card, say, timed_ms
+from tests.vocab import shuffled
 from worker.service import Worker
 from worker.targets.huggingface import HuggingFaceTarget
 
@@ -88,7 +89,7 @@ def take(url: str, direct: str, device: str, rows: int, seconds: float) -> dict[
     with remote:
         vocab = remote.model_info()["vocab_size"]
         sent = torch.arange(vocab) < VOCAB_SENT
-        remote.set_vocab_mapping(torch.nonzero(sent).flatten(), sent)
+        remote.set_vocab_mapping(shuffled(torch.nonzero(sent).flatten()), sent)
         draw = torch.Generator().manual_seed(1)
         pending: collections.deque[Any] = collections.deque()
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import tempfile
 from datetime import timedelta
@@ -22,6 +23,7 @@ from tests.integration.conftest import Cluster, make_target
 from tests.integration.test_processes import PATIENCE_S, Commands, commands, draftmq
 from tests.integration.test_runs import Ends, run, stopped, target
 from tests.integration.test_training import ByteTokenizer, settings, weights
+from tests.vocab import shuffled
 from tests.waiting import eventually
 from trainer_client.errors import DeadlineError, TrainerClientError
 from trainer_client.targets.colocated import ColocatedTarget
@@ -68,7 +70,7 @@ def test_a_resumed_run_keeps_the_vocabulary_of_its_checkpoint(
     """Also where another release would choose other tokens from the same data."""
     wanted = settings(tmp_path, "run", max_steps=6)
     stopped(wanted, 3)
-    other = VocabMapping(torch.arange(64) + 100, 256)
+    other = VocabMapping(shuffled(torch.arange(64) + 100), 256)
     monkeypatch.setattr(plan, "frequent_tokens", lambda *_: (other, 1.0))
     asked: list[VocabMapping] = []
 
@@ -235,6 +237,21 @@ def test_a_sample_that_the_target_overflows_on_is_left_out_alone_and_named(
     (left_out,) = summary["samples_not_finite"]
     assert left_out.endswith("data.jsonl:6")
     assert all(tensor.isfinite().all() for tensor in weights(wanted.output).values())
+
+
+@pytest.mark.parametrize("remote", [True, False])
+@pytest.mark.parametrize("what", ["lm_head", "model.embed_tokens"])
+def test_weights_that_are_not_finite_are_not_blamed_on_a_sample(
+    cluster: Cluster, tmp_path: Path, what: str, remote: bool
+) -> None:
+    made = make_target()
+    with torch.no_grad():
+        made.model.get_submodule(what).weight[101] = torch.inf
+    cluster.worker(made)
+    backend = cluster.trainer() if remote else ColocatedTarget(made, "hidden")
+    wanted = dataclasses.replace(settings(tmp_path, "run", max_steps=2), skip_non_finite=1000)
+    with pytest.raises(TrainerClientError, match=r"is (the|its) checkpoint whole\?"):
+        train(wanted, backend, ByteTokenizer())
 
 
 def test_the_other_samples_of_its_step_are_learned_as_if_it_were_not_there(tmp_path: Path) -> None:
@@ -452,6 +469,19 @@ def test_a_held_out_sample_without_numbers_is_named_and_not_measured(
     assert summary["validation_loss"] == pytest.approx(expected, rel=1e-4)
     (said,) = [each for each in caplog.records if each.message == "held_out_left_out"]
     assert said.fields["samples"].endswith("data.jsonl:6")  # type: ignore[attr-defined]
+
+
+def test_what_was_measured_is_not_there_twice_when_a_run_was_killed(tmp_path: Path) -> None:
+    """It had measured, and was killed before the checkpoint of that step was whole."""
+    wanted = samples_with_one_bad(tmp_path, validation="0.25", checkpoint_every=2, epochs=2)
+    wanted = dataclasses.replace(wanted, keep_checkpoints=9)
+    run(wanted)
+    lines = (wanted.output / "validation.jsonl").read_text()
+    last = checkpoints(wanted.output)[-1]
+    shutil.rmtree(wanted.output / "checkpoints" / last)
+    run(dataclasses.replace(wanted, resume=True))
+    assert checkpoints(wanted.output)[-1] == last
+    assert (wanted.output / "validation.jsonl").read_text() == lines
 
 
 def test_a_measured_file_may_lie_elsewhere_when_a_run_goes_on(tmp_path: Path) -> None:

@@ -188,6 +188,29 @@ def test_the_ranks_of_a_run_agree_before_the_first_request(monkeypatch: pytest.M
         agree(0, 2, lambda: made, dict)
 
 
+@pytest.mark.parametrize(
+    "change", [{"checkpoint_every": 7}, {"skip_non_finite": 1}, {"max_steps": 9}, {"seed": 3}]
+)
+def test_ranks_with_other_options_do_not_train_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """All of these decide when ranks wait for each other, or for what."""
+    wanted = settings(tmp_path, "run", max_steps=8)
+    other = dataclasses.replace(wanted, **change)
+    mine, theirs = (
+        make_plan(each, target(), ByteTokenizer(), Ranks(0, 2)).identity for each in (wanted, other)
+    )
+
+    def gather(everyone: list[Any], said: Any) -> None:
+        everyone[:] = [said, {"error": "", "made": theirs}]
+
+    monkeypatch.setattr(identity.dist, "all_gather_object", gather)
+    (name,) = change
+    shown = "total_steps" if name == "max_steps" else name
+    with pytest.raises(RunError, match=f"{shown} is .* on rank 0 and .* on rank 1"):
+        agree(0, 2, lambda: mine, dict)
+
+
 def test_a_resumed_run_keeps_its_global_batch_on_other_ranks(tmp_path: Path) -> None:
     wanted = settings(tmp_path, "run", accumulation=3)
     plan = make_plan(wanted, target(), ByteTokenizer(), Ranks(0, 2))

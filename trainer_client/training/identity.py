@@ -40,8 +40,17 @@ FREE = (
 )
 #: What a run was before it was written down.
 _BEFORE = {"draft": "eagle3", "chat_template": "", "chat_template_args": []}
-#: What is written down for people, and compared by nobody when a run is resumed.
-_TOLD = ("versions", "ranks", "files", "settings", "total_steps", "skip_non_finite")
+#: What is written down for people, and for ranks to agree on, and is not compared when a run is
+#: resumed.
+_TOLD = (
+    "versions",
+    "ranks",
+    "files",
+    "settings",
+    "total_steps",
+    "skip_non_finite",
+    "checkpoint_every",
+)
 #: What decides which tokens are trained: where those are the same it does not matter.
 _OF_DATA = ("max_length", "loss_on", "skip_bad_lines", "chat_template", "chat_template_args")
 #: What decides which samples are measured on: where those are the same it does not matter.

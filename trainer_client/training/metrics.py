@@ -24,8 +24,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, steps_done: int = 0) -> None:
-        kept = [line for line in read(path) if line["step"] <= steps_done] if steps_done else []
-        write_whole(path, "".join(map(_line, kept)))
+        forget_after(path, steps_done)
         self._file = path.open("a", encoding="utf-8")
         self._failed = False
 
@@ -49,6 +48,12 @@ class MetricsLog:
     ) -> None:
         with contextlib.suppress(OSError):  # what could not be flushed is written again
             self._file.close()
+
+
+def forget_after(path: Path, steps_done: int) -> None:
+    """Rewrite a file of lines without those of steps that a resumed run will do again."""
+    kept = [line for line in read(path) if line["step"] <= steps_done] if steps_done else []
+    write_whole(path, "".join(map(_line, kept)))
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:

@@ -87,6 +87,7 @@ def make_plan(
         "target": info.get("offer") or info["fingerprint"],
         "encoding": backend.encoding,
         "skip_non_finite": settings.skip_non_finite,
+        "checkpoint_every": settings.checkpoint_every,
         "total_steps": total_steps,
         "versions": identity.versions(),
         "ranks": ranks.world_size,
@@ -158,7 +159,8 @@ def make_draft(
     """A fresh draft; the same seed gives the same weights.
 
     It starts from the target's head where that is a plain matrix, which is where ``hidden`` is
-    offered.
+    offered. Raises :class:`trainer_client.training.identity.RunError` where what it starts from is
+    not finite.
     """
     info = backend.model_info()
     sizes: dict[str, Any] = dict(FAMILIES[settings.draft])
@@ -166,8 +168,21 @@ def make_draft(
         sizes["intermediate_size"] = settings.draft_intermediate_size
     config = DraftConfig.from_target_info(info, mapping.draft_vocab_size, **sizes)
     torch.manual_seed(settings.seed)
-    draft = Eagle3Draft(config, mapping.selected_token_ids, backend.get_input_embeddings().weight)
+    embeddings = _finite("input embeddings", backend.get_input_embeddings().weight)
+    draft = Eagle3Draft(config, mapping.selected_token_ids, embeddings)
     if "hidden" in info["encodings"]:
-        draft.start_from_target(backend.lm_head_rows().weight)
+        draft.start_from_target(_finite("head for the draft vocab", backend.lm_head_rows().weight))
     draft.attention = settings.attention
     return draft
+
+
+def _finite(what: str, weight: Tensor) -> Tensor:
+    """``weight`` [rows, H] as it is. Raises :class:`RunError` where it has NaN or infinity."""
+    largest = torch.linalg.vector_norm(weight, ord=torch.inf, dim=-1)  # no copy of [rows, H]
+    bad = (~largest.isfinite()).nonzero().flatten()
+    if bad.numel():
+        raise identity.RunError(
+            f"the target's {what} has values that are not finite in {bad.numel()} of "
+            f"{weight.shape[0]} rows, the first is row {int(bad[0])}; is its checkpoint whole?"
+        )
+    return weight

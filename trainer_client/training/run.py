@@ -35,6 +35,8 @@ from trainer_client.training.trainer import StepMetrics, Trainer, learning_rate,
 from trainer_client.watch.boards import Board, opened, write
 
 _logger = logging.getLogger("draftmq.train")
+#: In a run's directory: what was measured on held-out samples, a line for each checkpoint.
+VALIDATION = "validation.jsonl"
 
 
 def train(
@@ -132,6 +134,8 @@ class _Run:
             return {}
         checkpoint.clean(self._checkpoints)
         identity.write(settings.output, self._plan.identity)
+        if self._plan.held_out:
+            metrics.forget_after(settings.output / VALIDATION, self._done)
         shown = opened(settings.boards, settings.output, self._done, settings.plain())
         with (
             metrics.MetricsLog(settings.output / "metrics.jsonl", self._done) as log,
@@ -194,7 +198,7 @@ class _Run:
             self._best = validation.note(self._settings.output, self._done, loss, accept)
             fields = {"step": self._done, "loss": loss, "accept": accept, "best_step": self._best}
             log(_logger, "info", "validation", fields)
-            metrics.append(self._settings.output / "validation.jsonl", fields)
+            metrics.append(self._settings.output / VALIDATION, fields)
             write(self._boards, self._done, {"loss": loss, "accept": accept}, "validation/")
 
     def _ended(self, why: str) -> TrainerClientError:

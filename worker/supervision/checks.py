@@ -94,11 +94,18 @@ def name_unsound(tensors: Mapping[str, Tensor], hidden_size: int, layers: Sequen
         if not _has_values(tensor) or bool(_good(name, tensor).all()):
             continue
         place = (~_good(name, tensor)).nonzero()[0].tolist()
+        advice = _OF_WEIGHTS if name in ("weight", "bias") else _OF_STATES
         raise TargetError(
             f"the target gave {float(tensor[tuple(place)])} in {name} at "
-            f"{_where(name, place, hidden_size, layers)}; nothing of it was sent. Half precision "
-            "overflows in some models: try --dtype bfloat16 or float32, and look at that sample"
+            f"{_where(name, place, hidden_size, layers)}; nothing of it was sent. {advice}"
         )
+
+
+_OF_STATES = (
+    "Half precision overflows in some models: try --dtype bfloat16 or float32, and look at that "
+    "sample"
+)
+_OF_WEIGHTS = "Its embeddings or its head have it: is the checkpoint whole?"
 
 
 def _where(name: str, place: list[int], hidden_size: int, layers: Sequence[int]) -> str:

@@ -46,11 +46,8 @@ def files_fingerprint(config: Any, where: str) -> str:
     ``where`` is a folder or the id of a model that was loaded from a hub.
     """
     from safetensors import safe_open
-    from transformers.utils import cached_file
 
-    folder = (
-        Path(where) if Path(where).is_dir() else Path(str(cached_file(where, "config.json"))).parent
-    )
+    folder = _folder(where)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for path in sorted(folder.glob("*.safetensors")):
@@ -59,6 +56,22 @@ def files_fingerprint(config: Any, where: str) -> str:
                     yield name, file.get_tensor(name)
 
     return "f" + _digest(_identity("files", config), tensors())
+
+
+def has_files(where: str) -> bool:
+    """Whether :func:`files_fingerprint` has something to read here, without a download."""
+    try:
+        return bool(where) and any(_folder(where, local_files_only=True).glob("*.safetensors"))
+    except OSError:  # which transformers raises for an id of which nothing was loaded
+        return False
+
+
+def _folder(where: str, **options: Any) -> Path:
+    from transformers.utils import cached_file
+
+    if Path(where).is_dir():
+        return Path(where)
+    return Path(str(cached_file(where, "config.json", **options))).parent
 
 
 def _digest(identity: list[Any], tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -21,7 +21,7 @@ from worker.targets.contract import (
     shift_left,
     text_config,
 )
-from worker.targets.fingerprint import weights_fingerprint
+from worker.targets.fingerprint import files_fingerprint, has_files, weights_fingerprint
 
 _logger = logging.getLogger("draftmq.worker")
 #: The members of the co-located contract.
@@ -72,9 +72,21 @@ class ForeignTarget:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The target's own, else of its weights."""
-        own = getattr(self._inner, "fingerprint", None)
-        return str(own) if own else weights_fingerprint(self._weights())
+        """The target's own, else of its weights, or of the files that they came from."""
+        if own := getattr(self._inner, "fingerprint", None):
+            return str(own)
+        if hasattr(self.model, "state_dict"):
+            return weights_fingerprint(self.model)
+        where = str(getattr(self.model.config, "_name_or_path", "") or "")
+        if has_files(where):
+            return files_fingerprint(self.model.config, where)  # in an engine of its own
+        why = (
+            "its model has no state_dict, and its config's _name_or_path no files of weights here: "
+            "a fine-tune of its inner layers would count as the same; give the wrapper a "
+            "fingerprint"
+        )
+        log(_logger, "warning", "fingerprint_is_weak", {"target": self.name, "why": why})
+        return weights_fingerprint(_Embeddings(self))
 
     def get_input_embeddings(self) -> HasWeight:
         """Of the inner target."""
@@ -133,14 +145,6 @@ class ForeignTarget:
                 "the target's generate_batch gave a batch of other token ids than it was given "
                 "(input_ids must come back moved left by one)"
             )
-
-    def _weights(self) -> Any:
-        if hasattr(self.model, "state_dict"):
-            return self.model
-        why = "its model has no state_dict: a fine-tune of its inner layers would count as the same"
-        fields = {"target": self.name, "why": why + "; give the wrapper a fingerprint"}
-        log(_logger, "warning", "fingerprint_is_weak", fields)
-        return _Embeddings(self)
 
     def __repr__(self) -> str:
         return f"<ForeignTarget {self.name} {type(self._inner).__name__}>"

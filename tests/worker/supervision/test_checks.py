@@ -12,6 +12,7 @@ import torch
 
 from broker.protocol import Limits
 from broker.protocol import messages as m
+from tests.vocab import shuffled
 from tests.worker.supervision.requests import generate, offer
 from worker.answers import Answerer
 from worker.supervision.checks import name_unsound, soundness
@@ -20,7 +21,7 @@ from worker.targets.contract import TargetOutputs, describe
 from worker.targets.stub import StubTarget
 
 IDS = torch.arange(12).view(2, 6)
-MAPPING = VocabMapping(torch.arange(0, 64, 2), 64)
+MAPPING = VocabMapping(shuffled(torch.arange(0, 64, 2)), 64)
 
 
 class Spoiling(StubTarget):

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.vocab import shuffled
 from worker.supervision.mapping import VocabMapping
 from worker.supervision.projection import draft_probs
 from worker.supervision.supervision import compute_supervision
@@ -15,7 +16,7 @@ from worker.targets.contract import shift_left
 from worker.targets.stub import StubTarget
 
 B, T, V, D = 2, 37, 4096, 512
-SELECTED = torch.arange(3, 3 + 7 * D, 7)
+SELECTED = shuffled(torch.arange(3, 3 + 7 * D, 7))
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)

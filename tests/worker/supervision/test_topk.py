@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.vocab import shuffled
 from trainer_client.eagle3.supervision import of_topk
 from worker.supervision import topk
 from worker.supervision.mapping import VocabMapping
@@ -11,7 +12,7 @@ from worker.supervision.topk import top_probs
 from worker.targets.stub import StubTarget
 
 B, T, V, D = 2, 5, 60, 20
-SELECTED = torch.arange(1, 1 + 2 * D, 2)
+SELECTED = shuffled(torch.arange(1, 1 + 2 * D, 2))
 
 
 @pytest.fixture

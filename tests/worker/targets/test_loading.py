@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.vocab import shuffled
 from tests.worker.targets.tiny_models import VOCAB, make, shared, tokens
@@ -232,12 +235,44 @@ def test_a_foreign_target_is_called_by_one_thread_at_a_time() -> None:
     assert stub.calls == before + 1
 
 
+class InAnEngine(Seed):
+    """Its weights are elsewhere: the model shows a config, as NeMo AutoModel's of vLLM does."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        config = copy.deepcopy(self.model.config)
+        config._name_or_path = where
+        self._embeddings = self.model.get_input_embeddings()
+        self.model = SimpleNamespace(config=config)
+
+    def get_input_embeddings(self) -> Any:
+        return self._embeddings
+
+
+def test_weights_in_an_engine_are_known_by_the_files_that_they_came_from(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    moved, tuned = tmp_path / "moved", tmp_path / "tuned"
+    shutil.copytree(saved, moved)
+    shutil.copytree(saved, tuned)
+    weights = load_file(tuned / "model.safetensors")
+    weights["model.layers.3.mlp.up_proj.weight"] += 0.01  # its embeddings and its head are the same
+    save_file(weights, tuned / "model.safetensors", metadata={"format": "pt"})
+    prints = [as_target(InAnEngine(str(where))).fingerprint for where in (saved, moved, tuned)]
+    assert prints[0] == prints[1] != prints[2]
+    assert not caplog.records
+    for nowhere in ("", "an/id", str(tmp_path)):
+        assert as_target(InAnEngine(nowhere)).fingerprint
+        assert caplog.messages == ["fingerprint_is_weak"]
+        caplog.clear()
+
+
 @pytest.mark.parametrize("kind", ["llama", "granite"])
 def test_a_wrapper_offers_hidden_where_its_batches_and_its_head_have_it(kind: str) -> None:
     ours = HuggingFaceTarget(shared(kind), name=kind)
     theirs = ForeignTarget(ours, kind)
     assert theirs.encodings == ours.encodings  # Granite scales what its head makes
-    mapping = VocabMapping(torch.arange(0, VOCAB, 2), VOCAB)
+    mapping = VocabMapping(shuffled(torch.arange(0, VOCAB, 2)), VOCAB)
     for encoding in theirs.encodings:
         made = compute_supervision(theirs, *tokens(), mapping=mapping, encoding=encoding)
         wanted = compute_supervision(ours, *tokens(), mapping=mapping, encoding=encoding)
