@@ -309,9 +309,12 @@ EVENTS = {
         ),
         "direct": Known("Which ways past the broker it offers, and why."),
         "channel_ready": Known("A direct channel stands."),
+        "channel_left": Known(
+            "The other end of a direct channel left while nothing was under way."
+        ),
         "channel_broken": Known(
             "A direct channel broke; it is built anew, and replies go by wire meanwhile.",
-            "Expected when a peer leaves.",
+            "Expected when a peer dies in the midst of a transfer.",
         ),
         "channel_given_up": Known(
             "A direct channel failed again and again; another way is used.",

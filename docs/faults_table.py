@@ -22,6 +22,7 @@ class Fault:
 
 _TRAIN = "tests/integration/test_training.py"
 _PROCESSES = "tests/integration/test_processes.py"
+_HOSTS = "tests/hosts/test_hosts.py"
 _DIRECT = "tests/integration/direct/test_faults.py"
 _SEGMENTS = "tests/integration/direct/test_segments.py"
 _BROKER = "tests/broker/core/test_machine.py"
@@ -369,6 +370,60 @@ FAULTS = (
         "while a channel connects",
         "by wire, then by Gloo",
         f"{_SEGMENTS}::test_what_shared_memory_cannot_do_gloo_does",
+    ),
+    Fault(
+        "the trainer is cut off from the broker",
+        "for longer than the liveness limit, in mid-run",
+        "a pause; weights with the same bits",
+        f"{_HOSTS}::test_the_trainer_is_cut_off_from_the_broker_for_a_while",
+    ),
+    Fault(
+        "a worker's host loses its power",
+        "in mid-run, with no FIN",
+        "its requests run elsewhere; weights with the same bits",
+        f"{_HOSTS}::test_a_worker_goes_without_a_word_and_another_comes",
+    ),
+    Fault(
+        "the host of the broker, of a worker, of the trainer gets another address",
+        "in mid-run",
+        "a pause; weights with the same bits",
+        f"{_HOSTS}::test_a_host_gets_another_address",
+    ),
+    Fault(
+        "packets pass one way only",
+        "for longer than the liveness limit, in mid-run",
+        "a pause; weights with the same bits",
+        f"{_HOSTS}::test_nothing_passes_one_way_for_a_while",
+    ),
+    Fault(
+        "packets come 20 ms late and one in twenty never",
+        "from mid-run on",
+        "slower steps; weights with the same bits",
+        f"{_HOSTS}::test_packets_come_late_and_some_never",
+    ),
+    Fault(
+        "all IPv4 addresses go, and IPv6 is left",
+        "in mid-run",
+        "a pause; weights with the same bits",
+        f"{_HOSTS}::test_there_is_ipv6_and_nothing_else",
+    ),
+    Fault(
+        "the name server of one of two brokers falls silent, and that broker ends",
+        "in mid-run",
+        "nothing; weights with the same bits",
+        f"{_HOSTS}::test_one_of_two_brokers_loses_its_name_server",
+    ),
+    Fault(
+        "SIGSTOP and SIGCONT of the broker, beside six clients on another host",
+        "in mid-run",
+        "a pause; all are served at once",
+        f"{_HOSTS}::test_the_broker_stands_still_and_six_clients_wait",
+    ),
+    Fault(
+        "the host of a worker or of the trainer gets another address",
+        "between two direct transfers",
+        "the next come by wire, then directly again",
+        "tests/hosts/test_direct.py::test_transfers_follow_a_host_to_its_new_address",
     ),
 )
 

@@ -12,10 +12,11 @@ import platform
 import queue
 import socket
 import statistics
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -26,18 +27,22 @@ import zmq
 from broker.keys.addresses import Address, connecting
 from broker.keys.files import Role
 from broker.peer.credentials import KeyLike, credentials
-from broker.peer.link import Arrived, Connected, Disconnected, Link, LinkState
+from broker.peer.link import Arrived, Connected, Disconnected, Link, LinkState, SendTo
 from broker.peer.loop import PeerLoop
 from broker.protocol import messages as m
 from broker.protocol.errors import DraftmqError
 from broker.protocol.names import new_incarnation, own_name
-from broker.protocol.wire import VERSION
+from broker.protocol.wire import VERSION, Packet, encode
 from broker.transport.names import addresses_of
 
 _logger = logging.getLogger("draftmq.doctor")
 
 #: Patience with one port, and with a broker's welcome.
 _CONNECT_S, _WELCOME_S = 3.0, 6.0
+#: What is sent to see how fast the way to the broker is, and how long it may take.
+_SENT_BYTES, _SENT_S = 8 << 20, 10.0
+#: A model that no worker serves.
+_NO_MODEL = "draftmq doctor"
 #: Answers whose times make the round trip.
 _ROUND_TRIPS = 5
 #: Clocks may differ by so much before logs of two hosts cannot be read together.
@@ -143,6 +148,14 @@ def _ports(hosts: Iterable[str], port: int) -> Iterator[Finding]:
             yield Finding(what, True, f"connected in {(time.monotonic() - began) * 1e3:.1f} ms")
 
 
+@dataclass(frozen=True)
+class _Sent:
+    """The doctor has this sent; ``taken`` is set when the broker has all of it."""
+
+    packets: tuple[Packet, ...]
+    taken: threading.Event = field(default_factory=threading.Event)
+
+
 class _Visit:
     """A peer that says hello and heartbeats, and wants nothing."""
 
@@ -151,6 +164,10 @@ class _Visit:
         self.links = {endpoint: link}
         self.link = link
         self.heard: queue.SimpleQueue[m.Message] = queue.SimpleQueue()
+        #: heartbeats without an answer; a broker answers each, in the order in which they come
+        self._unanswered = 0
+        #: the last thing that was to be sent, and the heartbeats that it is behind
+        self._sent: tuple[_Sent, int] | None = None
 
     @property
     def next_timer(self) -> float | None:
@@ -165,7 +182,24 @@ class _Visit:
         elif isinstance(event, Arrived):
             actions += self.link.received(event.packet.message, now)
             self.heard.put(event.packet.message)
-        return [*actions, *self.link.tick(now)]
+            if isinstance(event.packet.message, m.Heartbeat):
+                self._answered()
+        elif isinstance(event, _Sent):
+            packets = (*event.packets, encode(m.Heartbeat(-1)))
+            actions += [SendTo(self.link.endpoint, packet) for packet in packets]
+            self._sent = event, self._unanswered + 1
+        actions += self.link.tick(now)
+        said = [action.packet.message for action in actions if isinstance(action, SendTo)]
+        self._unanswered += sum(isinstance(message, m.Heartbeat) for message in said)
+        return actions
+
+    def _answered(self) -> None:
+        self._unanswered -= 1
+        if self._sent is not None:
+            sent, ahead = self._sent
+            self._sent = (sent, ahead - 1) if ahead > 1 else None
+            if ahead == 1:
+                sent.taken.set()
 
     def goodbye(self) -> Iterable[Any]:
         return self.link.goodbye("the doctor leaves")
@@ -181,11 +215,14 @@ def _conversation(
         return
     yield Finding("keys", True, f"own key {shown.fingerprint}" if shown.curves else "none are used")
     name = own_name(f"doctor-{socket.gethostname()}-{uuid.uuid4().hex[:8]}", shown.fingerprint)
-    visit = _Visit(broker, m.ClientHello(name, new_incarnation(), "doctor", -1))
+    incarnation = new_incarnation()
+    visit = _Visit(broker, m.ClientHello(name, incarnation, "doctor", -1))
     loop = PeerLoop("draftmq-doctor", visit, lambda _: None, lambda _: None, _logger, shown.curves)
     loop.start()
     try:
         yield from _welcome(visit, broker)
+        if visit.link.ready:
+            yield _bandwidth(visit, loop, m.RequestId(name, incarnation, 1))
     finally:
         loop.stop()
 
@@ -228,6 +265,27 @@ def _welcome(visit: _Visit, broker: str) -> Iterator[Finding]:
             "workers", False, f"none is attached to {broker}",
             "start a draftmq worker, and look at its log for no_broker",
         )  # fmt: skip
+
+
+def _bandwidth(visit: _Visit, loop: PeerLoop, request_id: m.RequestId) -> Finding:
+    """How fast bytes come to the broker: those of a request that nobody serves, for it is cancelled
+    behind them.
+    """
+    nbytes = min(_SENT_BYTES, visit.link.limits.max_request_bytes)
+    tokens = m.TensorSpec("input_ids", "uint8", (nbytes,), 1)
+    request = m.Request(
+        request_id, "generate", _NO_MODEL, 0, 1, "", "", _SENT_S, (tokens,), offer=_NO_MODEL
+    )
+    sent = _Sent((encode(request, [bytes(nbytes)]), encode(m.Cancel(request_id))))
+    began = time.monotonic()
+    loop.post(sent)
+    taken = sent.taken.wait(_SENT_S)
+    rate = nbytes / (time.monotonic() - began)
+    speed = f"{'' if taken else 'less than '}{rate / 1e6:.1f} MB/s"
+    return Finding(
+        "bandwidth", taken, f"{nbytes / 1e6:.0f} MB to the broker at {speed}",
+        "" if taken else "look at the network between here and the broker: lines, cards, tunnels",
+    )  # fmt: skip
 
 
 def _direct(broker: str) -> Finding:

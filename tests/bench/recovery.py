@@ -12,14 +12,20 @@ import contextlib
 import os
 import signal
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+from broker.core import BrokerConfig
 from tests.bench.lines import Line, Progress
 from tests.bench.paced import SLOW_S
 from tests.bench.pool import PATIENCE_S, Pool, pool
 from tests.bench.ranks import batches, client, sample
+from tests.hosts.cluster import CLIENTS, HOSTS, Hosts
+from tests.hosts.crowd import crowd
+from tests.hosts.lab import Lab, why_not
 from trainer_client.targets.remote import RemoteEagle3TargetModel
 
 #: Shorter than the default, so that several rounds take no minute. A second run of a slow request,
@@ -37,6 +43,10 @@ _SEEN_S = 2.0
 _RANKS = 4
 #: Between looks for a broker; nothing is timed by them.
 _LOOK_S = 0.05
+#: How long a broker stands still, beside clients on another host, and how soon all are served then.
+_STILL_S, _SERVED_S = 20.0, 1.0
+_CLIENTS = 6
+_STOOD = "broker stood still, six clients are served"
 #: How long a broker is away: as long as it takes to start, and longer than peers try again quickly.
 _OUTAGES_S = (0.0, 2.0)
 
@@ -54,11 +64,15 @@ def measure(progress: Progress, *, quick: bool) -> list[Line]:
         for outage_s in _OUTAGES_S[:outages]:
             back.append(_full_rate_s(started, replied_at, outage_s))
             progress(f"broker away {outage_s:g} s and its start: full rate {back[-1]:.2f} s after")
+    stood = [
+        *_stood_still_s(progress, rounds=1 if quick else 5, still_s=4.0 if quick else _STILL_S)
+    ]
     wants = f"<= {LIVENESS_S + _SLACK_S:g} (the liveness limit is {LIVENESS_S:g})"
     return [
         _line("worker killed, request runs elsewhere", killed, wants, LIVENESS_S + _SLACK_S),
         _line("worker silent, request runs elsewhere", silent, wants, LIVENESS_S + _SLACK_S),
         _line("broker back, full rate", back, f"<= {_BACK_S:g}", _BACK_S),
+        *([_line(_STOOD, stood, f"<= {_SERVED_S:g}", _SERVED_S)] if stood else []),
     ]
 
 
@@ -112,6 +126,33 @@ def _full_rate_s(started: Pool, replied_at: list[float], outage_s: float) -> flo
         if _count(replied_at, at, at + _WINDOW_S) >= _FULL * per_window:
             return at - back_at
     return _SEEN_S + _BACK_S  # not within the time that was looked at
+
+
+def _stood_still_s(progress: Progress, *, rounds: int, still_s: float) -> Iterator[float]:
+    """Seconds from SIGCONT until each of six clients on another host is served, in each round;
+    none where no hosts can be made.
+    """
+    if why := why_not():
+        progress(f"{_STOOD}: not measured, {why}")
+        return
+    with Lab(HOSTS) as lab, tempfile.TemporaryDirectory() as directory:
+        hosts = Hosts(lab, Path(directory), BrokerConfig().liveness_s)
+        hosts.broker()
+        hosts.worker("w1")
+        hosts.worker("w2")
+        hosts.wait_for_workers("w1", "w2")
+        try:
+            endpoint = f"tcp://{lab.address('broker')}:{CLIENTS}"
+            with crowd(lab, "trainer", endpoint, _CLIENTS) as asking:
+                for _ in range(rounds):
+                    hosts.signal("broker", "broker", signal.SIGSTOP)
+                    time.sleep(still_s)
+                    began = time.monotonic()
+                    hosts.signal("broker", "broker", signal.SIGCONT)
+                    yield asking.served_after_s(began, PATIENCE_S)
+                    progress(f"broker stood still for {still_s:g} s")
+        finally:
+            hosts.close()
 
 
 def _count(replied_at: list[float], since: float, until: float) -> int:

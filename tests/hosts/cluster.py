@@ -27,8 +27,9 @@ CLIENTS, WORKERS, HTTP = 5555, 5556, "127.0.0.1:8080"
 class Hosts:
     """The processes of one lab; the second broker's host is empty until it is asked for."""
 
-    def __init__(self, lab: Lab, directory: Path) -> None:
+    def __init__(self, lab: Lab, directory: Path, liveness_s: float = LIVENESS_S) -> None:
         self.lab = lab
+        self._liveness_s = liveness_s
         self.directory = directory
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._said: queue.Queue[str] = queue.Queue()
@@ -38,7 +39,7 @@ class Hosts:
 
     def broker(self, host: str = "broker") -> None:
         ends = ["--clients", f"tcp://[::]:{CLIENTS}", "--workers", f"tcp://[::]:{WORKERS}"]
-        patience = ["--liveness-s", LIVENESS_S, "--heartbeat-s", LIVENESS_S / 5]
+        patience = ["--liveness-s", self._liveness_s, "--heartbeat-s", self._liveness_s / 5]
         self._start(host, "broker", *ends, "--http", HTTP, "--insecure", *patience)
 
     def worker(self, host: str, *, name: str = "", broker: str = "broker") -> None:

@@ -14,6 +14,7 @@ from broker.commands import cli
 from tests.integration.conftest import Cluster, cluster, target
 from tests.ports import free_port
 from tests.waiting import eventually
+from trainer_client import doctor
 from trainer_client.doctor import Finding, examine, is_healthy
 
 __all__ = ["cluster", "target"]  # fixtures
@@ -31,7 +32,8 @@ def test_where_all_is_well_every_line_says_so(cluster: Cluster) -> None:
     findings = by_name(examine(f"tcp://localhost:{port}", http=str(http)))
     assert is_healthy(findings.values()), list(map(str, findings.values()))
     assert set(findings) >= {"versions", "name", "port", "keys", "broker", "workers", "direct"}
-    assert set(findings) >= {"http", "clock"}
+    assert set(findings) >= {"http", "clock", "bandwidth"}
+    assert "8 MB to the broker at " in findings["bandwidth"].seen
     assert "1 attached, 1 offers" in findings["workers"].seen
     eventually(lambda: not cluster.broker.snapshot()["clients"])  # it has said goodbye
 
@@ -41,6 +43,16 @@ def test_a_broker_without_workers_is_said(cluster: Cluster) -> None:
     assert findings["broker"].good
     assert not findings["workers"].good
     assert "start a draftmq worker" in findings["workers"].advice
+
+
+def test_a_way_on_which_bytes_do_not_come_in_time_is_said(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_SENT_S", 0.0)
+    found = by_name(examine(cluster.broker.client_endpoint))["bandwidth"]
+    assert not found.good
+    assert "8 MB to the broker at less than " in found.seen
+    eventually(lambda: not cluster.broker.core.entries)  # it leaves nothing there
 
 
 def test_the_port_for_workers_is_told_from_that_for_trainers(cluster: Cluster) -> None:

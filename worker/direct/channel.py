@@ -255,8 +255,12 @@ class Channel:
         wait_s = self.config.backoff_s * 2.0 ** min(self.failures, 30)
         self.failures += 1
         self.retry_at = now + min(wait_s, self.config.backoff_max_s)
-        level = "info" if event.at_rest else "warning"
-        self._log(level, "channel_broken", epoch=self.epoch, why=why, failures=self.failures)
+        if event.at_rest:
+            self._log("info", "channel_left", epoch=self.epoch, why=why)
+        else:
+            self._log(
+                "warning", "channel_broken", epoch=self.epoch, why=why, failures=self.failures
+            )
         if self.failures >= self.config.max_failures:
             self._move(GiveUp(self.epoch, why), now)
 

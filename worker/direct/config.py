@@ -131,19 +131,27 @@ def _address(config: DirectConfig, endpoints: Sequence[str]) -> tuple[str, str]:
     hosts = [urlsplit(endpoint).hostname for endpoint in endpoints]
     if all(host is None or is_loopback(host) for host in hosts):  # ipc:// has no host
         return "127.0.0.1", "brokers on this machine"
-    host = next(host for host in hosts if host is not None and not is_loopback(host))
+    away = [host for host in hosts if host is not None and not is_loopback(host)]
+    host = away[0]
     if not config.address:
         return "", (
             f"the broker at {host} is on a network, where tensors would travel in the clear; "
             "--direct-address auto, or an address, allows it"
         )
-    try:
-        return _towards(host), f"the interface that reaches {host}"
-    except OSError as error:  # no such name, or no route
-        return "", (
-            f"no way from here to the broker at {host} is known ({error}); give this host's own "
-            "address (--direct-address ADDRESS)"
-        )
+    why = ""
+    for host in sorted(away, key=_is_name):  # a name may take a name server's time
+        try:
+            return _towards(host), f"the interface that reaches {host}"
+        except OSError as error:  # no such name, or no route
+            why = why or (
+                f"no way from here to the broker at {host} is known ({error}); give this host's "
+                "own address (--direct-address ADDRESS)"
+            )
+    return "", why
+
+
+def _is_name(host: str) -> bool:
+    return not (":" in host or host.replace(".", "").isdigit())
 
 
 def _towards(host: str) -> str:

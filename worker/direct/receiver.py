@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from broker.logs import log
 from broker.peer.tensors import shaped
 from broker.protocol import messages as m
 from worker.direct.backend import Backend
 from worker.direct.channel import Announced, Channel, Open, Receive, Reject
-from worker.direct.config import DirectConfig, choose, host_id
+from worker.direct.config import Choice, DirectConfig, host_id
 from worker.direct.rendezvous import End, join
 from worker.direct.runner import Ending, Move, Runner
+from worker.direct.way import Way
 
 _logger = logging.getLogger("draftmq.client")
 #: Told how a transfer ended: its tensors, or why it failed. May be told a failure twice.
@@ -41,12 +41,16 @@ class Receiver:
         self, config: DirectConfig, device: torch.device | str, brokers: Sequence[str]
     ) -> None:
         self.config = config
-        self.choice = choose(config, device, brokers)
+        self._way = Way(config, device, brokers, _logger)
         self._device = torch.device(device)
         #: by the worker's name: it has one channel with us at a time
         self._peers: dict[str, _Peer] = {}
         self._ending = Ending()
-        log(_logger, "info", "direct", {"choice": str(self.choice)})
+
+    @property
+    def choice(self) -> Choice:
+        """What this end can do now."""
+        return self._way.choice
 
     @property
     def offer(self) -> m.DirectOffer | None:

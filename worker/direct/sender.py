@@ -16,10 +16,11 @@ from broker.logs import log
 from broker.protocol import messages as m
 from worker.direct.backend import Backend, TransferError
 from worker.direct.channel import Channel, ChannelState, Open
-from worker.direct.config import ON_ONE_HOST, Choice, DirectConfig, choose, host_id, split_address
+from worker.direct.config import ON_ONE_HOST, Choice, DirectConfig, host_id, split_address
 from worker.direct.parts import octets
 from worker.direct.rendezvous import End, Rendezvous
 from worker.direct.runner import Ending, Move, Runner
+from worker.direct.way import Way
 
 _logger = logging.getLogger("draftmq.worker")
 #: Channels that a worker keeps at most; the one that moved nothing for longest goes first.
@@ -58,7 +59,9 @@ class Sender:
         brokers: Sequence[str],
     ) -> None:
         self.config = config
-        self.choice: Choice = choose(config, device, brokers)
+        self._way = Way(config, device, brokers, _logger)
+        #: where the peers' channels began
+        self._address = self._way.choice.address
         self._worker = worker
         self._device = torch.device(device)
         self._rendezvous: Rendezvous | None = None
@@ -66,13 +69,20 @@ class Sender:
         self._ending = Ending()
         self._lock = threading.Lock()
         self._staged_bytes = 0
-        log(_logger, "info", "direct", {"choice": str(self.choice)})
+
+    @property
+    def choice(self) -> Choice:
+        """What this end can do now."""
+        return self._way.choice
 
     def plan(self, request: m.Request, tensors: Mapping[str, Tensor]) -> Plan:
         """Decide how the reply to ``request`` travels; a transfer that is planned must be sent."""
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        if request.direct is None or nbytes < self.config.min_bytes or not self.choice.backends:
+        choice = self._way.choice
+        if request.direct is None or nbytes < self.config.min_bytes or not choice.backends:
             return Plan()
+        if choice.address != self._address:
+            self._move(choice.address)
         peer = self._peer(request.id, request.direct)
         runner = None if peer is None else self._runner(request.id.client, peer)
         if peer is None or runner is None:
@@ -164,9 +174,9 @@ class Sender:
             return Plan()
         try:
             if self._rendezvous is None:
-                self._rendezvous = Rendezvous(self.choice.address, self.config.ports)
+                self._rendezvous = Rendezvous(self._address, self.config.ports)
         except TransferError as error:
-            self.choice = Choice((), "", str(error))
+            self._way.give_up(str(error))
             log(_logger, "warning", "direct_off", {"why": str(error)})
             return Plan()
         host, port = self._rendezvous.address, self._rendezvous.port
@@ -187,8 +197,17 @@ class Sender:
     def _join(self, peer: _Peer, leaving: threading.Event) -> Backend:
         assert peer.invitation is not None
         assert self._rendezvous is not None
-        end = End(self.choice.address, self._device, self.config.channel)
+        end = End(self._address, self._device, self.config.channel)
         return self._rendezvous.meet(peer.invitation, end, leaving)
+
+    def _move(self, address: str) -> None:
+        """This host has another address: all channels begin anew, from there."""
+        for client in list(self._peers):
+            self._drop(client, "the address of this host has changed")
+        if self._rendezvous is not None:
+            self._rendezvous.close()
+            self._rendezvous = None
+        self._address = address
 
     def _drop(self, client: str, why: str) -> None:
         peer = self._peers.pop(client, None)

@@ -18,6 +18,7 @@ from worker.direct.channel import (
     Drop,
     Failed,
     Joined,
+    Log,
     Moved,
     Open,
     Receive,
@@ -107,6 +108,13 @@ def test_waits_double_until_the_wire_is_all_that_is_left() -> None:
     assert [log.event for log in logs] == ["channel_broken", "channel_given_up"]
     assert made.handle(Open(9), 100.0) == []
     assert not made.may_open(100.0)
+
+
+def test_an_end_that_leaves_while_nothing_is_under_way_is_no_warning() -> None:
+    made = channel(ChannelState.READY)
+    logs = [a for a in made.handle(Failed(1, "gone", at_rest=True), 0.0) if isinstance(a, Log)]
+    assert [(log.level, log.event) for log in logs] == [("info", "channel_left")]
+    assert made.state is ChannelState.BROKEN
 
 
 def test_a_transfer_that_succeeds_forgives_the_failures() -> None:
