@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -47,6 +47,9 @@ _logger = logging.getLogger("draftmq.broker")
 #: libzmq's I/O threads where they encrypt, which takes four times as long as the rest; connections
 #: are spread over them. One moves more in the clear than a network card does.
 _CRYPTO_THREADS = 4
+#: Lines of one event that are let through at once, and a second. Of what is not as it should be few
+#: say all; a cluster of a thousand ranks may come back at once, and go.
+_LINES = {"warning": (20, 1.0), "info": (2000, 10.0)}
 #: A loop that has not come round for so long stands still, to those who look from outside.
 _STANDS_S = 2.0
 
@@ -95,7 +98,7 @@ class Broker:
         self._wakeup = Wakeup()
         self._ports: dict[Side, Port] = {}
         self._zap: ZapHandler | None = None
-        self._throttle = Throttle()
+        self._throttles = {level: Throttle(*lines) for level, lines in _LINES.items()}
         self._max_connections = max_connections()
         self._reread_at = 0.0
         self._reread_now = False
@@ -279,9 +282,12 @@ class Broker:
 
     def _note(self, event: str, **fields: Any) -> None:
         """Log what strangers cause, as long as it is not too much."""
-        left_out = self._throttle.left_out(event, time.monotonic())
+        self._tell("warning", event, fields)
+
+    def _tell(self, level: str, event: str, fields: Mapping[str, Any]) -> None:
+        left_out = self._throttles[level].left_out(event, time.monotonic())
         if left_out is not None:
-            log(_logger, "warning", event, fields | ({"left_out": left_out} if left_out else {}))
+            log(_logger, level, event, {**fields, **({"left_out": left_out} if left_out else {})})
 
     def _handle(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -316,10 +322,8 @@ class Broker:
     def _act(self, actions: list[Action]) -> None:
         gone = []
         for action in actions:
-            if isinstance(action, Log) and action.level == "warning":
-                self._note(action.event, **action.fields)
-            elif isinstance(action, Log):
-                log(_logger, action.level, action.event, action.fields)
+            if isinstance(action, Log):
+                self._tell(action.level, action.event, action.fields)
             elif not self._ports[action.side].send(action):
                 gone.append(ConnectionLost(action.side, action.connection))
         if gone:
