@@ -47,6 +47,9 @@ _logger = logging.getLogger("draftmq.broker")
 #: libzmq's I/O threads where they encrypt, which takes four times as long as the rest; connections
 #: are spread over them. One moves more in the clear than a network card does.
 _CRYPTO_THREADS = 4
+#: Lines of one event that are let through at once, and a second. Of what is not as it should be few
+#: say all; a cluster of a thousand ranks may come back at once, and go.
+_LINES = {"warning": (20, 1.0), "info": (2000, 10.0)}
 #: A loop that has not come round for so long stands still, to those who look from outside.
 _STANDS_S = 2.0
 
@@ -95,7 +98,7 @@ class Broker:
         self._wakeup = Wakeup()
         self._ports: dict[Side, Port] = {}
         self._zap: ZapHandler | None = None
-        self._throttle = Throttle()
+        self._throttles = {level: Throttle(*lines) for level, lines in _LINES.items()}
         self._max_connections = max_connections()
         self._reread_at = 0.0
         self._reread_now = False
@@ -279,9 +282,12 @@ class Broker:
 
     def _note(self, event: str, **fields: Any) -> None:
         """Log what strangers cause, as long as it is not too much."""
-        left_out = self._throttle.left_out(event, time.monotonic())
+        self._tell("warning", event, fields)
+
+    def _tell(self, level: str, event: str, fields: Mapping[str, Any]) -> None:
+        left_out = self._throttles[level].left_out(event, time.monotonic())
         if left_out is not None:
-            log(_logger, "warning", event, fields | ({"left_out": left_out} if left_out else {}))
+            log(_logger, level, event, {**fields, **({"left_out": left_out} if left_out else {})})
 
     def _with_address(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The address in place of the name of a connection, which tells nobody anything."""
@@ -323,10 +329,11 @@ class Broker:
     def _act(self, actions: list[Action]) -> None:
         gone = []
         for action in actions:
-            if isinstance(action, Log) and action.level == "warning":
-                self._note(action.event, **self._with_address(action.fields))
-            elif isinstance(action, Log):
-                log(_logger, action.level, action.event, action.fields)
+            if isinstance(action, Log):
+                shown = action.fields
+                if action.level == "warning":
+                    shown = self._with_address(shown)
+                self._tell(action.level, action.event, shown)
             elif not self._ports[action.side].send(action):
                 gone.append(ConnectionLost(action.side, action.connection))
         if gone:

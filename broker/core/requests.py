@@ -47,6 +47,7 @@ class Requests:
         else:
             entry = Entry(request, None, client.job, now, now + request.ttl_s)
             ledger.entries[request.id] = entry
+            ledger.reply_room.free(entry.id)  # of a reply that never came, or it would not ask
             client.requests.add(request.id)
             ledger.counters["requests"] += 1
             if self._keep(entry, packet, now):

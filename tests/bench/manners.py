@@ -31,7 +31,7 @@ from tests.bench.processes import cpu_s, peak_bytes, reset_peak
 from tests.bench.rude_peer import SEQUENCES, Rude
 from tests.keyring import Keyring
 
-SECONDS = 4.0
+SECONDS = 8.0
 #: Limits small enough to be reached, and what docs/memory.md makes of them.
 LIMITS = {
     "max_client_bytes": 16 * MIB,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from broker.core import Side
+from broker.core import Log, Side
 from broker.core.inspect import validate
 from broker.protocol import decode, encode
 from broker.protocol import messages as m
@@ -83,3 +83,14 @@ def test_books_that_are_not_true_any_more_end_it(
         peer.say(m.Cancel(m.RequestId("bad", 1, 1)))
         assert broker.wait(10)
         assert broker.failed
+
+
+def test_lines_of_those_who_come_and_go_are_counted_and_not_all_written(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        broker._act([Log("info", "client_joined", {"client": f"c{n}"}) for n in range(5000)])
+        broker._act([Log("warning", "foreign_request", {}) for _ in range(5000)])
+    lines = [record.message for record in caplog.records]
+    assert 2000 <= lines.count("client_joined") < 2100
+    assert 20 <= lines.count("foreign_request") < 30

@@ -371,6 +371,17 @@ def test_what_a_worker_brought_along_and_lost_is_asked_for_at_once() -> None:
     assert wanted(rig, "c") == ["c#1"]
 
 
+def test_a_request_that_is_asked_again_does_not_wait_for_the_room_of_its_own_lost_reply() -> None:
+    rig = Rig(max_client_bytes=1, held_answer_bytes=0)
+    rig.client("c")
+    rig.worker("w")
+    asked = rig.ask("c", 2)
+    reply(rig, "w", asked)
+    rig.got("w")
+    rig.ask("c", 2)  # its answer was lost on its way
+    assert rig.requests("w") == [str(asked)]
+
+
 # -- those who take all they can ------------------------------------------------------------------
 
 
