@@ -277,6 +277,10 @@ def _decode_each(path: Path, file: io.BufferedReader) -> Iterator[Any]:
     while (mark := ahead.skip(" \t\r\n,")) and not (in_array and mark == "]"):
         count += 1
         yield ahead.value(decoder, count)
+    if in_array and mark:
+        ahead.at += 1
+        if ahead.skip(" \t\r\n"):
+            raise DataError(f"{path} is not JSON: something is behind its array")
     if in_array and not mark:
         raise DataError(f"{path} is not JSON: its array has no end, after {count} values")
 

@@ -25,6 +25,7 @@ _SAID_AS = {
     "bing": "assistant",
     "model": "assistant",
     "observation": "tool",
+    "ipython": "tool",
     "function": "tool",
     "tool_response": "tool",
     "function_response": "tool",
@@ -33,6 +34,8 @@ _SAID_AS = {
 }
 #: Roles whose content is a call, as JSON.
 _CALLING = ("function_call", "tool_call")
+#: What a turn thinks before it speaks, by the names that are in use.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _SHAPES = ("text", "messages", "conversations", "prompt", "input_ids")
 
 
@@ -90,6 +93,8 @@ def understand(record: Record, *, may_lack_answers: bool = False) -> Text | Toke
     if there == ["prompt"]:
         return _prompt(origin, row)
     said = _rows(row[there[0]])
+    if isinstance(said, str):  # as columns of tables have it
+        said = _from_json(said, said)
     if isinstance(row.get("system"), str) and isinstance(said, list) and said:
         first = said[0] if isinstance(said[0], dict) else {}
         if row["system"] and first.get("role", first.get("from")) != "system":
@@ -224,20 +229,27 @@ def _from_json(text: str, otherwise: Any) -> Any:
 def _message(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadLine(f"{where} is not an object", "a message is no object")
+    message = {name: each for name, each in message.items() if each is not None}
     given = message.get("role", message.get("from"))
-    role = _SAID_AS.get(given, given) if isinstance(given, str) else given
+    given = given.lower() if isinstance(given, str) else given
+    role = _SAID_AS.get(given, given)
     if role not in ROLES:
         said = f"{where} has the role {role!r}; roles are {', '.join(ROLES)}"
         raise BadLine(said, f"the role {role!r}"[:60])
-    kept = {name: each for name, each in message.items() if each is not None}
-    for name in ("from", "value", "weight"):
+    kept = dict(message)
+    for name in ("from", "value", "weight", "function_call"):
         kept.pop(name, None)
     calls = [_call(each) for each in _listed(where, "tool_calls", message.get("tool_calls"))]
-    content = _content(where, message, may_be_absent=bool(calls))
+    if isinstance(message.get("function_call"), dict) and not calls:
+        calls = [_call({"type": "function", "function": message["function_call"]})]
+    if role == "tool" and isinstance(message.get("content"), dict):
+        message["content"] = json.dumps(message["content"], ensure_ascii=False)
+    thinks = role == "assistant" and any(name in message for name in _THOUGHTS)
+    content = _content(where, message, may_be_absent=bool(calls) or thinks)
     if given in _CALLING and isinstance(called := _from_json(content, None), dict):
         calls, content = [_call({"type": "function", "function": called})], ""
     kept.pop("tool_calls", None)
-    for name in ("reasoning_content", "reasoning", "thinking", "name"):
+    for name in (*_THOUGHTS, "name"):
         if name in kept and not isinstance(kept[name], str):
             raise BadLine(f'{where} has a "{name}" that is no string', f"{name} is no string")
     return kept | {"role": role, "content": content} | ({"tool_calls": calls} if calls else {})
@@ -258,7 +270,7 @@ def _part(where: str, part: Any) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-    if kind != "text":
+    if kind not in ("text", "input_text", "output_text"):
         said = f"{where} has content of the kind {kind}; only text is trained on"
         raise BadLine(said, f"content of the kind {kind}"[:60])
     if not isinstance(part.get("text"), str):

@@ -270,3 +270,28 @@ def test_a_called_function_has_its_arguments_as_an_object() -> None:
     called = {"from": "function_call", "value": '{"name": "f", "arguments": "{\\"x\\": 1}"}'}
     (call,) = records._message("line 1", called)["tool_calls"]
     assert call["function"] == {"name": "f", "arguments": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": None, "from": "human", "content": None, "value": "Hello"}, TWO[1]]},
+        {"messages": [turn("User", "Hello"), turn("Assistant", "Hi!")]},
+        {"messages": json.dumps(TWO[:2])},
+        {"messages": [turn(USER, [{"type": "input_text", "text": "Hello"}]), TWO[1]]},
+        {"messages": [TWO[0], turn(SAYS, [{"type": "output_text", "text": "Hi!"}])]},
+    ],
+)
+def test_odd_forms_of_one_conversation(tmp_path: Path, record: Any) -> None:
+    ((before, piece),) = said(read(tmp_path, "plain", record), "plain")
+    assert before.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+    assert piece == "Hi!<|im_end|>"
+
+
+def test_calls_of_the_older_form_and_results_that_are_objects() -> None:
+    called = {"role": "assistant", "content": None, "function_call": {"name": "f"}}
+    assert records._message("line 1", called)["tool_calls"][0]["function"] == {"name": "f"}
+    result = records._message("line 1", {"role": "ipython", "content": {"a": 1}})
+    assert (result["role"], result["content"]) == ("tool", '{"a": 1}')
+    silent = {"role": "assistant", "content": None, "reasoning_content": "hm"}
+    assert records._message("line 1", silent)["content"] == ""

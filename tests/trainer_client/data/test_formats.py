@@ -74,7 +74,9 @@ def test_json_in_any_arrangement(
     assert len({sample.origin for sample in found.samples}) == len(ROWS)
 
 
-@pytest.mark.parametrize("content", [b"[", b"[{}", b'[{"text": "a"}, {"te', b'{\n"text": nothing}'])
+@pytest.mark.parametrize(
+    "content", [b"[", b"[{}", b'[{"text": "a"}, {"te', b'{\n"text": nothing}', b'[{"text": "a"}] b']
+)
 def test_an_array_without_an_end_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.json.* is not JSON"):
