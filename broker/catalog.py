@@ -192,8 +192,18 @@ EVENTS = {
             "worker attaches now."
         ),
         "target_gone": Known(
-            "The target's engine has ended; the worker ends, and others get its requests.",
-            "Look at the engine's own log for the reason, and start the worker again.",
+            "The target's engine, or another rank of it, has ended; the worker ends, and others "
+            "get its requests.",
+            "Look at the log of the engine, or of that rank, for the reason, and start the worker "
+            "again.",
+        ),
+        "rank_follows": Known(
+            "This process has a part of the target and runs it when rank 0 says so; rank 0 is the "
+            "worker.",
+        ),
+        "leader_gone": Known(
+            "Rank 0 of the target has ended without a word, so this rank ends too.",
+            "Look at the log of rank 0; torchrun with --max-restarts starts all ranks again.",
         ),
         "target_failed": Known(
             "The target raised for a request; the traceback follows.",

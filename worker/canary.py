@@ -17,7 +17,7 @@ from torch import Tensor
 
 from broker.logs import log
 from worker.errors import BadRequest, TargetError
-from worker.targets.contract import Target, TargetOutputs, text_config
+from worker.targets.contract import Target, TargetOutputs, frozen, text_config
 from worker.targets.foreign import ForeignTarget
 from worker.targets.huggingface import HuggingFaceTarget
 
@@ -79,6 +79,10 @@ def reference_of(target: Target) -> HuggingFaceTarget | None:
     if ends is not None:
         lower: HuggingFaceTarget = ends.lower
         return lower
+    lowest = getattr(target, "lowest", None)  # of a model that is cut over several processes
+    if lowest is not None:
+        made: HuggingFaceTarget = lowest()
+        return made
     if not isinstance(target, ForeignTarget) or not isinstance(target.model, torch.nn.Module):
         return None
     try:
@@ -110,7 +114,7 @@ def _states(target: Target, prompts: list[Tensor]) -> list[dict[str, Tensor]]:
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
     try:
-        with torch.inference_mode():
+        with frozen(target):
             outputs = target.forward(ids, mask, mask)
     except BadRequest as error:
         raise TargetError(f"target {target.name!r} refused the canary's prompts: {error}") from None

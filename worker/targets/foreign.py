@@ -103,8 +103,9 @@ class ForeignTarget:
     ) -> TargetOutputs:
         """The inner target's batch as outputs that are shifted already."""
         batch = self.generate_batch(input_ids, attention_mask, loss_mask)
-        last = batch.last_hidden_state if "hidden" in self.encodings else None
-        return TargetOutputs(batch.aux_hidden_states, full_tensor(batch.logits), last, shifted=True)
+        aux, logits = full_tensor(batch.aux_hidden_states), full_tensor(batch.logits)
+        last = full_tensor(batch.last_hidden_state) if "hidden" in self.encodings else None
+        return TargetOutputs(aux, logits, last, shifted=True)
 
     def close(self) -> None:
         """Close the inner target, if it can be."""
@@ -151,6 +152,7 @@ def _makes_logits(head: HasWeight, last: Tensor, logits: Tensor) -> bool:
     if tuple(weight.shape) != (logits.shape[-1], last.shape[-1]):
         return False
     bias = getattr(head, "bias", None)
+    bias = None if bias is None else full_tensor(bias)
     made = F.linear(full_tensor(last).to(weight), weight, bias)[:, :-1].float()
     expected = full_tensor(logits)[:, :-1].float()
     off = (made - expected.to(made.device)).norm() / expected.norm().clamp_min(1e-12).to(
