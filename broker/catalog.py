@@ -262,6 +262,17 @@ EVENTS = {
             "A loss or gradient was not finite and `--skip-non-finite` allows that.",
             "Look at the samples that are named.",
         ),
+        "verify_differs": Known(
+            "Two workers gave for the same tokens what differs by more than rounding "
+            "(`--verify-share`).",
+            "One of the two serves something else than it says: start both again with their "
+            "canaries on, and take it away.",
+        ),
+        "verify_alone": Known(
+            "A sample that should be verified was answered twice by one worker: the pool has no "
+            "other that is free for this run, so nothing is verified.",
+            "Add a worker, or leave `--verify-share` away.",
+        ),
         "settings": Known("What the run was started with; `run.json` keeps it."),
         "validation": Known("How the draft does on held-out samples (`--validation`)."),
         "curves_not_written": Known(

@@ -20,17 +20,15 @@ from worker.errors import BadRequest, TargetError
 from worker.targets.contract import Target, TargetOutputs, frozen, text_config
 from worker.targets.foreign import ForeignTarget
 from worker.targets.huggingface import HuggingFaceTarget
+from worker.targets.tolerance import (
+    BEHIND_THE_NORM,
+    EQUAL_ARGMAX,
+    allowed,
+    chooses_experts,
+    differ,
+)
 
 _logger = logging.getLogger("draftmq.worker")
-
-#: Relative norm by which states may differ between two ways to the same: rounding, and kernels that
-#: add in another order. A quantised target is what its dtype says, and more.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
-QUANTISED_TOLERANCE = 1e-1
-#: Behind the final norm what a large value hid is to be seen: so many times that is allowed there.
-BEHIND_THE_NORM = 3
-#: Where experts are chosen, a rounding can choose another: then so many tokens must still agree.
-EQUAL_ARGMAX = 0.9
 
 _LENGTHS = (1, 5, 12, 33)
 
@@ -142,12 +140,8 @@ class _Comparison:
     """
 
     def __init__(self, target: Target, quantised: bool) -> None:
-        config = text_config(target.model.config)
-        names = ("num_experts", "num_local_experts", "n_routed_experts")
-        self._routed = any(getattr(config, name, 0) for name in names)
-        self._allowed = TOLERANCE.get(target.dtype, 2e-2)
-        if quantised:
-            self._allowed = QUANTISED_TOLERANCE
+        self._routed = chooses_experts(target.model.config)
+        self._allowed = allowed(target.dtype, quantised=quantised)
 
     def __call__(
         self, how: str, made: Mapping[str, Tensor], expected: Mapping[str, Tensor]
@@ -155,16 +149,15 @@ class _Comparison:
         for name, tensor in expected.items():
             if not tensor.numel():
                 continue
-            same = float((made[name].argmax(-1) == tensor.argmax(-1)).float().mean())
-            off = float((made[name] - tensor).norm() / tensor.norm().clamp_min(1e-12))
-            allowed = self._allowed * (1 if name.startswith("layer") else BEHIND_THE_NORM)
-            good = off <= allowed  # which a NaN is not
+            off, same = differ(made[name], tensor)
+            limit = self._allowed * (1 if name.startswith("layer") else BEHIND_THE_NORM)
+            good = off <= limit  # which a NaN is not
             if self._routed:
                 good = name != "the logits" or same >= EQUAL_ARGMAX
             if not good:
                 raise TargetError(
                     f"the canary: {name} in {how} is off by {off:.2g} of its norm, and "
-                    f"{allowed:.2g} is allowed ({same:.0%} of its largest entries are where "
+                    f"{limit:.2g} is allowed ({same:.0%} of its largest entries are where "
                     "they were). This target mixes prompts or is not what it says, and is not "
                     "served; --no-canary serves it all the same"
                 )
