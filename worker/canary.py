@@ -21,9 +21,9 @@ from worker.targets.contract import Target, TargetOutputs, frozen, text_config
 from worker.targets.foreign import ForeignTarget
 from worker.targets.huggingface import HuggingFaceTarget
 from worker.targets.tolerance import (
-    BEHIND_THE_NORM,
-    EQUAL_ARGMAX,
+    agree,
     allowed,
+    bound,
     chooses_experts,
     differ,
 )
@@ -150,11 +150,9 @@ class _Comparison:
             if not tensor.numel():
                 continue
             off, same = differ(made[name], tensor)
-            limit = self._allowed * (1 if name.startswith("layer") else BEHIND_THE_NORM)
-            good = off <= limit  # which a NaN is not
-            if self._routed:
-                good = name != "the logits" or same >= EQUAL_ARGMAX
-            if not good:
+            behind = not name.startswith("layer")
+            limit = bound(self._allowed, routed=self._routed, behind=behind)
+            if not agree(off, same, limit, by_share=self._routed and name == "the logits"):
                 raise TargetError(
                     f"the canary: {name} in {how} is off by {off:.2g} of its norm, and "
                     f"{limit:.2g} is allowed ({same:.0%} of its largest entries are where "

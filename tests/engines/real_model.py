@@ -63,21 +63,21 @@ QUESTIONS = (
 _NEW_TOKENS, _TOGETHER = 64, 16
 
 
-def prompts() -> list[str]:
-    return [question.format(topic) for topic in TOPICS for question in QUESTIONS]
+def prompts(topics: int) -> list[str]:
+    return [question.format(topic) for topic in TOPICS[:topics] for question in QUESTIONS]
 
 
 @torch.inference_mode()
-def answer(file: Path) -> None:
-    """Write the model's greedy answers as conversations, unless they are there."""
+def answer(file: Path, topics: int) -> None:
+    """Write the model's greedy answers as conversations, but for those that are there."""
     from transformers import AutoModelForCausalLM
 
-    if file.is_file():
+    there = len(file.read_text().splitlines()) if file.is_file() else 0
+    asked = sorted(prompts(topics), key=len)[there:]
+    if not asked:
         return
     tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    lines = []
-    asked = sorted(prompts(), key=len)
     for at in range(0, len(asked), _TOGETHER):
         some = [[{"role": "user", "content": each}] for each in asked[at : at + _TOGETHER]]
         given = tokenizer.apply_chat_template(
@@ -87,9 +87,10 @@ def answer(file: Path) -> None:
         said = tokenizer.batch_decode(
             made[:, given["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        for turn, text in zip(some, said, strict=True):
-            lines.append(json.dumps({"messages": [*turn, {"role": "assistant", "content": text}]}))
-    file.write_text("\n".join(lines) + "\n")
+        with file.open("a") as answers:
+            for turn, text in zip(some, said, strict=True):
+                messages = [*turn, {"role": "assistant", "content": text}]
+                answers.write(json.dumps({"messages": messages}) + "\n")
 
 
 def compare(broker: Broker) -> None:
@@ -120,13 +121,13 @@ def command(*arguments: object) -> None:
         sys.exit(done.returncode)
 
 
-def main(python: str) -> None:
+def main(python: str, topics: int) -> None:
     """Run everything. Raises ``SystemExit`` with what went wrong."""
     WORK.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ENVIRONMENT
     subprocess.run([python, "-m", "tests.engines.smollm2", MODEL], env=environment, check=True)
-    data, run = WORK / "answers.jsonl", WORK / "run"
-    answer(data)
+    data, run = WORK / f"answers-{topics}.jsonl", WORK / f"run-{topics}"
+    answer(data, topics)
     with Broker() as broker:
         theirs = Workers(python, str(MODEL.resolve()), broker.worker_endpoint, WORK)
         ours = Workers(sys.executable, str(MODEL.resolve()), broker.worker_endpoint, WORK, "")
@@ -160,4 +161,6 @@ def main(python: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", required=True)
-    main(os.path.abspath(parser.parse_args().python))
+    parser.add_argument("--topics", type=int, default=len(TOPICS), help="eight questions each")
+    given = parser.parse_args()
+    main(os.path.abspath(given.python), given.topics)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
 from collections import Counter
 from typing import Any
@@ -17,9 +16,9 @@ from trainer_client.targets.batch import Eagle3TargetBatch
 from trainer_client.targets.remote import RemoteEagle3TargetModel, RemoteHandle
 from trainer_client.training.settings import Differs
 from worker.targets.tolerance import (
-    BEHIND_THE_NORM,
-    EQUAL_ARGMAX,
+    agree,
     allowed,
+    bound,
     chooses_experts,
     differ,
 )
@@ -129,11 +128,9 @@ class Verifier:
                 continue
             real = one.attention_mask.bool()  # others' padding is nobody's promise
             off, same = differ(made[real].float().cpu(), expected[real].float().cpu())
-            most = limit * (BEHIND_THE_NORM if name in _BEHIND else 1)
-            good = off <= most  # which a NaN is not
-            if routed and not math.isnan(off):
-                good = name in _BEFORE or same >= EQUAL_ARGMAX
-            if not good:
+            behind = name in _BEHIND
+            most = bound(limit, routed=routed, behind=behind)
+            if not agree(off, same, most, by_share=routed and behind):
                 return (
                     f"{name} is off by {off:.2g} of its norm, and {most:.2g} is allowed "
                     f"({same:.0%} of the largest entries are where they were)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ QUANTISED_TOLERANCE = 1e-1
 BEHIND_THE_NORM = 3
 #: Where experts are chosen, a rounding can choose another: then so many tokens must still agree.
 EQUAL_ARGMAX = 0.9
+#: And so far states may be apart there, of their norm: some tokens through another expert are, and
+#: another layer's states are further.
+ROUTED_TOLERANCE = 0.3
 
 #: What configs call the number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -32,6 +36,22 @@ def chooses_experts(config: Any) -> bool:
     if isinstance(config, dict):
         return any(config.get(name) for name in _EXPERTS)
     return any(getattr(text_config(config), name, 0) for name in _EXPERTS)
+
+
+def bound(tolerance: float, *, routed: bool, behind: bool) -> float:
+    """How far tensors may be apart of a target with this ``tolerance``. ``routed``: it chooses
+    experts; ``behind``: they are behind its final norm.
+    """
+    if routed:
+        return max(tolerance, ROUTED_TOLERANCE)
+    return tolerance * (BEHIND_THE_NORM if behind else 1)
+
+
+def agree(off: float, same: float, limit: float, *, by_share: bool = False) -> bool:
+    """Whether tensors that :func:`differ` so are the same but for rounding: by norm, or by the
+    share of equal argmax. No NaN agrees with anything.
+    """
+    return same >= EQUAL_ARGMAX and not math.isnan(off) if by_share else off <= limit
 
 
 def differ(made: Tensor, expected: Tensor) -> tuple[float, float]:
