@@ -54,7 +54,7 @@ chaos: venv ## Train drafts through ten minutes of faults, 500 cut connections, 
 bench: venv ## Measure everything beside its peers and limits: a table, build/bench.json and .png
 	$(BIN)/python -m tests.bench
 
-test-engines: venv ## Load an exported draft in speculators and vLLM (an environment of its own)
+test-engines: venv ## Targets in vLLM, a real model, other trainers, drafts in vLLM (environments of its own)
 	tests/engines/run.sh
 
 fuzz: venv ## Fuzz all that parses bytes from outside, for SECONDS=300 together

@@ -192,8 +192,18 @@ EVENTS = {
             "worker attaches now."
         ),
         "target_gone": Known(
-            "The target's engine has ended; the worker ends, and others get its requests.",
-            "Look at the engine's own log for the reason, and start the worker again.",
+            "The target's engine, or another rank of it, has ended; the worker ends, and others "
+            "get its requests.",
+            "Look at the log of the engine, or of that rank, for the reason, and start the worker "
+            "again.",
+        ),
+        "rank_follows": Known(
+            "This process has a part of the target and runs it when rank 0 says so; rank 0 is the "
+            "worker.",
+        ),
+        "leader_gone": Known(
+            "Rank 0 of the target has ended without a word, so this rank ends too.",
+            "Look at the log of rank 0; torchrun with --max-restarts starts all ranks again.",
         ),
         "target_failed": Known(
             "The target raised for a request; the traceback follows.",
@@ -272,6 +282,17 @@ EVENTS = {
         "samples_left_out": Known(
             "A loss or gradient was not finite and `--skip-non-finite` allows that.",
             "Look at the samples that are named.",
+        ),
+        "verify_differs": Known(
+            "Two workers gave for the same tokens what differs by more than rounding "
+            "(`--verify-share`).",
+            "One of the two serves something else than it says: start both again with their "
+            "canaries on, and take it away.",
+        ),
+        "verify_alone": Known(
+            "A sample that should be verified was answered twice by one worker: the pool has no "
+            "other that is free for this run, so nothing is verified.",
+            "Add a worker, or leave `--verify-share` away.",
         ),
         "settings": Known("What the run was started with; `run.json` keeps it."),
         "validation": Known("How the draft does on held-out samples (`--validation`)."),

@@ -183,8 +183,10 @@ class Client:
         mapping_id: str = "",
         encoding: str = "",
         offer: str = "",
+        avoid: str = "",
     ) -> PendingReply:
-        """Send a request as soon as a broker has room for it.
+        """Send a request as soon as a broker has room for it. A worker to ``avoid`` gets it only
+        where there is no other.
 
         Raises :class:`LocalProtocolError` for what could not be sent, and
         :class:`ClientClosedError` after :meth:`close`.
@@ -208,6 +210,7 @@ class Client:
             manifest=manifest,
             direct=self._direct.offer if self._direct is not None else None,
             offer=offer,
+            avoid=avoid,
         )
         packet = encode(request, payload, self._limits())
         pending = PendingReply(request_id, self._cancel, self._loop.ident)

@@ -35,7 +35,7 @@ from worker.supervision.supervision import (
     lm_head_rows,
     suited,
 )
-from worker.targets.contract import Target, TargetFacts
+from worker.targets.contract import Target, TargetFacts, frozen
 
 _logger = logging.getLogger("draftmq.worker")
 
@@ -148,13 +148,10 @@ class Answerer:
         began = self._staging.mark()
         if len(good) < 2 or not self._computed_together(good):
             for work in good:
-                # what is spread over devices cannot be gathered in inference mode
-                runs = work.request.operation == "generate"
-                mode = torch.inference_mode() if runs else torch.no_grad()
-                with _failing(work), mode:
+                with _failing(work), frozen(self.target):
                     self._compute(work)
         for work in good:
-            with _failing(work), torch.inference_mode():
+            with _failing(work), frozen(self.target):
                 self._check(work)
         done = self._staging.mark(
             tensor for work in good if work.tensors for tensor in work.tensors.values()
@@ -181,7 +178,7 @@ class Answerer:
     def _computed_together(self, works: Sequence[Work]) -> bool:
         """False where it failed: then each is run alone, and fails alone."""
         try:
-            with torch.inference_mode():
+            with frozen(self.target):
                 made = compute_together(
                     self.target,
                     [work.tokens for work in works if work.tokens is not None],

@@ -17,20 +17,18 @@ from torch import Tensor
 
 from broker.logs import log
 from worker.errors import BadRequest, TargetError
-from worker.targets.contract import Target, TargetOutputs, text_config
+from worker.targets.contract import Target, TargetOutputs, frozen, text_config
 from worker.targets.foreign import ForeignTarget
 from worker.targets.huggingface import HuggingFaceTarget
+from worker.targets.tolerance import (
+    agree,
+    allowed,
+    bound,
+    chooses_experts,
+    differ,
+)
 
 _logger = logging.getLogger("draftmq.worker")
-
-#: Relative norm by which states may differ between two ways to the same: rounding, and kernels that
-#: add in another order. A quantised target is what its dtype says, and more.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
-QUANTISED_TOLERANCE = 1e-1
-#: Behind the final norm what a large value hid is to be seen: so many times that is allowed there.
-BEHIND_THE_NORM = 3
-#: Where experts are chosen, a rounding can choose another: then so many tokens must still agree.
-EQUAL_ARGMAX = 0.9
 
 _LENGTHS = (1, 5, 12, 33)
 
@@ -79,6 +77,10 @@ def reference_of(target: Target) -> HuggingFaceTarget | None:
     if ends is not None:
         lower: HuggingFaceTarget = ends.lower
         return lower
+    lowest = getattr(target, "lowest", None)  # of a model that is cut over several processes
+    if lowest is not None:
+        made: HuggingFaceTarget = lowest()
+        return made
     if not isinstance(target, ForeignTarget) or not isinstance(target.model, torch.nn.Module):
         return None
     try:
@@ -110,7 +112,7 @@ def _states(target: Target, prompts: list[Tensor]) -> list[dict[str, Tensor]]:
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
     try:
-        with torch.inference_mode():
+        with frozen(target):
             outputs = target.forward(ids, mask, mask)
     except BadRequest as error:
         raise TargetError(f"target {target.name!r} refused the canary's prompts: {error}") from None
@@ -138,12 +140,8 @@ class _Comparison:
     """
 
     def __init__(self, target: Target, quantised: bool) -> None:
-        config = text_config(target.model.config)
-        names = ("num_experts", "num_local_experts", "n_routed_experts")
-        self._routed = any(getattr(config, name, 0) for name in names)
-        self._allowed = TOLERANCE.get(target.dtype, 2e-2)
-        if quantised:
-            self._allowed = QUANTISED_TOLERANCE
+        self._routed = chooses_experts(target.model.config)
+        self._allowed = allowed(target.dtype, quantised=quantised)
 
     def __call__(
         self, how: str, made: Mapping[str, Tensor], expected: Mapping[str, Tensor]
@@ -151,16 +149,13 @@ class _Comparison:
         for name, tensor in expected.items():
             if not tensor.numel():
                 continue
-            same = float((made[name].argmax(-1) == tensor.argmax(-1)).float().mean())
-            off = float((made[name] - tensor).norm() / tensor.norm().clamp_min(1e-12))
-            allowed = self._allowed * (1 if name.startswith("layer") else BEHIND_THE_NORM)
-            good = off <= allowed  # which a NaN is not
-            if self._routed:
-                good = name != "the logits" or same >= EQUAL_ARGMAX
-            if not good:
+            off, same = differ(made[name], tensor)
+            behind = not name.startswith("layer")
+            limit = bound(self._allowed, routed=self._routed, behind=behind)
+            if not agree(off, same, limit, by_share=self._routed and name == "the logits"):
                 raise TargetError(
                     f"the canary: {name} in {how} is off by {off:.2g} of its norm, and "
-                    f"{allowed:.2g} is allowed ({same:.0%} of its largest entries are where "
+                    f"{limit:.2g} is allowed ({same:.0%} of its largest entries are where "
                     "they were). This target mixes prompts or is not what it says, and is not "
                     "served; --no-canary serves it all the same"
                 )

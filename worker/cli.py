@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -79,7 +79,21 @@ Example:
 @click.option(
     "--layers", type=Layers(), help="With vllm: the layers that can be asked for beside these."
 )
-@click.option("--tp", type=click.IntRange(min=1), default=1, help="With vllm: tensor parallel.")
+@click.option(
+    "--tp",
+    type=click.IntRange(min=0),
+    is_flag=False,
+    flag_value=0,
+    metavar="[N]",
+    help="Cut the model over N GPUs: in vLLM as it is; in transformers under torchrun "
+    "--nproc-per-node N -m worker, where N may be left away.",
+)
+@click.option(
+    "--device-map",
+    type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
+    default=None,
+    help="In transformers: lay the layers on all GPUs, in one process.",
+)
 @click.option(
     "--engine-arg",
     type=_Setting(),
@@ -137,7 +151,8 @@ def worker(
     model_name: str,
     aux_layers: tuple[int, ...] | None,
     layers: tuple[int, ...] | None,
-    tp: int,
+    tp: int | None,
+    device_map: str | None,
     engine_arg: tuple[tuple[str, object], ...],
     device: str,
     dtype: str | None,
@@ -166,7 +181,13 @@ def worker(
     from worker.errors import WorkerError
     from worker.last_resort import LastResort
     from worker.service import Worker
-    from worker.targets import compile_target, load_factory, load_target, load_vllm_target
+    from worker.targets import (
+        compile_target,
+        load_factory,
+        load_parallel_target,
+        load_target,
+        load_vllm_target,
+    )
 
     for endpoint in broker:  # before a model is loaded
         addresses.connecting(endpoint)
@@ -174,44 +195,47 @@ def worker(
         raise click.UsageError("give either --target or --target-factory")
     if threads is not None:
         torch.set_num_threads(threads)
-    served: Target
     in_vllm = target is not None and target.startswith(_VLLM)
     if factory_arg and target_factory is None:
         raise click.UsageError("--factory-arg is for --target-factory")
-    if not in_vllm and (layers or engine_arg or tp != 1):
-        raise click.UsageError("--layers, --tp and --engine-arg are for --target vllm:MODEL")
-    if in_vllm:
+    if not in_vllm and (layers or engine_arg):
+        raise click.UsageError("--layers and --engine-arg are for --target vllm:MODEL")
+    if device_map and (in_vllm or target_factory or tp is not None):
+        raise click.UsageError("--device-map is for a model in transformers, without --tp")
+    if tp is not None and target_factory:
+        raise click.UsageError("--tp is for --target; a factory makes its own ranks")
+    if tp == 0 and in_vllm:
+        raise click.UsageError("say on how many GPUs vLLM should run: --tp N")
+    chosen: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "aux_layer_ids": aux_layers,
+        "revision": revision,
+    }
+    served: Target
+    if target is None:
+        served = load_factory(
+            str(target_factory), name=model_name, arguments=dict(factory_arg), options=chosen
+        )
+    elif in_vllm:
         served = load_vllm_target(
-            str(target).removeprefix(_VLLM),
-            tensor_parallel=tp,
-            device=device,
-            dtype=dtype,
-            aux_layer_ids=aux_layers,
+            target.removeprefix(_VLLM),
+            tensor_parallel=tp or 1,
             layers=layers or (),
             trust_remote_code=trust_remote_code,
-            revision=revision,
             options=dict(engine_arg),
+            **chosen,
         )
-    elif target is not None:
-        served = load_target(
-            target,
-            device=device,
-            dtype=dtype,
-            aux_layer_ids=aux_layers,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
+    elif tp is not None:
+        served = part = load_parallel_target(
+            target, size=tp, trust_remote_code=trust_remote_code, **chosen
         )
+        if not part.leads:
+            part.follow()
+            return
     else:
-        served = load_factory(
-            str(target_factory),
-            name=model_name,
-            arguments=dict(factory_arg),
-            options={
-                "device": device,
-                "dtype": dtype,
-                "aux_layer_ids": aux_layers,
-                "revision": revision,
-            },
+        served = load_target(
+            target, device_map=device_map or "", trust_remote_code=trust_remote_code, **chosen
         )
     if compile:
         compile_target(served)

@@ -24,14 +24,14 @@ from trainer_client.drafts.layers import aux_layer_ids
 from trainer_client.drafts.lint import check_draft
 from trainer_client.evaluation.decoding import EvalResult, evaluate, greedy_decode
 from trainer_client.evaluation.prompts import load_prompts
-from worker.targets import EMBEDDED, load_target
+from worker.targets import load_target, resolve
 
 HERE = Path(__file__).parent
 WORK = Path("build/engines")
 #: vLLM and draftmq count the same checks in float32; what is left are ties that fall otherwise.
 TOLERANCE = 0.02
 #: Where vLLM's warnings about threads, Triton, OpenMP and eager mode come from. All others fail.
-HARMLESS = {"__init__.py", "arg_utils.py", "cpu.py", "cpu_worker.py", "vllm.py"}
+HARMLESS = {"__init__.py", "arg_utils.py", "cpu.py", "cpu_worker.py", "torch_utils.py", "vllm.py"}
 VLLM = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -57,8 +57,8 @@ class Engines:
         # not resolved: the link's own place is what tells Python its environment
         self._python = Path(os.path.abspath(python))
 
-    def speculators(self, draft: Path) -> tuple[bool, str]:
-        code, log = self._run("speculators", "in_speculators.py", [draft.resolve(), EMBEDDED])
+    def speculators(self, draft: Path, target: str) -> tuple[bool, str]:
+        code, log = self._run("speculators", "in_speculators.py", [draft.resolve(), target])
         return code == 0, log.strip().splitlines()[-1] if log.strip() else "said nothing"
 
     def vllm(self, name: str, job: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -99,11 +99,16 @@ def layers_in(log: str) -> list[int]:
 
 
 def vllm_checks(
-    engines: Engines, draft: Path, ours: EvalResult, prompts: list[list[int]], new_tokens: int
+    engines: Engines,
+    draft: Path,
+    where: str,
+    ours: EvalResult,
+    prompts: list[list[int]],
+    new_tokens: int,
 ) -> tuple[list[Check], dict[str, Any]]:
     """Decode with and without the draft."""
     layers = aux_layer_ids(draft)
-    job = {"target": str(EMBEDDED), "prompts": prompts, "max_new_tokens": new_tokens}
+    job = {"target": where, "prompts": prompts, "max_new_tokens": new_tokens}
     job |= {"draft": None, "draft_tokens": ours.draft_tokens}
     plain, _ = engines.vllm("vllm-plain", job)
     fast, log = engines.vllm("vllm-draft", job | {"draft": str(draft.resolve())})
@@ -134,11 +139,13 @@ def vllm_checks(
 
 
 def main() -> None:
-    """Run all checks on one draft for the embedded target."""
+    """Run all checks on one draft."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draft", type=Path, required=True)
     parser.add_argument("--python", type=Path, required=True, help="of the engines' environment")
-    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--target", default="embedded", help="name or folder")
+    parser.add_argument("--prompts", type=Path, help="data as for draftmq eval")
+    parser.add_argument("--count", type=int, default=12, help="prompts taken")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--draft-tokens", type=int, default=5)
     given = parser.parse_args()
@@ -146,9 +153,12 @@ def main() -> None:
     torch.set_num_threads(1)
     engines, new_tokens = Engines(given.python), given.max_new_tokens
 
-    target = load_target("embedded", aux_layer_ids=aux_layer_ids(given.draft))
-    prompts = load_prompts(target.tokenizer, "embedded", None, given.prompts, 48)
-    draft = read_draft(given.draft)
+    where = resolve(given.target)
+    where = str(Path(where).resolve()) if Path(where).exists() else where
+    layers = aux_layer_ids(given.draft)
+    target = load_target(given.target, dtype="float32", aux_layer_ids=layers)
+    prompts = load_prompts(target.tokenizer, given.target, given.prompts, given.count, 48)
+    draft = read_draft(given.draft, target.get_input_embeddings().weight)
     ours = evaluate(
         target,
         draft,
@@ -158,10 +168,10 @@ def main() -> None:
         eos=(),
     )
     findings = check_draft(given.draft)
-    loads, said = engines.speculators(given.draft)
+    loads, said = engines.speculators(given.draft, where)
     config = read_config(given.draft)
     fc_norm, aux = bool(config.get("fc_norm")), config.get("num_aux_hidden_states")
-    vllm, theirs = vllm_checks(engines, given.draft, ours, prompts, new_tokens)
+    vllm, theirs = vllm_checks(engines, given.draft, where, ours, prompts, new_tokens)
     checks = [
         Check("draftmq export --check", not findings, f"{len(findings)} findings"),
         Check("text is plain greedy text here", ours.lossless, f"{ours.tokens} tokens"),

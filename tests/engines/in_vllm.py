@@ -17,6 +17,7 @@ from vllm import LLM, SamplingParams
 def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     options: dict[str, Any] = {}
+    longest = max(map(len, job["prompts"])) + job["max_new_tokens"] + job["draft_tokens"] + 1
     if job["draft"]:
         options["speculative_config"] = {
             "method": "eagle3",
@@ -27,7 +28,7 @@ def main(job_file: str, result_file: str) -> None:
         model=job["target"],
         dtype="float32",
         enforce_eager=True,
-        max_model_len=256,
+        max_model_len=longest,
         disable_log_stats=False,
         **options,
     )

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run NeMo AutoModel's recipe through brokers and compare it with its co-located run; train with
-# speculators from our workers; serve a target inside vLLM; then load an exported draft in speculators and in vLLM on CPU, and compare with draftmq eval.
+# speculators from our workers; serve a target inside vLLM; train a draft for a real model; then load an exported draft in speculators and in vLLM on CPU, and compare with draftmq eval.
 # Usage: run.sh [DRAFT]   (default: the newest draft of runs/demo*; without one, a demo is run first)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -25,6 +25,7 @@ fi
 
 .venv/bin/python -m tests.engines.speculators_training --python "$engines/bin/python"
 .venv/bin/python -m tests.engines.vllm_workers --python "$engines/bin/python"
+.venv/bin/python -m tests.engines.real_model --python "$engines/bin/python" --topics 6
 
 draft=${1:-$(find runs -path 'runs/demo*/draft/config.json' -printf '%T@ %h\n' 2>/dev/null |
     sort -n | tail -n 1 | cut -d' ' -f2-)}

@@ -64,16 +64,22 @@ def check_modes(python: str, target: str) -> None:
 
 
 class Workers:
-    """Workers of the other environment, each a process with its log in ``WORK``."""
+    """Workers of one environment, each a process with its log in a folder; in vLLM, or with another
+    ``engine`` in transformers.
+    """
 
-    def __init__(self, python: str, target: str, endpoint: str) -> None:
-        self._base = [python, "-m", "worker", "--broker", endpoint, "--target", f"vllm:{target}"]
-        self._base += ["--dtype", "float32", "--engine-arg", "enforce_eager=true"]
-        self._base += ["--model-name", "target", "--layers", "0"]
+    def __init__(
+        self, python: str, target: str, endpoint: str, logs: Path = WORK, engine: str = "vllm:"
+    ) -> None:
+        self._base = [python, "-m", "worker", "--broker", endpoint, "--target", engine + target]
+        self._base += ["--dtype", "float32", "--model-name", "target"]
+        if engine:
+            self._base += ["--engine-arg", "enforce_eager=true", "--layers", "0"]
+        self._logs = logs
         self.all: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *options: str) -> None:
-        log = (WORK / f"{name}.log").open("wb")
+        log = (self._logs / f"{name}.log").open("wb")
         environment = os.environ | ENVIRONMENT
         self.all[name] = subprocess.Popen(
             [*self._base, "--name", name, *options], env=environment, stdout=log, stderr=log
@@ -84,7 +90,7 @@ class Workers:
         self.all[name].wait()
 
     def log(self, name: str) -> str:
-        return (WORK / f"{name}.log").read_text(errors="replace")
+        return (self._logs / f"{name}.log").read_text(errors="replace")
 
     def end(self) -> None:
         for process in self.all.values():

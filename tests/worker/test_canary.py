@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,3 +103,28 @@ def test_lowest_layers_alone_can_be_the_reference() -> None:
     torch.nn.init.normal_(other.model.layers[1].mlp.up_proj.weight)
     with pytest.raises(TargetError, match="layer 1 in transformers'"):
         check(target, HuggingFaceTarget(other, name="llama", aux_layer_ids=(0, 1, 2)))
+
+
+class Routed(StubTarget):
+    """Says that it chooses experts, and gives states that are off by a part of their norm in every
+    second forward.
+    """
+
+    def __init__(self, off: float) -> None:
+        super().__init__()
+        config = SimpleNamespace(**asdict(self.model.config), num_experts=4)
+        self.model = SimpleNamespace(config=config)
+        self._off, self._calls = off, 0
+
+    def forward(self, *args: Any, **more: Any) -> TargetOutputs:
+        made = super().forward(*args, **more)
+        self._calls += 1
+        factor = 1 + self._off * (self._calls % 2)
+        return replace(made, aux_hidden_states=made.aux_hidden_states * factor)
+
+
+def test_where_experts_are_chosen_roundings_are_allowed_and_other_states_are_not() -> None:
+    prove(Routed(0.1))
+    for off in (0.6, float("nan")):
+        with pytest.raises(TargetError, match=r"off by .* and 0.3 is allowed|off by nan"):
+            prove(Routed(off))

@@ -29,7 +29,7 @@ from trainer_client.training.probe import probe
 from trainer_client.training.ranks import Ranks
 from trainer_client.training.run import train as run_training
 from trainer_client.training.run import write_summary
-from trainer_client.training.settings import TrainSettings, Turns
+from trainer_client.training.settings import Differs, TrainSettings, Turns
 from trainer_client.training.stopping import Stop, Stopped
 from trainer_client.training.trainer import StepMetrics
 from trainer_client.watch.observed import Observed
@@ -64,6 +64,8 @@ HELP = {
     "prefetch": "Requests kept ahead of the trainer; auto finds how many it takes.",
     "prefetch_mib": "Memory for what prefetch=auto keeps ahead.",
     "validation": "A share of the samples (0.05) or a file: measured at checkpoints, not trained.",
+    "verify_share": "Share of the samples that a second worker is asked for too, and compared.",
+    "verify_differs": "Where two workers differ by more than rounding: end the run, or warn.",
     "log_to": "Boards that get the figures too: tensorboard, wandb (commas between).",
     "seed": "Of the draft's first weights and of the order of the data.",
     "checkpoint_every": "Steps between checkpoints (0: only at the end).",
@@ -94,6 +96,7 @@ _TYPES = {
     "Turns": click.Choice(get_args(Turns)),
     "Attention": click.Choice(get_args(Attention)),
     "Family": click.Choice(get_args(Family)),
+    "Differs": click.Choice(get_args(Differs)),
 }
 
 

@@ -69,6 +69,11 @@ class RemoteHandle(Generic[T]):
         """The same request, whose result is made into something else by whoever waits for it."""
         return RemoteHandle(self._pending, lambda answer: convert(self._convert(answer)))
 
+    @property
+    def worker(self) -> str:
+        """Who answered; waits for it, as :meth:`result` does."""
+        return self._pending.result().reply.worker
+
     def cancel(self) -> bool:
         """Give it up; False when it has already come."""
         return self._pending.cancel()
@@ -267,9 +272,11 @@ class RemoteEagle3TargetModel:
         *,
         step: int | None = None,
         slots: int = 0,
+        avoid: str = "",
     ) -> RemoteHandle[Eagle3TargetBatch]:
         """Ask for supervision; ``step`` orders it among the ranks of the job (default: counted).
-        With ``slots`` it is of the first so many slots of each row, where all others are padding.
+        A worker to ``avoid`` answers only where there is no other. With ``slots`` it is of the
+        first so many slots of each row, where all others are padding.
 
         Raises :class:`BadRequestError` at once for what no worker would accept.
         """
@@ -278,12 +285,12 @@ class RemoteEagle3TargetModel:
         if not wish.name:
             if slots:
                 raise ValueError(f"slots are for {NAMES}, and this client's wish is {wish}")
-            handle = self.supervise(wish, input_ids, *masks, step=step)
+            handle = self.supervise(wish, input_ids, *masks, step=step, avoid=avoid)
             return handle.then(lambda made: made.to_batch(input_ids, *masks))
         if slots:
             wish = wish.within(0, slots)
         tokens = tokens_to_send(input_ids, *masks, None)
-        pending, shapes = self._submit(wish, tokens, step)
+        pending, shapes = self._submit(wish, tokens, step, avoid)
         mask = attention_mask[:, :slots] if slots else attention_mask
         return RemoteHandle(pending, lambda answer: self._batch(answer, shapes, mask))
 
@@ -296,6 +303,7 @@ class RemoteEagle3TargetModel:
         *,
         lengths: Tensor | None = None,
         step: int | None = None,
+        avoid: str = "",
     ) -> RemoteHandle[TargetSupervision]:
         """Ask for what a wish names, of rows [B, T], or with ``lengths`` int64 [documents] of
         packed documents [N]; a mapping is needed only where the wish is over a vocabulary.
@@ -308,11 +316,11 @@ class RemoteEagle3TargetModel:
             tokens = tokens_to_send(input_ids, attention_mask, loss_mask, lengths)
         except BadRequest as error:
             raise BadRequestError("bad_request", str(error)) from error
-        pending, shapes = self._submit(wish, tokens, step)
+        pending, shapes = self._submit(wish, tokens, step, avoid)
         return RemoteHandle(pending, lambda answer: self._supervision(answer, shapes, wish))
 
     def _submit(
-        self, wish: Wish, tokens: dict[str, Tensor], step: int | None
+        self, wish: Wish, tokens: dict[str, Tensor], step: int | None, avoid: str
     ) -> tuple[PendingReply, Shapes]:
         """Ask; also the shapes that the tensors of the reply must have."""
         try:
@@ -338,6 +346,7 @@ class RemoteEagle3TargetModel:
             n_tokens=tokens["input_ids"].numel(),
             mapping_id=mapping_id,
             encoding=str(wish),
+            avoid=avoid,
         )
         return pending, shapes
 

@@ -37,6 +37,8 @@ FREE = (
     "accumulation",
     "skip_non_finite",
     "log_to",
+    "verify_share",
+    "verify_differs",
 )
 #: What a run was before it was written down.
 _BEFORE = {"draft": "eagle3", "chat_template": "", "chat_template_args": []}

@@ -21,6 +21,7 @@ from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.eagle3.unroll import Eagle3Unroll
 from trainer_client.errors import RequestError, TrainerClientError
 from trainer_client.targets.batch import Eagle3TargetBatch, TargetBackend
+from trainer_client.targets.remote import RemoteEagle3TargetModel
 from trainer_client.targets.wished import takes_head
 from trainer_client.training import identity, metrics, validation
 from trainer_client.training.data import MicroBatch, collate
@@ -32,6 +33,7 @@ from trainer_client.training.refused import PartialBatch, ask_one_by_one
 from trainer_client.training.settings import TrainSettings
 from trainer_client.training.stopping import Stop, Stopped
 from trainer_client.training.trainer import StepMetrics, Trainer, learning_rate, make_optimizer
+from trainer_client.training.verify import DisagreementError, Verifier
 from trainer_client.watch.boards import Board, opened, write
 
 _logger = logging.getLogger("draftmq.train")
@@ -103,6 +105,7 @@ class _Run:
         lm_head = backend.lm_head_rows() if takes_head(backend.encoding) else None
         if plan.held_out and found.newest is not None:
             self._best = (validation.best_step(settings.output) or (None, 0))[0]
+        self._verifier = _verifier(settings, backend, self._ranks)
         self._unroll = Eagle3Unroll(self.draft, depths=settings.ttt_depths)
         self._trainer = Trainer(
             self._unroll,
@@ -119,7 +122,7 @@ class _Run:
             skip_non_finite=settings.skip_non_finite,
         )
         self._prefetcher: Prefetcher[MicroBatch] = Prefetcher(
-            backend,
+            self._verifier or backend,
             _micro_batches(settings, plan, found.step, self._ranks),
             settings.prefetch,
             memory_bytes=settings.prefetch_mib << 20,
@@ -143,7 +146,7 @@ class _Run:
         ):
 
             def written(step: StepMetrics) -> None:
-                line = asdict(step) | _counted(self._backend)
+                line = asdict(step) | _counted(self._backend) | self._verified()
                 log.write(line)
                 write(self._boards, step.step, line)
                 on_step(step)
@@ -151,7 +154,12 @@ class _Run:
             self._train(written)
         seconds = time.perf_counter() - self._began
         waiting = self._prefetcher.waited_s / seconds
-        return _finish(settings, self._backend, self._plan, self.draft, seconds, waiting)
+        finish = (settings, self._backend, self._plan, self.draft, seconds, waiting)
+        return _finish(*finish, self._verified())
+
+    def _verified(self) -> dict[str, int]:
+        """What a second worker was asked for, of this rank's samples; {} where nothing is."""
+        return dict(self._verifier.counts) if self._verifier else {}
 
     def _train(self, on_step: Callable[[StepMetrics], None]) -> None:
         total, stop = self._plan.total_steps, self._stop
@@ -177,6 +185,8 @@ class _Run:
         except (Stopped, RankLostError) as error:
             by = stop.by or ("the end of another rank" if isinstance(error, RankLostError) else "")
             raise self._ended(f"stopped by {by or 'a signal to another rank'}") from error
+        except DisagreementError as error:
+            raise self._ended(f"{error}; the run ended") from error
         except RequestError as error:  # no workers for too long, or a target that fails
             raise self._ended(f"{error}; the run ended") from error
 
@@ -234,6 +244,7 @@ def _finish(
     draft: Eagle3Draft,
     seconds: float,
     waiting_share: float,
+    verified: Mapping[str, int],
 ) -> dict[str, Any]:
     lines = metrics.read(settings.output / "metrics.jsonl")
     if not (settings.output / "curves.png").exists():
@@ -248,6 +259,7 @@ def _finish(
         "simulated_accept_length": last.get("accept_length"),
         "waiting_share": waiting_share,
         "peak_memory_bytes": last.get("peak_memory_bytes"),
+        **verified,
         "samples": len(plan.dataset.samples),
         "samples_held_out": len(plan.held_out),
         "validation_loss": best[1] if best else None,
@@ -277,6 +289,21 @@ def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
     """Write ``summary.json``. Raises :class:`trainer_client.training.identity.RunError`."""
     text = json.dumps(metrics.finite(dict(summary)), indent=1, allow_nan=False)
     identity.write_whole(output / "summary.json", text + "\n")
+
+
+def _verifier(settings: TrainSettings, backend: TargetBackend, ranks: Ranks) -> Verifier | None:
+    """What asks for a share of the samples twice, where that is wanted.
+
+    Raises :class:`TrainerClientError` for a target that has no workers.
+    """
+    if not settings.verify_share:
+        return None
+    if not isinstance(backend, RemoteEagle3TargetModel):
+        raise TrainerClientError(
+            "--verify-share asks a second worker, and this target has none; leave it away"
+        )
+    seed = settings.seed * ranks.world_size + ranks.rank
+    return Verifier(backend, settings.verify_share, settings.verify_differs, seed)
 
 
 def _counted(backend: TargetBackend) -> dict[str, int]:

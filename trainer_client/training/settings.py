@@ -17,6 +17,7 @@ from trainer_client.watch.boards import check_boards
 Turns = Literal["all", "last"]
 Paths = Path | tuple[Path, ...]
 Pairs = tuple[str, ...]
+Differs = Literal["refuse", "warn"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class TrainSettings:
     #: A share of the samples (0.05) or a data file that is not trained on: loss and accept length
     #: there are measured at each checkpoint, and the best checkpoint is kept.
     validation: str = ""
+    #: Share of the samples that a second worker is asked for too; each costs one more forward.
+    verify_share: float = 0.0
+    #: Where two workers' answers differ by more than rounding: end the run, or go on and warn.
+    verify_differs: Differs = "refuse"
     #: Boards that get the figures too, with commas between: tensorboard, wandb.
     log_to: str = ""
     seed: int = 0
@@ -99,6 +104,10 @@ class TrainSettings:
         if self.validation_share is not None and not 0 < self.validation_share < 1:
             raise ValueError(
                 f"validation must be a share above 0 and below 1, or a file, got {self.validation}"
+            )
+        if not 0 <= self.verify_share <= 1:
+            raise ValueError(
+                f"verify_share must be a share from 0 to 1 of the samples, got {self.verify_share}"
             )
         if not 0 <= self.warmup_share < 1:
             raise ValueError(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from worker.targets.contract import Target
     from worker.targets.huggingface import HuggingFaceTarget
+    from worker.targets.parallel import ParallelTarget
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -38,10 +39,12 @@ def load_target(
     aux_layer_ids: Sequence[int] | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    device_map: str | Mapping[str, Any] = "",
 ) -> HuggingFaceTarget:
     """A Hugging Face model as a target: an id, a folder, or ``embedded`` for the shipped one.
 
-    ``device`` is a GPU if there is one, where it is empty.
+    ``device`` is a GPU if there is one, where it is empty. ``device_map`` (accelerate's, such as
+    "auto") lays the layers on several devices instead.
 
     ``dtype`` is that of the checkpoint unless given ("float32", "bfloat16", "float16").
     Raises :class:`TargetError`, in one sentence that says what to do.
@@ -50,23 +53,73 @@ def load_target(
 
     from worker.targets.huggingface import HuggingFaceTarget
 
-    where = resolve(name)
-    if _is_path(where) and not (Path(where) / "config.json").is_file():
-        raise TargetError(
-            f"there is no model at {where} (a folder with config.json and weights); give one, a "
-            "Hugging Face model id, or 'embedded'"
-        )
-    place = _device(device, torch)
+    where = _existing(name)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
-    model = load_model(name, where, _dtype(dtype, name, torch), options)
+    wanted = _dtype(dtype, name, torch)
+    if device_map:
+        if device:
+            raise TargetError(f"say either the device {device} or a device map, and not both")
+        _require_accelerate("--device-map")
+        model = load_model(name, where, wanted, options, placing={"device_map": device_map})
+        _refuse_offloaded(name, model)
+    else:
+        model = _on(_device(device, torch), name, load_model(name, where, wanted, options))
+    return HuggingFaceTarget(
+        model, name=name, aux_layer_ids=aux_layer_ids, tokenizer=_tokenizer_of(name, where)
+    )
+
+
+def load_parallel_target(
+    name: str,
+    *,
+    device: str = "",
+    dtype: str | torch.dtype | None = None,
+    aux_layer_ids: Sequence[int] | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    size: int = 0,
+) -> ParallelTarget:
+    """This rank's part of a Hugging Face model that is cut over the ranks that torchrun started.
+
+    ``size`` is how many there should be; 0: any number. Every rank must call this at the same time.
+    Raises :class:`TargetError`, in one sentence that says what to do.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from worker.targets.contract import text_config
+    from worker.targets.lowest import load_lowest
+    from worker.targets.parallel import ParallelTarget
+    from worker.targets.ranks import join
+
+    where = _existing(name)
+    _require_accelerate("--tp")
+    wanted = _dtype(dtype, name, torch)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
     try:
-        model = model.to(place)
-    except (RuntimeError, AssertionError) as error:
+        config = AutoConfig.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        raise TargetError(f"cannot load target {name!r}: {_first_line(error)}") from error
+    if not getattr(text_config(config), "base_model_tp_plan", None):
         raise TargetError(
-            f"target {name!r} does not fit on {place}: {_first_line(error)}"
-        ) from None
-    tokenizer = name if name == "embedded" else _tokenizer(where)  # a name holds on every host
-    return HuggingFaceTarget(model, name=name, aux_layer_ids=aux_layer_ids, tokenizer=tokenizer)
+            f"transformers has no tensor parallel plan for target {name!r} "
+            f"({config.model_type}); lay its layers on several devices with --device-map auto, "
+            f"or serve it inside vLLM with --target vllm:{name} --tp N"
+        )
+    ranks = join(_device(device, torch).type, size)
+    model = load_model(name, where, wanted, options, placing=_tensor_parallel())
+
+    def lowest() -> HuggingFaceTarget:
+        return load_lowest(where, name, wanted, options, config)
+
+    return ParallelTarget(
+        model,
+        ranks=ranks,
+        name=name,
+        aux_layer_ids=aux_layer_ids,
+        tokenizer=_tokenizer_of(name, where),
+        lowest=lowest,
+    )
 
 
 def load_factory(
@@ -179,16 +232,22 @@ def load_vllm_target(
         tensor_parallel=tensor_parallel,
         dtype=_dtype(dtype, name, torch),
         device=str(_device(device, torch)),
-        tokenizer=name if name == "embedded" else _tokenizer(where),
+        tokenizer=_tokenizer_of(name, where),
         options={**shared, **({"revision": revision} if revision else {}), **options},
         loading=loading,
     )
 
 
 def load_model(
-    name: str, where: str, dtype: Any, options: Mapping[str, Any], config: Any = None
+    name: str,
+    where: str,
+    dtype: Any,
+    options: Mapping[str, Any],
+    config: Any = None,
+    placing: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """The model of a checkpoint by transformers; ``config`` in the place of its own.
+    """The model of a checkpoint by transformers; ``config`` in the place of its own. ``placing``
+    says where its weights go, as ``from_pretrained`` takes it.
 
     Raises :class:`TargetError` in one sentence, also where the checkpoint lacks a tensor.
     """
@@ -197,7 +256,7 @@ def load_model(
 
     model: Any
     loaded: Mapping[str, Any]
-    wanted = {"dtype": dtype, "output_loading_info": True, **options}
+    wanted = {"dtype": dtype, "output_loading_info": True, **options, **placing}
     try:
         if config is None:
             config = AutoConfig.from_pretrained(where, **options)
@@ -239,9 +298,64 @@ def _refuse_random_weights(name: str, loaded: Mapping[str, Any]) -> None:
     )
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+def _some(names: Sequence[str], what: str = "tensors") -> str:
+    more = f" and {len(names) - 3} more {what}" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def _existing(name: str) -> str:
+    """Where a model is. Raises :class:`TargetError` for a folder that has none."""
+    where = resolve(name)
+    if _is_path(where) and not (Path(where) / "config.json").is_file():
+        raise TargetError(
+            f"there is no model at {where} (a folder with config.json and weights); give one, a "
+            "Hugging Face model id, or 'embedded'"
+        )
+    return where
+
+
+def _on(place: Any, name: str, model: Any) -> Any:
+    try:
+        return model.to(place)
+    except (RuntimeError, AssertionError) as error:
+        raise TargetError(
+            f"target {name!r} does not fit on {place}: {_first_line(error)}; lay it on several "
+            "GPUs with --device-map auto, or cut it over them with --tp"
+        ) from None
+
+
+def _require_accelerate(option: str) -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise TargetError(
+            f"{option} needs accelerate, and there is none here; pip install 'draftmq[worker]'"
+        )
+
+
+def _tensor_parallel() -> dict[str, Any]:
+    """What ``from_pretrained`` of this transformers wants to be told, to cut a model by its own
+    plan.
+    """
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    except (ImportError, TypeError):  # before 5.17
+        return {"tp_plan": "auto"}
+
+
+def _refuse_offloaded(name: str, model: Any) -> None:
+    """Raise :class:`TargetError` where weights are not on the device that computes with them:
+    each forward would wait for them, and some are not there to be shown.
+    """
+    places: Mapping[str, Any] = getattr(model, "hf_device_map", {})
+    devices = {str(place) for place in places.values()}
+    away = {"disk", "meta"} | ({"cpu"} if len(devices - {"cpu", "disk", "meta"}) else set())
+    parts = [part for part, place in places.items() if str(place) in away]
+    if parts:
+        raise TargetError(
+            f"target {name!r} does not fit on its devices: {_some(parts, 'parts')} would be on "
+            f"{', '.join(sorted(devices & away))}; use more or larger GPUs, or a smaller dtype"
+        )
 
 
 def _is_path(where: str) -> bool:
@@ -271,6 +385,11 @@ def _dtype(dtype: Any, name: str, torch: Any) -> Any:
     if dtype not in known:
         raise TargetError(f"unknown dtype {dtype!r}; choose {', '.join(known)} or auto")
     return getattr(torch, dtype)
+
+
+def _tokenizer_of(name: str, where: str) -> str:
+    """What a trainer loads as the tokenizer: a name holds on every host."""
+    return name if name == "embedded" else _tokenizer(where)
 
 
 def _tokenizer(where: str) -> str:

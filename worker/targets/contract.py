@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -225,6 +226,15 @@ def choose_aux_layer_ids(requested: Sequence[int] | None, num_layers: int) -> tu
 def shift_left(tensor: Tensor) -> Tensor:
     """[B, T, ...] moved left by one along T, with zeros at the end."""
     return torch.cat((tensor[:, 1:], torch.zeros_like(tensor[:, :1])), dim=1)
+
+
+def frozen(target: ColocatedContract) -> contextlib.AbstractContextManager[Any]:
+    """A scope for forwards that nobody differentiates: torch's inference mode, or ``no_grad`` where
+    weights are spread over devices (``DTensor``), of which inference mode makes no views.
+    """
+    parameters = getattr(target.model, "parameters", list)
+    spread = any(hasattr(parameter, "full_tensor") for parameter in parameters())
+    return torch.no_grad() if spread else torch.inference_mode()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

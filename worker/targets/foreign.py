@@ -115,9 +115,9 @@ class ForeignTarget:
     ) -> TargetOutputs:
         """The inner target's batch as outputs that are shifted already."""
         batch = self.generate_batch(input_ids, attention_mask, loss_mask)
+        aux, logits = full_tensor(batch.aux_hidden_states), full_tensor(batch.logits)
         last = full_tensor(batch.last_hidden_state) if "hidden" in self.encodings else None
-        states, logits = full_tensor(batch.aux_hidden_states), full_tensor(batch.logits)
-        return TargetOutputs(states, logits, last, shifted=True)
+        return TargetOutputs(aux, logits, last, shifted=True)
 
     def close(self) -> None:
         """Close the inner target, if it can be."""

@@ -319,8 +319,8 @@ def _why_not_hidden(head: Any, trial: _Capture, logits: Tensor) -> str:
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     if weight is None or tuple(weight.shape) != (logits.shape[-1], hidden.shape[-1]):
         return f"the head {type(head).__name__} is not a matrix [V, H]"
-    bias = None if bias is None else full_tensor(bias)
-    remade = F.linear(hidden.to(weight.dtype), full_tensor(weight), bias).float()
+    whole = None if bias is None else full_tensor(bias)
+    remade = F.linear(hidden.to(weight.dtype), full_tensor(weight), whole).float()
     scale = logits.float().abs().max().clamp_min(1e-6)
     if ((remade - logits.float()).abs().max() / scale) > 0.02:
         return f"the head {type(head).__name__} does more than multiply"

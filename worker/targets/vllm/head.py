@@ -7,7 +7,6 @@ model's own modules are loaded by transformers, and its forward says whether the
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from worker.errors import TargetError
-from worker.targets.contract import Needs, text_config
+from worker.targets.contract import Needs
 from worker.targets.huggingface import HuggingFaceTarget, decoder_layers
-
-#: Layers that are loaded: enough for states to compare the engine's with.
-LOWER_LAYERS = 3
+from worker.targets.lowest import load_lowest
 
 
 class Ends:
@@ -28,9 +25,8 @@ class Ends:
     Raises :class:`TargetError` where the head's input is not the norm of the last layer's output.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
-        layers = len(decoder_layers(model))
-        self.lower = HuggingFaceTarget(model, name=name, aux_layer_ids=tuple(range(layers)))
+    def __init__(self, lower: HuggingFaceTarget, name: str) -> None:
+        self.lower = lower
         if self.lower.hidden_refused:
             raise TargetError(
                 f"target {name!r} cannot be served from an engine's states: "
@@ -74,18 +70,5 @@ def _equal(one: Any, other: Tensor) -> bool:
 def load_ends(
     where: str, name: str, dtype: Any, device: str, options: Mapping[str, Any], config: Any
 ) -> Ends:
-    """Load them from a checkpoint; tensors of the layers above are left where they are.
-
-    Raises :class:`TargetError` in one sentence.
-    """
-    from worker.targets import load_model
-
-    config = copy.deepcopy(config)
-    inner = text_config(config)
-    layers = min(LOWER_LAYERS, inner.num_hidden_layers)
-    inner.num_hidden_layers = layers
-    for field in ("layer_types", "no_rope_layers", "mlp_layer_types"):
-        if isinstance(of_layers := getattr(inner, field, None), list):
-            setattr(inner, field, of_layers[:layers])
-    model = load_model(name, where, dtype, options, config)
-    return Ends(model.to(device), name)
+    """Load them from a checkpoint. Raises :class:`TargetError` in one sentence."""
+    return Ends(load_lowest(where, name, dtype, options, config, device), name)
