@@ -74,8 +74,8 @@ _COMMANDS = {
 #: What an extra brings beyond the base install. pyproject.toml says the same, and a test that they
 #: agree.
 _MODULES = {
-    "worker": ("torch", "numpy", "transformers", "safetensors"),
-    "train": ("torch", "numpy", "transformers", "safetensors", "matplotlib"),
+    "worker": ("torch", "numpy", "transformers", "safetensors", "accelerate"),
+    "train": ("torch", "numpy", "transformers", "safetensors", "accelerate", "matplotlib"),
 }
 _MODULES["all"] = tuple(dict.fromkeys(_MODULES["worker"] + _MODULES["train"]))
 
@@ -164,6 +164,7 @@ def _read_config(ctx: click.Context, path: Path) -> dict[str, Any]:
     invoked = ctx.invoked_subcommand or ""
     if invoked in tables and (command := cli.get_command(ctx, invoked)) is not None:
         _check_settings(path, invoked, command, tables[invoked])
+        _listed(command, tables[invoked])
     return tables
 
 
@@ -176,6 +177,17 @@ def _check_settings(path: Path, name: str, command: click.Command, table: dict[s
     for key, settings in table.items():
         if key in inner and isinstance(settings, dict):
             _check_settings(path, f"{name}.{key}", inner[key], settings)
+
+
+def _listed(command: click.Command, table: dict[str, Any]) -> None:
+    """Make lists of single values where an option may be repeated, as on the command line."""
+    for parameter in command.params:
+        if parameter.multiple and not isinstance(table.get(parameter.name or "", []), list):
+            table[str(parameter.name)] = [table[str(parameter.name)]]
+    inner = command.commands if isinstance(command, click.Group) else {}
+    for name, sub_command in inner.items():
+        if isinstance(table.get(name), dict):
+            _listed(sub_command, table[name])
 
 
 def main(arguments: Sequence[str] = ()) -> None:

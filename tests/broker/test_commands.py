@@ -133,3 +133,12 @@ def test_every_command_is_where_the_table_says() -> None:
     context = click.Context(cli)
     for name in cli.list_commands(context):
         assert isinstance(cli.get_command(context, name), click.Command)
+
+
+def test_a_single_value_stands_for_a_list_of_one_in_a_config_file(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(
+        '[train]\ndata = "nowhere.jsonl"\nbroker = "tcp://127.0.0.1:1"\noutput = "o"\n'
+    )
+    result = run("--config", str(config), "train")
+    assert "nowhere.jsonl" in str(result.exception), result.output

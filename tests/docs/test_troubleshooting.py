@@ -35,7 +35,7 @@ def text(node: ast.expr) -> str:
 def event_of(name: str, call: ast.Call) -> str:
     """The event that a call logs, or nothing: its literal follows a level's, or a logger's name."""
     said = [text(argument) for argument in call.args]
-    if name in ("log", "_log", "Log"):
+    if name in ("log", "_log", "_tell", "Log"):
         leads = [number for number, each in enumerate(said) if each in LEVELS]
         following = said[leads[0] + 1 :] if leads else []
         return following[0] if following else ""
@@ -80,7 +80,9 @@ def test_an_event_reaches_the_log_by_functions_that_are_looked_at_alone() -> Non
                     names = {argument.arg: argument.annotation for argument in node.args.args}
                     if isinstance(names.get("event"), ast.Name) and names["event"].id == "str":
                         passing.add(node.name)
-    assert passing <= {"log", "_log", "_note", "left_out"}, "let event_of look at its callers too"
+    assert passing <= {"log", "_log", "_note", "_tell", "left_out"}, (
+        "let event_of look at its callers too"
+    )
 
 
 def test_every_code_stands_in_the_catalog_and_none_that_nobody_says() -> None:

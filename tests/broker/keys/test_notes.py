@@ -33,6 +33,11 @@ def connections(broker: Broker) -> int:
     return sum(len(port.connections) for port in broker._ports.values())
 
 
+def addresses(broker: Broker) -> set[str]:
+    """Of the connections that the broker has seen: one that fails before that has none."""
+    return {each.address for port in broker._ports.values() for each in port.connections}
+
+
 def test_a_probe_that_connects_and_closes_is_no_warning(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -53,6 +58,7 @@ def test_a_failed_handshake_names_the_address(
     with connect(broker.client_endpoint) as probe, connect(broker.client_endpoint) as sock:
         probe.close()
         host, port = sock.getsockname()
+        eventually(lambda: f"{host}:{port}" in addresses(broker))
         sock.sendall(greeting(b"CURVE"))
         with contextlib.suppress(ConnectionError):
             while sock.recv(4096):
