@@ -55,7 +55,7 @@ def test_compose_services_run_commands_that_exist() -> None:
     }
     assert lines.option(parsed["worker"], "target") == "embedded"
     assert lines.option(parsed["worker"], "broker") == ("tcp://broker:5556",)
-    assert lines.option(parsed["trainer"], "data") == Path("/data/train.jsonl")
+    assert lines.option(parsed["trainer"], "data") == (Path("/data/train.jsonl"),)
 
 
 def test_units_run_commands_whose_settings_are_options() -> None:

@@ -34,7 +34,13 @@ class Follower:
     def end(self) -> None:
         self.ours.send(None)
         self._thread.join()
-        self.ours.close()
+
+
+def close(*connections: Connection) -> None:
+    """Close rank 0's ends when nobody listens on them any more: the others' are closed."""
+    eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("draftmq-rank")])
+    for connection in connections:
+        connection.close()
 
 
 @pytest.fixture
@@ -48,6 +54,7 @@ def follow() -> Iterator[Callable[..., list[Connection]]]:
     yield start
     for each in followers:
         each.end()
+    close(*(each.ours for each in followers))
 
 
 def fine(order: Any) -> str:
@@ -85,7 +92,7 @@ def test_a_rank_that_ends_while_nothing_runs_is_told_at_once() -> None:
     assert "rank 1 has ended" in str(told[0])
     with pytest.raises(TargetGoneError, match="no longer together"):
         leader.run("run")
-    ours.close()
+    close(ours)
 
 
 def test_a_rank_that_ends_in_a_forward_makes_its_failure_the_targets_end() -> None:
@@ -98,7 +105,7 @@ def test_a_rank_that_ends_in_a_forward_makes_its_failure_the_targets_end() -> No
     leader = Leader("t", [ours], {"run": interrupted})
     with pytest.raises(TargetGoneError, match="rank 1 has ended"):
         leader.run("run")
-    ours.close()
+    close(ours)
 
 
 def test_a_rank_that_says_nothing_is_given_up(follow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
