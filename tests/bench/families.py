@@ -58,7 +58,7 @@ def accepted(
     tokenizer = AutoTokenizer.from_pretrained(resolve(name))
     train(settings, ColocatedTarget(target, "hidden"), tokenizer)
     # the embedded target's held-out text, in this target's own tokens
-    prompts = load_prompts(target.tokenizer, "embedded", None, 12, 48)
+    prompts = load_prompts(tokenizer, "embedded", None, 12, 48)
     result = evaluate(target, read_draft(settings.output / "draft"), prompts)
     return result.accept_length, result.lossless
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from trainer_client.commands.tokenizer import load_tokenizer
 from trainer_client.drafts.export import read_config, read_draft
 from trainer_client.drafts.layers import aux_layer_ids
 from trainer_client.drafts.lint import check_draft
@@ -157,7 +158,13 @@ def main() -> None:
     where = str(Path(where).resolve()) if Path(where).exists() else where
     layers = aux_layer_ids(given.draft)
     target = load_target(given.target, dtype="float32", aux_layer_ids=layers)
-    prompts = load_prompts(target.tokenizer, given.target, given.prompts, given.count, 48)
+    prompts = load_prompts(
+        load_tokenizer(target.tokenizer, trust_remote_code=False),
+        given.target,
+        given.prompts,
+        given.count,
+        48,
+    )
     draft = read_draft(given.draft, target.get_input_embeddings().weight)
     ours = evaluate(
         target,

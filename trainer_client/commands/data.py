@@ -13,8 +13,7 @@ import click
 
 from broker import logs
 from trainer_client.commands.regenerate import regenerate
-from trainer_client.commands.tokenizer import load_tokenizer, served_tokenizer
-from trainer_client.commands.train import HELP
+from trainer_client.commands.tokenizer import TEMPLATE_HELP, load_tokenizer, served_tokenizer
 from trainer_client.data import cache as tokens
 from trainer_client.data.reading import template_options
 from trainer_client.targets.remote import RemoteEagle3TargetModel
@@ -43,8 +42,8 @@ def data() -> None:
 @click.option("--trust-remote-code", is_flag=True, help="Run code of the tokenizer's own.")
 @click.option("--max-length", default=TrainSettings.max_length, show_default=True)
 @click.option("--loss-on", type=click.Choice(("all", "last")), default="all", show_default=True)
-@click.option("--chat-template", default="", help=HELP["chat_template"])
-@click.option("--chat-template-args", multiple=True, help=HELP["chat_template_args"])
+@click.option("--chat-template", default="", help=TEMPLATE_HELP["chat_template"])
+@click.option("--chat-template-args", multiple=True, help=TEMPLATE_HELP["chat_template_args"])
 @click.option("--skip-bad-lines", is_flag=True, help="Count what cannot be used, and go on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @logs.options

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import click
 
+from trainer_client.commands.tokenizer import load_tokenizer
 from trainer_client.errors import TrainerClientError
 
 #: What trains the embedded target's draft in about two minutes on two cores.
@@ -208,13 +209,12 @@ def listening(processes: Processes) -> dict[str, str]:
 def _compare(output: Path, say: Any) -> dict[str, Any]:
     """Decode for real with the trained draft, and with the weights that it began with."""
     import torch
-    from transformers import AutoTokenizer
 
     from trainer_client.drafts.export import read_draft
     from trainer_client.eagle3.draft import Eagle3Draft
     from trainer_client.evaluation.decoding import evaluate, greedy_decode
     from trainer_client.evaluation.prompts import load_prompts
-    from worker.targets import load_target, resolve
+    from worker.targets import load_target
 
     say("decoding with the draft, before and after training")
     summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
@@ -226,10 +226,10 @@ def _compare(output: Path, say: Any) -> dict[str, Any]:
     fresh = Eagle3Draft(trained.config, selected, target.get_input_embeddings().weight)
     assert head is not None  # the embedded target has one
     fresh.start_from_target(head.weight[selected])
-    prompts = load_prompts(target.tokenizer, "embedded", None, 12, 48)
+    tokenizer = load_tokenizer(target.tokenizer, trust_remote_code=False)
+    prompts = load_prompts(tokenizer, "embedded", None, 12, 48)
     before = evaluate(target, fresh, prompts[:4])
     after = evaluate(target, trained, prompts)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(target.tokenizer))
     prompt = str(tokenizer.decode(prompts[0]))
     continued = str(tokenizer.decode(greedy_decode(target, prompts[0], 64).tokens))
     say(f"\n{prompt}[{continued}]")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from trainer_client.commands.tokenizer import TEMPLATE_HELP, load_tokenizer
 from trainer_client.drafts.export import read_draft
 from trainer_client.errors import TrainerClientError
 from worker.targets.options import Layers
@@ -38,6 +39,12 @@ Example:
 )
 @click.option("--device", default="", help="cpu, cuda, ... (default: a GPU if there is one).")
 @click.option("--dtype", help="float32, bfloat16, ... (default: the checkpoint's).")
+@click.option("--tokenizer", default="", help="Name or path (default: the target's own).")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run code of the target's and the tokenizer's own."
+)
+@click.option("--chat-template", default="", help=TEMPLATE_HELP["chat_template"])
+@click.option("--chat-template-args", multiple=True, help=TEMPLATE_HELP["chat_template_args"])
 @click.option("--aux-layers", type=Layers(), help="Where not the draft's own: I,J,K.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def evaluate(
@@ -50,6 +57,10 @@ def evaluate(
     draft_tokens: int,
     device: str,
     dtype: str | None,
+    tokenizer: str,
+    trust_remote_code: bool,
+    chat_template: str,
+    chat_template_args: tuple[str, ...],
     aux_layers: tuple[int, ...] | None,
     as_json: bool,
 ) -> None:
@@ -59,16 +70,28 @@ def evaluate(
     """
     from rich.progress import track
 
+    from trainer_client.data.reading import template_options
     from trainer_client.drafts.layers import aux_layer_ids
     from trainer_client.evaluation.decoding import evaluate as run_evaluation
     from trainer_client.evaluation.prompts import check_fit, load_prompts
     from worker.targets import load_target
 
     layers = aux_layers or aux_layer_ids(draft)
-    loaded = load_target(target, device=device, dtype=dtype, aux_layer_ids=layers)
+    told = template_options(chat_template, chat_template_args)
+    loaded = load_target(
+        target,
+        device=device,
+        dtype=dtype,
+        aux_layer_ids=layers,
+        trust_remote_code=trust_remote_code,
+    )
     embeddings = loaded.get_input_embeddings().weight
     check_fit(draft, target, embeddings.shape[1], loaded.vocab_size)
-    tokens = load_prompts(loaded.tokenizer, target, prompts, count, prompt_tokens)
+    name = tokenizer or loaded.tokenizer
+    if not name:
+        raise TrainerClientError(f"the target {target!r} names no tokenizer; say --tokenizer")
+    read = load_tokenizer(name, trust_remote_code)
+    tokens = load_prompts(read, target, prompts, count, prompt_tokens, told)
     draft_model = read_draft(draft, embeddings)
     model = draft_model.to(device=loaded.device, dtype=loaded.dtype)
     ticks = iter(track(tokens, description="decoding", disable=as_json))

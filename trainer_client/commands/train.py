@@ -18,7 +18,7 @@ from broker import logs
 from broker.keys import operators
 from broker.options import ABOVE_0
 from trainer_client.commands.progress import Progress
-from trainer_client.commands.tokenizer import load_tokenizer, served_tokenizer
+from trainer_client.commands.tokenizer import TEMPLATE_HELP, load_tokenizer, served_tokenizer
 from trainer_client.eagle3.config import Family
 from trainer_client.eagle3.draft import Attention
 from trainer_client.errors import TrainerClientError
@@ -49,8 +49,7 @@ HELP = {
     "skip_non_finite": "Samples with values that are not finite that may be left out.",
     "max_length": "Tokens of a sample; what is longer is cut, and counted.",
     "loss_on": "Assistant turns that have loss: all of them, or each conversation's last.",
-    "chat_template": "File with a chat template to use in the place of the tokenizer's.",
-    "chat_template_args": "What the template is told, name=value; may be repeated.",
+    **TEMPLATE_HELP,
     "skip_bad_lines": "Leave out records that cannot be used, and count them by reason.",
     "draft": "The family of the draft: its norms, and what the next depth reads.",
     "draft_vocab_size": "Tokens that the draft can emit: the most frequent in the data.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,22 @@ from trainer_client.training.data import Sample, read_dataset
 
 
 def load_prompts(
-    tokenizer_name: str, target: str, path: Path | None, count: int, prompt_tokens: int
+    tokenizer: Any,
+    target: str,
+    path: Path | None,
+    count: int,
+    prompt_tokens: int,
+    template_options: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """``count`` prompts, spread evenly over the file.
 
     Of a conversation a prompt ends where an assistant's turn begins, as it is served; of running
-    text it is the first ``prompt_tokens``. Raises :class:`DataError` when there is no file and the
-    target is not the embedded one.
+    text it is the first ``prompt_tokens``. ``template_options`` are those of training
+    (:func:`trainer_client.data.reading.template_options`). Raises :class:`DataError` when there is
+    no file and the target is not the embedded one.
     """
-    from transformers import AutoTokenizer
-
-    from worker.targets import resolve
-
-    if not tokenizer_name:
-        raise DataError(f"the target {target!r} has no tokenizer beside it")
-    tokenizer = AutoTokenizer.from_pretrained(resolve(tokenizer_name))
     if path is not None:
-        samples = read_dataset(path, tokenizer, 4096).samples
+        samples = read_dataset(path, tokenizer, 4096, template_options=template_options).samples
         found = [tuple(each) for sample in samples for each in _prompts(sample, prompt_tokens)]
         prompts = [list(prompt) for prompt in dict.fromkeys(found)]
         return prompts[:: max(1, len(prompts) // count)][:count]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from trainer_client.commands.tokenizer import load_tokenizer
 from trainer_client.drafts.layers import aux_layer_ids
 from trainer_client.errors import ExportError
 from trainer_client.evaluation.prompts import check_fit, load_prompts
@@ -61,7 +62,7 @@ def test_prompts_end_where_answers_begin_and_each_is_asked_once(tmp_path: Path) 
         {"prompt": f"Be brief. {question}\n", "completion": "an answer"} for question in asked
     ]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    prompts = load_prompts(str(folder()), "x", data, 16, 8)
+    prompts = load_prompts(load_tokenizer(str(folder()), False), "x", data, 16, 8)
     tokenizer = AutoTokenizer.from_pretrained(folder())
     texts = [tokenizer.decode(ids) for ids in prompts]
     assert len(prompts) == 3
@@ -72,4 +73,18 @@ def test_prompts_end_where_answers_begin_and_each_is_asked_once(tmp_path: Path) 
 def test_running_text_is_cut_to_so_many_tokens(tmp_path: Path) -> None:
     data = tmp_path / "text.txt"
     data.write_text("The quick brown fox jumps over the lazy dog, again and again. " * 30)
-    assert {len(ids) for ids in load_prompts(str(folder()), "x", data, 2, 8)} == {8}
+    assert {
+        len(ids) for ids in load_prompts(load_tokenizer(str(folder()), False), "x", data, 2, 8)
+    } == {8}
+
+
+def test_prompts_are_rendered_with_the_template_that_was_trained_with(tmp_path: Path) -> None:
+    data = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    template = "{% for m in messages %}[{{ m.role }} {{ tone }}] {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant {{ tone }}] {% endif %}"
+    tokenizer = load_tokenizer(str(folder()), False)
+    options = {"chat_template": template, "tone": "calm"}
+    (prompt,) = load_prompts(tokenizer, "x", data, 16, 8, options)
+    assert tokenizer.decode(prompt).endswith("[user calm] one\n[assistant calm] ")
