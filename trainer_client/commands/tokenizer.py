@@ -41,7 +41,7 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> Any:
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise TrainerClientError(
-                f"the tokenizer {name!r} is code of its own; say --trust-remote-code if you do"
+                f"the tokenizer {name!r} is code of its own; --trust-remote-code runs it"
             ) from error
         why = str(error).strip().splitlines()[0]
         raise TrainerClientError(f"cannot load the tokenizer {name!r}: {why}") from error

@@ -30,7 +30,7 @@ def own_code(tmp_path: Path) -> str:
 
 
 def test_code_of_its_own_runs_when_it_may_only(own_code: str) -> None:
-    with pytest.raises(TrainerClientError, match="code of its own; say --trust-remote-code"):
+    with pytest.raises(TrainerClientError, match="code of its own; --trust-remote-code runs it"):
         load_tokenizer(own_code, False)
     assert load_tokenizer(own_code, True)("abc")["input_ids"] == [97, 98, 99]
 
