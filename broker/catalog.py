@@ -270,6 +270,9 @@ EVENTS = {
             "Is `--trace-broker` its HTTP address? The trace has the trainer's times alone.",
         ),
         "step": Known("How far the run is."),
+        "initial_draft": Known(
+            "What `--init-from` gave: the tokens of the vocabulary, and how many it knew."
+        ),
         "held_out_left_out": Known(
             "Held-out samples gave no finite numbers, and were not measured.",
             "Look at the samples that are named.",

@@ -71,9 +71,10 @@ def evaluate(
     from rich.progress import track
 
     from trainer_client.data.reading import template_options
+    from trainer_client.drafts.initial import check_fit
     from trainer_client.drafts.layers import aux_layer_ids
     from trainer_client.evaluation.decoding import evaluate as run_evaluation
-    from trainer_client.evaluation.prompts import check_fit, load_prompts
+    from trainer_client.evaluation.prompts import load_prompts
     from worker.targets import load_target
 
     layers = aux_layers or aux_layer_ids(draft)

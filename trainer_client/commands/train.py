@@ -29,7 +29,7 @@ from trainer_client.training.probe import probe
 from trainer_client.training.ranks import Ranks
 from trainer_client.training.run import train as run_training
 from trainer_client.training.run import write_summary
-from trainer_client.training.settings import Differs, TrainSettings, Turns
+from trainer_client.training.settings import Differs, InitVocab, TrainSettings, Turns
 from trainer_client.training.stopping import Stop, Stopped
 from trainer_client.training.trainer import StepMetrics
 from trainer_client.watch.observed import Observed
@@ -52,6 +52,8 @@ HELP = {
     **TEMPLATE_HELP,
     "skip_bad_lines": "Leave out records that cannot be used, and count them by reason.",
     "draft": "The family of the draft: its norms, and what the next depth reads.",
+    "init_from": "A draft to begin from (any trainer's); its network takes the place of --draft.",
+    "init_vocab": "Keep that draft's vocabulary, or choose one from the data.",
     "draft_vocab_size": "Tokens that the draft can emit: the most frequent in the data.",
     "draft_intermediate_size": "Width of the draft's MLP (0: like the target's).",
     "ttt_depths": "Depths of the training-time test.",
@@ -96,6 +98,7 @@ _TYPES = {
     "Attention": click.Choice(get_args(Attention)),
     "Family": click.Choice(get_args(Family)),
     "Differs": click.Choice(get_args(Differs)),
+    "InitVocab": click.Choice(get_args(InitVocab)),
 }
 
 

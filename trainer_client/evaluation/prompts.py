@@ -1,4 +1,4 @@
-"""What ``draftmq eval`` decodes: prompts, and whether draft and target are made for it."""
+"""What ``draftmq eval`` decodes: prompts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer_client.drafts.export import read_config
-from trainer_client.errors import DataError, ExportError
+from trainer_client.errors import DataError
 from trainer_client.training.data import Sample, read_dataset
 
 
@@ -48,23 +47,3 @@ def _prompts(sample: Sample, prompt_tokens: int) -> Iterator[list[int]]:
         yield from (ids[:at] for at in begins)
     elif len(ids) >= 2:
         yield ids[:prompt_tokens]
-
-
-def check_fit(draft: Path, target: str, hidden_size: int, vocab_size: int) -> None:
-    """Raise :class:`ExportError` where a draft was made for a target of other sizes."""
-    config: dict[str, Any] = read_config(draft)
-    hidden = config.get("target_hidden_size") or config.get("hidden_size")
-    sizes = {
-        "hidden size": (hidden, hidden_size),
-        "vocabulary": (config.get("vocab_size"), vocab_size),
-    }
-    differing = [
-        f"{name} {of_draft} and the target {of_target}"
-        for name, (of_draft, of_target) in sizes.items()
-        if of_draft is not None and of_draft != of_target
-    ]
-    if differing:
-        raise ExportError(
-            f"{draft} was not made for {target!r}: the draft has a {', and a '.join(differing)}; "
-            "name the target that it was trained with"
-        )

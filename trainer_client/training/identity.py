@@ -26,6 +26,7 @@ FILE = "run.json"
 FREE = (
     "output",
     "resume",
+    "init_from",
     "checkpoint_every",
     "keep_checkpoints",
     "prefetch",
@@ -41,7 +42,13 @@ FREE = (
     "verify_differs",
 )
 #: What a run was before it was written down.
-_BEFORE = {"draft": "eagle3", "chat_template": "", "chat_template_args": []}
+_BEFORE = {
+    "draft": "eagle3",
+    "chat_template": "",
+    "chat_template_args": [],
+    "init_vocab": "keep",
+    "initial_draft": "",
+}
 #: What is written down for people, and for ranks to agree on, and is not compared when a run is
 #: resumed.
 _TOLD = (

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from broker.logs import log
 from trainer_client.data.cache import known_contents
 from trainer_client.data.sources import files_of
+from trainer_client.drafts.initial import Initial, begin_from, read_initial
 from trainer_client.eagle3.config import FAMILIES, DraftConfig
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.targets.batch import TargetBackend
@@ -25,6 +29,8 @@ from trainer_client.training.validation import hold_out
 from trainer_client.training.vocab import always_known, frequent_tokens, token_counts
 from worker.supervision.mapping import VocabMapping
 
+_logger = logging.getLogger("draftmq.train")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -37,6 +43,8 @@ class Plan:
     total_steps: int
     #: samples that are measured on, and not trained
     held_out: Sequence[Sample]
+    #: what the draft begins from, where it does
+    initial: Initial | None
     #: what ``run.json`` says of the run
     identity: Mapping[str, Any]
 
@@ -55,7 +63,8 @@ def make_plan(
 
     ``there`` is the identity of the run that is resumed after ``done`` steps, and
     ``selected_token_ids`` int64 [D] the vocabulary of its checkpoint, which it keeps. Raises
-    :class:`DataError` for data that cannot be trained on, and
+    :class:`DataError` for data that cannot be trained on,
+    :class:`trainer_client.errors.ExportError` for a draft that a run cannot begin from, and
     :class:`trainer_client.training.identity.RunError` where ``there`` is another run, or has gone
     on for longer than is wanted now.
     """
@@ -67,6 +76,12 @@ def make_plan(
         dataset, held_out = hold_out(dataset, settings.validation_share, settings.seed)
     elif settings.validation:
         held_out = stored_dataset(settings.validation, tokenizer, options).samples
+    initial = None
+    if settings.init_from:
+        embeddings = backend.get_input_embeddings().weight
+        initial = read_initial(Path(settings.init_from), info, embeddings)
+        if selected_token_ids is None and settings.init_vocab == "keep":
+            selected_token_ids = initial.draft.selected_token_ids
     mapping, coverage = _vocabulary(settings, info, tokenizer, dataset, selected_token_ids)
     began = settings.batch_size * settings.accumulation * ranks.world_size
     if there is not None:
@@ -83,6 +98,7 @@ def make_plan(
         "validation_content": Dataset(held_out, 0, 0).digest,
         "tokenizer": identity.tokenizer_hash(tokenizer),
         "mapping": mapping.id,
+        "initial_draft": initial.content if initial else "",
         "model": info["model"],
         "target": info.get("offer") or info["fingerprint"],
         "encoding": backend.encoding,
@@ -102,7 +118,7 @@ def make_plan(
             "more --epochs or --max-steps, or take the draft of an earlier checkpoint (draftmq "
             "export)"
         )
-    return Plan(dataset, mapping, coverage, schedule, total_steps, held_out, here)
+    return Plan(dataset, mapping, coverage, schedule, total_steps, held_out, initial, here)
 
 
 def agreed_plan(
@@ -154,24 +170,34 @@ def _vocabulary(
 
 
 def make_draft(
-    settings: TrainSettings, backend: TargetBackend, mapping: VocabMapping
+    settings: TrainSettings,
+    backend: TargetBackend,
+    mapping: VocabMapping,
+    initial: Initial | None = None,
 ) -> Eagle3Draft:
-    """A fresh draft; the same seed gives the same weights.
+    """A draft before its first step; the same seed gives the same weights.
 
     It starts from the target's head where that is a plain matrix, which is where ``hidden`` is
-    offered. Raises :class:`trainer_client.training.identity.RunError` where what it starts from is
-    not finite.
+    offered, and then from ``initial``, whose network it has. Raises
+    :class:`trainer_client.training.identity.RunError` where what it starts from is not finite.
     """
     info = backend.model_info()
     sizes: dict[str, Any] = dict(FAMILIES[settings.draft])
     if settings.draft_intermediate_size:
         sizes["intermediate_size"] = settings.draft_intermediate_size
-    config = DraftConfig.from_target_info(info, mapping.draft_vocab_size, **sizes)
+    if initial is None:
+        config = DraftConfig.from_target_info(info, mapping.draft_vocab_size, **sizes)
+    else:
+        config = replace(initial.draft.config, draft_vocab_size=mapping.draft_vocab_size)
     torch.manual_seed(settings.seed)
     embeddings = _finite("input embeddings", backend.get_input_embeddings().weight)
     draft = Eagle3Draft(config, mapping.selected_token_ids, embeddings)
     if "hidden" in info["encodings"]:
         draft.start_from_target(_finite("head for the draft vocab", backend.lm_head_rows().weight))
+    if initial is not None:
+        kept = begin_from(draft, initial.draft)
+        fields = {"path": settings.init_from, "tokens": mapping.draft_vocab_size, "known": kept}
+        log(_logger, "info", "initial_draft", fields)
     draft.attention = settings.attention
     return draft
 

@@ -39,7 +39,7 @@ def probe(
     found, plan = agreed_plan(settings, backend, tokenizer, ranks)
     mapping, samples = plan.mapping, plan.dataset.samples
     backend.set_vocab_mapping(mapping.selected_token_ids, mapping.selected_token_mask)
-    draft = make_draft(settings, backend, mapping).to(device)
+    draft = make_draft(settings, backend, mapping, plan.initial).to(device)
     trainer = Trainer(
         Eagle3Unroll(draft, depths=settings.ttt_depths),
         make_optimizer(draft, settings.learning_rate, settings.weight_decay),

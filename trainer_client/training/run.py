@@ -95,7 +95,7 @@ class _Run:
         settings, backend, plan = self._settings, self._backend, self._plan
         mapping = plan.mapping
         backend.set_vocab_mapping(mapping.selected_token_ids, mapping.selected_token_mask)
-        self.draft = make_draft(settings, backend, mapping).to(self._device)
+        self.draft = make_draft(settings, backend, mapping, plan.initial).to(self._device)
         self.optimizer = make_optimizer(self.draft, settings.learning_rate, settings.weight_decay)
         if found.newest is not None and self._ranks.first:
             identity.compare(found.newest.settings, plan.identity, found.newest.directory)

@@ -18,6 +18,7 @@ Turns = Literal["all", "last"]
 Paths = Path | tuple[Path, ...]
 Pairs = tuple[str, ...]
 Differs = Literal["refuse", "warn"]
+InitVocab = Literal["keep", "data"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class TrainSettings:
     skip_bad_lines: bool = False
     #: ``eagle3.1`` has a norm for each aux state and feeds back what the head reads.
     draft: Family = "eagle3.1"
+    #: A draft to begin from, whose network it is then: ours, NeMo's, SpecForge's, speculators'.
+    init_from: str = ""
+    #: The vocabulary is that draft's, or is chosen from the data; its head's rows follow.
+    init_vocab: InitVocab = "keep"
     #: What EAGLE-3's authors and most published drafts use.
     draft_vocab_size: int = 32000
     #: 0: like a layer of the target.

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from trainer_client.commands.tokenizer import load_tokenizer
+from trainer_client.drafts.initial import check_fit
 from trainer_client.drafts.layers import aux_layer_ids
 from trainer_client.errors import ExportError
-from trainer_client.evaluation.prompts import check_fit, load_prompts
+from trainer_client.evaluation.prompts import load_prompts
 from worker.targets.embedded import folder
 
 
