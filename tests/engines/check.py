@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from trainer_client.commands.tokenizer import load_tokenizer
-from trainer_client.drafts.export import read_config, read_draft
+from trainer_client.drafts.export import read_config, read_draft, write_draft
 from trainer_client.drafts.layers import aux_layer_ids
 from trainer_client.drafts.lint import check_draft
 from trainer_client.evaluation.decoding import EvalResult, evaluate, greedy_decode
@@ -58,8 +58,9 @@ class Engines:
         # not resolved: the link's own place is what tells Python its environment
         self._python = Path(os.path.abspath(python))
 
-    def speculators(self, draft: Path, target: str) -> tuple[bool, str]:
-        code, log = self._run("speculators", "in_speculators.py", [draft.resolve(), target])
+    def speculators(self, script: str, *arguments: object) -> tuple[bool, str]:
+        """Whether a script of speculators ended well, and its last word."""
+        code, log = self._run(script, f"{script}.py", arguments)
         return code == 0, log.strip().splitlines()[-1] if log.strip() else "said nothing"
 
     def vllm(self, name: str, job: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -175,7 +176,11 @@ def main() -> None:
         eos=(),
     )
     findings = check_draft(given.draft)
-    loads, said = engines.speculators(given.draft, where)
+    loads, said = engines.speculators("in_speculators", given.draft.resolve(), where)
+    theirs_too = WORK / "speculators-format"
+    facts = {"config": read_config(given.draft), "aux_layer_ids": layers}
+    write_draft(draft, theirs_too, target_info=facts, verifier=where)
+    in_format = engines.speculators("in_speculators_format", theirs_too.resolve())
     config = read_config(given.draft)
     fc_norm, aux = bool(config.get("fc_norm")), config.get("num_aux_hidden_states")
     vllm, theirs = vllm_checks(engines, given.draft, where, ours, prompts, new_tokens)
@@ -187,6 +192,7 @@ def main() -> None:
             loads or (fc_norm and "Unexpected keys" in said and said.count("fc_norm") == aux),
             f"{said} (its converter has no fc_norm)" if fc_norm else said,
         ),
+        Check("speculators loads it in its own format", *in_format),
         *vllm,
     ]
     tokens = theirs.pop("tokens")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainer_client.drafts import nemo
 from trainer_client.drafts.kinds import kind_of, plain_config
+from trainer_client.drafts.speculators import speculators_config, speculators_tensors
 from trainer_client.eagle3.config import SWITCHES, DraftConfig, rope_parameters
 from trainer_client.eagle3.draft import Eagle3Draft
 from trainer_client.errors import ExportError
@@ -27,9 +28,12 @@ ARCHITECTURE = "LlamaForCausalLMEagle3"
 FILES = ("config.json", "model.safetensors")
 
 
-def write_draft(draft: Eagle3Draft, directory: Path, *, target_info: Mapping[str, Any]) -> None:
+def write_draft(
+    draft: Eagle3Draft, directory: Path, *, target_info: Mapping[str, Any], verifier: str = ""
+) -> None:
     """Write a draft for the target that ``target_info`` (``model_info()``) describes.
 
+    With a ``verifier``, the target's name for those who load it, the format is speculators'.
     The directory appears whole or not at all, and takes the place of an older draft. Raises
     :class:`ExportError`; also where the directory has anything but a draft, which is left alone.
     """
@@ -42,8 +46,13 @@ def write_draft(draft: Eagle3Draft, directory: Path, *, target_info: Mapping[str
         tensors = {name: tensor.contiguous().cpu() for name, tensor in draft.state_dict().items()}
         if draft.config.draft_vocab_size == draft.config.vocab_size and not draft.d2t.any():
             del tensors["d2t"], tensors["t2d"]  # engines take their absence for "the same"
+        config = engine_config(draft, target_info)
+        if verifier:
+            architectures = target_info["config"].get("architectures") or ()
+            config = speculators_config(config, verifier, architectures)
+            tensors = speculators_tensors(tensors)
         save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(engine_config(draft, target_info), indent=1) + "\n"
+        text = json.dumps(config, indent=1) + "\n"
         (unfinished / "config.json").write_text(text)
         if directory.exists():
             directory.rename(replaced)
@@ -260,10 +269,10 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     return wanted[0] if wanted else None
 
 
-def export_checkpoint(checkpoint: Path, output: Path) -> None:
+def export_checkpoint(checkpoint: Path, output: Path, verifier: str = "") -> None:
     """Write a run's newest checkpoint, or the one checkpoint that is named, as a draft.
 
-    Raises :class:`ExportError` where there is none.
+    ``verifier`` is :func:`write_draft`'s. Raises :class:`ExportError` where there is none.
     """
     found = newest_checkpoint(checkpoint)
     if found is None:
@@ -279,4 +288,4 @@ def export_checkpoint(checkpoint: Path, output: Path) -> None:
         draft.load_state_dict(tensors)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"{where} is damaged: {error}") from error
-    write_draft(draft, output, target_info=info)
+    write_draft(draft, output, target_info=info, verifier=verifier)

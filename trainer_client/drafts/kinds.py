@@ -12,7 +12,7 @@ from typing import Any
 from trainer_client.drafts import nemo
 
 #: What speculators' format keeps beside the config of the layers.
-_BESIDE = (
+OUTSIDE_LAYER = (
     "draft_vocab_size",
     "norm_before_residual",
     "norm_before_fc",
@@ -83,7 +83,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     inner = config.get("transformer_layer_config")
     if config.get("speculators_model_type") is None or not isinstance(inner, Mapping):
         return dict(config)
-    beside = {name: config[name] for name in _BESIDE if config.get(name) is not None}
+    beside = {name: config[name] for name in OUTSIDE_LAYER if config.get(name) is not None}
     plain = {"norm_before_residual": True, **inner, **beside}
     plain.setdefault("target_hidden_size", plain.get("hidden_size"))
     return plain
