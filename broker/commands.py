@@ -74,8 +74,8 @@ _COMMANDS = {
 #: What an extra brings beyond the base install. pyproject.toml says the same, and a test that they
 #: agree.
 _MODULES = {
-    "worker": ("torch", "numpy", "transformers", "safetensors", "accelerate"),
-    "train": ("torch", "numpy", "transformers", "safetensors", "accelerate", "matplotlib"),
+    "worker": ("torch", "numpy", "transformers", "safetensors"),
+    "train": ("torch", "numpy", "transformers", "safetensors", "matplotlib"),
 }
 _MODULES["all"] = tuple(dict.fromkeys(_MODULES["worker"] + _MODULES["train"]))
 

@@ -93,6 +93,12 @@ def test_rank_dies_under_training_and_all_come_back_and_drain(
             assert torch.equal(remote.lm_head_rows().weight, alone.target.model.lm_head.weight[::2])
             held = [remote.supervise("layers=1,5;last", ids + n) for n in range(2)]
             ranks = [pid_of_rank(torchrun, rank) for rank in range(2)]
+
+            def with_the_worker() -> bool:  # what is not stays with the broker, for another one
+                done = sum(handle.done() for handle in held)  # first: none is counted twice
+                return bool(done + broker.snapshot()["requests"]["running"] >= len(held))
+
+            eventually(with_the_worker, PATIENCE_S)
             torchrun.send_signal(signal.SIGTERM)
             for n, handle in enumerate(held):
                 expected, made = alone.supervise("layers=1,5;last", ids + n), handle.result()
