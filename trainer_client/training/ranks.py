@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer_client.errors import TrainerClientError
+from worker.targets.torchrun import join_process_group
 
 T = TypeVar("T")
 #: Longer than any data set takes to tokenize.
@@ -59,7 +60,7 @@ class Ranks:
         if "WORLD_SIZE" not in os.environ:
             return cls()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        join_process_group(backend, timedelta(seconds=timeout_s))
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from broker.logs import log
 from worker.errors import TargetError, TargetGoneError
+from worker.targets.torchrun import join_process_group
 
 _logger = logging.getLogger("draftmq.worker")
 
@@ -209,7 +210,7 @@ def join(device: str, wanted: int = 0) -> Ranks:
         )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    join_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     rank = dist.get_rank()
     return Ranks(rank, size, _connected(rank, size))
 

@@ -56,7 +56,7 @@ class Cluster:
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
         self._ports = [free_port() for _ in range(3)]
-        self._number = 0
+        self._names: dict[int, str] = {}  # by process id
         self.url = f"tcp://127.0.0.1:{self._ports[0]}"
         self._broker = self._start_broker()
         self._workers = [self._start_worker(), self._start_worker()]
@@ -71,6 +71,13 @@ class Cluster:
         self._broker.wait()
         self._broker = self._start_broker()
 
+    def check(self) -> None:
+        """End all with the log's last lines where one has ended that nobody killed."""
+        for child in (self._broker, *self._workers):
+            if child.poll() is not None:
+                said = self._processes.log(self._names[child.pid]).splitlines()[-5:]
+                raise SystemExit("\n".join([f"{child.args} ended by itself:", *said]))
+
     def _start_broker(self) -> subprocess.Popen[bytes]:
         clients, workers, http = (f"127.0.0.1:{port}" for port in self._ports)
         ends = ["--clients", f"tcp://{clients}", "--workers", f"tcp://{workers}", "--http", http]
@@ -81,15 +88,19 @@ class Cluster:
         return self._start("worker", "--broker", where, "--target", "embedded", "--threads", 1)
 
     def _start(self, command: str, *arguments: object) -> subprocess.Popen[bytes]:
-        self._number += 1
-        return self._processes.start(f"{command}.{self._number}", [command, *arguments])
+        name = f"{command}.{len(self._names) + 1}"
+        child = self._processes.start(name, [command, *arguments])
+        self._names[child.pid] = name
+        return child
 
 
 class Nemo:
-    """Runs the recipe in NeMo's environment, in one folder."""
+    """Runs the recipe in NeMo's environment, in one folder; ``check`` ends a run that waits for
+    nobody.
+    """
 
-    def __init__(self, python: Path, folder: Path) -> None:
-        self._python, self._folder = python, folder
+    def __init__(self, python: Path, folder: Path, check: Callable[[], None]) -> None:
+        self._python, self._folder, self._check = python, folder, check
         self._draft = ""
         self._write_data()
 
@@ -120,13 +131,16 @@ class Nemo:
                 stderr=subprocess.STDOUT,
             )
             end = time.monotonic() + _LIMIT_S
-            while child.poll() is None and time.monotonic() < end:
-                steps = re.findall(r"step=(\d+) train_loss", log.read_text(errors="replace"))
-                if left and steps and int(steps[-1]) >= left[0][0]:
-                    left.pop(0)[1]()
-                time.sleep(0.02)
-            if child.poll() is None:
-                child.terminate()
+            try:
+                while child.poll() is None and time.monotonic() < end:
+                    steps = re.findall(r"step=(\d+) train_loss", log.read_text(errors="replace"))
+                    if left and steps and int(steps[-1]) >= left[0][0]:
+                        left.pop(0)[1]()
+                    self._check()
+                    time.sleep(0.02)
+            finally:
+                if child.poll() is None:
+                    child.terminate()
             code = child.wait()
         said = log.read_text(errors="replace")
         drafts = sorted((self._folder / name).rglob("consolidated/*.safetensors"))
@@ -197,7 +211,8 @@ def main() -> int:
     (folder / "logs").mkdir(parents=True)
     failed = _inside(python, "tensors", folder / "logs")
     with Processes(folder / "logs") as processes:
-        cluster, nemo = Cluster(processes), Nemo(python, folder)
+        cluster = Cluster(processes)
+        nemo = Nemo(python, folder, cluster.check)
         failed += _inside(python, "drafts", nemo.begin(), folder / "drafts")
         remote = {"target_model_backend": "remote", "remote_urls": [cluster.url]}
         for ranks in (1, 2):

@@ -54,7 +54,7 @@ def test_ranks_of_a_gpu_host_can_reduce_tensors_of_both_kinds(
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr(ranks.dist, "init_process_group", lambda kind, **_: asked.append(kind))
+    monkeypatch.setattr(ranks, "join_process_group", lambda kind, _: asked.append(kind))
     monkeypatch.setattr(ranks.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 1)
     Ranks.from_environment()
