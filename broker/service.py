@@ -254,7 +254,7 @@ class Broker:
             self._stopped.set()
 
     def _next_timer(self) -> float | None:
-        timers = [self.core.next_timer, *(port.next_sweep for port in self._ports.values())]
+        timers = [self.core.next_timer, *(port.next_at for port in self._ports.values())]
         if self._zap is not None:
             timers.append(self._reread_at)
         return min((timer for timer in timers if timer is not None), default=None)

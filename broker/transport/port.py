@@ -16,7 +16,14 @@ from broker.errors import BrokerError
 from broker.protocol import RemoteProtocolError, VersionMismatchError, decode
 from broker.transport.connections import Allowance, Connection, Connections, cut, peer_address
 from broker.transport.local import LocalPath
-from broker.transport.sockets import HANDSHAKE_FAILED, Curve, Monitor, configure, receive
+from broker.transport.sockets import (
+    HANDSHAKE_FAILED,
+    Curve,
+    Monitor,
+    configure,
+    has_message,
+    receive,
+)
 
 #: Messages taken from one socket before the other gets a turn, and the time for it: a list of 4,000
 #: requests takes 50 ms to read.
@@ -27,6 +34,8 @@ _MAX_BROKEN = 64
 _HUNG_UP = (0, errno.EPIPE, errno.ECONNRESET)
 #: How often strangers are looked at, while there are any connections.
 _SWEEP_S = 0.2
+#: What a connection that is gone said last is looked for so long, however much comes on others.
+_LAST_WORDS_S = 1.0
 #: What a frame takes on the wire beside its bytes, at the most: ZMTP's 9 bytes, CURVE's 33.
 _FRAME_OVERHEAD_BYTES = 42
 #: What a stopping broker waits for its goodbyes to leave.
@@ -58,8 +67,11 @@ class Port:
         self.connections = Connections(known, _allowance(side, config))
         #: after two missed heartbeats it is asked whether bytes flow
         self._silent_s = 2 * config.heartbeat_s
-        self.next_sweep: float | None = None
+        self._next_sweep: float | None = None
         self._events: list[Event] = []
+        #: connections that are gone, by name, and since when: until the ROUTER has been read empty
+        #: their last messages may still lie there
+        self._leaving: dict[bytes, tuple[Connection, float]] = {}
         #: why handshakes have failed, in the order in which their connections will be gone
         self._broken: collections.deque[str] = collections.deque(maxlen=_MAX_BROKEN)
         self.socket = context.socket(zmq.ROUTER)
@@ -93,7 +105,8 @@ class Port:
         """What came on sockets that are ``ready``, a batch at most."""
         if self.monitor.socket in ready:
             self._read_monitor(now)
-        for _ in range(_BATCH if self.socket in ready else 0):
+        leaving = list(self._leaving.items())
+        for _ in range(_BATCH if leaving or self.socket in ready else 0):
             message = receive(self.socket, self.limits.max_frames + 2)
             if message is None:
                 break
@@ -103,12 +116,22 @@ class Port:
             self._receive(name.bytes, frames, nbytes, now)
             if time.monotonic() >= now + _BATCH_S:
                 break
+        read_empty = not leaving or not has_message(self.socket)
+        for gone, (connection, since) in leaving:
+            if read_empty or now >= since + _LAST_WORDS_S:
+                del self._leaving[gone]
+                self._lost(connection)
         events, self._events = self._events, []
         return events
 
+    @property
+    def next_at(self) -> float | None:
+        """When :meth:`events` or :meth:`sweep` have something to do, though nothing comes."""
+        return 0.0 if self._leaving or self._events else self._next_sweep
+
     def wants_sweep(self, now: float) -> bool:
         """Whether strangers should be looked at."""
-        due = self.next_sweep is not None and now >= self.next_sweep
+        due = self._next_sweep is not None and now >= self._next_sweep
         return due or self.connections.too_many_strangers
 
     def sweep(self, now: float, at_most: int) -> int:
@@ -116,12 +139,12 @@ class Port:
         surplus = self.connections.surplus(at_most)
         for connection in surplus:
             self._cut(connection, "too many connections without a hello")
-        if self.next_sweep is not None and now >= self.next_sweep:
+        if self._next_sweep is not None and now >= self._next_sweep:
             for connection, why in self.connections.overdue(now) + self.connections.overdrawn():
                 self._cut(connection, why)
             for connection in self.connections.moving(now, self._silent_s):
                 self._events.append(Moving(self.side, connection.name))
-            self.next_sweep = now + _SWEEP_S if len(self.connections) else None
+            self._next_sweep = now + _SWEEP_S if len(self.connections) else None
         return len(surplus)
 
     def cut_off(self, name: bytes) -> str:
@@ -142,12 +165,13 @@ class Port:
         for event, value in self.monitor.read():
             if event == zmq.EVENT_ACCEPTED:
                 self.connections.accepted(value, now, peer_address(value, self._own_port))
-                self.next_sweep = self.next_sweep or now + _SWEEP_S
+                self._next_sweep = self._next_sweep or now + _SWEEP_S
             elif event == zmq.EVENT_DISCONNECTED:
                 connection = self.connections.closed(value)
                 if self._broken and (connection is None or not connection.name):
                     self._note_broken(self._broken.popleft(), connection)
-                self._lost(connection)
+                if connection is not None and connection.name:
+                    self._leaving[connection.name] = connection, now
             else:  # of which connection the next tells that is gone without a word
                 self._broken.append(_handshake(event, value))
 
@@ -188,13 +212,18 @@ class Port:
             user = cast(str, frames[0].get("User-Id")) if self._keyed else ""
         except zmq.ZMQError:  # noise that passed for a ZMTP 1 peer has neither
             return None
-        connection = self.connections.spoke(descriptor, name, user, now)
+        connection = self._speaker(descriptor, name, user, now)
         if connection is None:  # news of it waits in the monitor: accepted, closed, in use again
             self._read_monitor(now)
             if older := self.connections.displaced(descriptor, name):
                 self._events.append(ConnectionLost(self.side, older))
-            connection = self.connections.spoke(descriptor, name, user, now)
+            connection = self._speaker(descriptor, name, user, now)
         return connection
+
+    def _speaker(self, descriptor: int, name: bytes, user: str, now: float) -> Connection | None:
+        if name in self._leaving:
+            return self._leaving[name][0]
+        return self.connections.spoke(descriptor, name, user, now)
 
     def _cut(self, connection: Connection, why: str) -> None:
         address = cut(connection.descriptor, self._own_port)
@@ -207,12 +236,15 @@ class Port:
             self._events.append(ConnectionLost(self.side, connection.name))
 
     def send(self, action: Send) -> bool:
-        """Queue a message; False when the connection is gone."""
+        """Queue a message; False when the connection is gone, and :meth:`events` will not say so
+        when it has told what came on it last.
+        """
         try:
             self.socket.send_multipart((action.connection, *action.frames), copy=False)
         except zmq.ZMQError as error:
             if error.errno == zmq.EHOSTUNREACH:
-                return False
+                self._read_monitor(time.monotonic())
+                return action.connection in self._leaving
             raise
         nbytes = sum(map(len, action.frames))
         self.sent_bytes += nbytes
