@@ -46,6 +46,7 @@ HELP = {
     "batch_size": "Samples of one rank in one micro-batch.",
     "accumulation": "Micro-batches of one rank for one optimizer step.",
     "global_batch": "Samples of a step over all ranks (0: batch size x accumulation x ranks).",
+    "pack": "Tokens of a micro-batch without padding, in which samples follow one another (0: no).",
     "skip_non_finite": "Samples with values that are not finite that may be left out.",
     "max_length": "Tokens of a sample; what is longer is cut, and counted.",
     "loss_on": "Assistant turns that have loss: all of them, or each conversation's last.",

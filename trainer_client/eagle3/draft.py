@@ -7,7 +7,7 @@ vLLM's and SGLang's ``llama_eagle3.py`` load. B batch, T tokens, H hidden size, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from trainer_client.eagle3.attention import repeated, unrolled_attention
 from trainer_client.eagle3.config import DraftConfig
 from trainer_client.eagle3.merged import merged_attention, usable
+from trainer_client.eagle3.packing import positions
 
 #: How the training-time test attends: ``auto`` merges where it can, ``reference`` never does.
 Attention = Literal["auto", "reference"]
@@ -26,12 +27,15 @@ Attention = Literal["auto", "reference"]
 
 @dataclass
 class TTTCache:
-    """Keys and values [B, kv_heads, T, head_dim] of every unroll depth so far."""
+    """Keys and values [B, kv_heads, T, head_dim] of every unroll depth so far, of rows, or of
+    packed documents of these ``lengths`` (:mod:`trainer_client.eagle3.packing`).
+    """
 
+    lengths: Sequence[int] = ()
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    #: whether these sequences are attended by merging; known with the first depth
-    merged: bool | None = None
+    #: whether all rows, or each document, are attended by merging; known with the first depth
+    merged: list[bool] = field(default_factory=list)
 
 
 @dataclass
@@ -234,20 +238,28 @@ class Eagle3Draft(nn.Module):
         what it will have seen when it drafts (EAGLE-3, figure 7). At depth i all positions are i
         further on. ``attention_mask`` [B, T] is that of the unshifted tokens.
         """
-        depth, length = len(cache.keys), input_ids.shape[1]
         x, residual = self.midlayer.fused(self.embed_tokens(input_ids), hidden)
-        positions = torch.arange(depth, depth + length, device=x.device).unsqueeze(0)
-        queries, keys, values = self.midlayer.self_attn.project(x, self._rotary(x, positions))
+        at = positions(input_ids[:1], cache.lengths) + len(cache.keys)
+        queries, keys, values = self.midlayer.self_attn.project(x, self._rotary(x, at))
         cache.keys.append(keys)
         cache.values.append(values)
-        if cache.merged is None:  # the same at every depth
-            merge = self.attention != "reference"
-            cache.merged = merge and usable(queries, attention_mask)
-        if cache.merged:
-            attended = merged_attention(queries, cache.keys, cache.values)
-        else:
-            attended = unrolled_attention(queries, cache.keys, cache.values, attention_mask)
-        return self.midlayer.finish(residual, attended)
+        return self.midlayer.finish(residual, self._attended(queries, cache, attention_mask))
+
+    def _attended(self, queries: Tensor, cache: TTTCache, attention_mask: Tensor) -> Tensor:
+        """Rows all together, packed documents each by itself."""
+        lengths = list(cache.lengths) or [queries.shape[2]]
+        masks = attention_mask.split(lengths, dim=1)
+        parts = (each.split(lengths, dim=2) for each in (queries, *cache.keys, *cache.values))
+        attended, depths = [], len(cache.keys)
+        for at, (mask, part, *seen) in enumerate(zip(masks, *parts, strict=True)):
+            if len(cache.merged) <= at:  # the same at every depth
+                padded = None if cache.lengths else mask
+                cache.merged.append(self.attention != "reference" and usable(part, padded))
+            if cache.merged[at]:
+                attended.append(merged_attention(part, seen[:depths], seen[depths:]))
+            else:
+                attended.append(unrolled_attention(part, seen[:depths], seen[depths:], mask))
+        return torch.cat(attended, dim=2)
 
     def decode(self, input_ids: Tensor, hidden: Tensor, cache: DecodeCache) -> Tensor:
         """Ordinary incremental decoding of n more tokens [1, n]: hidden [1, n, H]."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer_client.eagle3.packing import positions
 from trainer_client.eagle3.supervision import Supervision
 
 #: Float32 logits taken at a time: a few of them fit a CPU's cache; a GPU, which takes a kernel's
@@ -37,28 +38,37 @@ def head_loss(
     supervision: Supervision,
     weights: Sequence[float],
     counts: Tensor | None = None,
+    at: Tensor | None = None,
 ) -> HeadLoss:
     """Compare ``guesses`` [B, T, H], one a depth, through the head ``weight`` [D, H].
 
-    Slot t of depth i is a guess at what the target says in slot t + i. The loss of a depth is the
-    sum over the slots with supervision that it reaches, divided by ``counts`` [depths]: their
-    number in all that makes one step (:func:`reached`), so that losses and gradients of its parts
-    add up to those of the whole. Without ``counts`` this batch is the whole.
+    Slot t of depth i is a guess at what the target says in slot t + i of the same sequence; ``at``
+    int64 [B, T] says how far each slot is from the beginning of its own (default: of its row).
+    ``weights`` are those of all depths, of which short sequences reach the first few.
+
+    The loss of a depth is the sum over the slots with supervision that it reaches, divided by
+    ``counts`` [depths]: their number in all that makes one step (:func:`reached`), so that losses
+    and gradients of its parts add up to those of the whole. Without ``counts`` this batch is the
+    whole.
     """
     share = torch.tensor(weights, dtype=torch.promote_types(weight.dtype, torch.float32))
-    share /= sum(weights)
+    share = share[: len(guesses)] / sum(weights)
     grad = torch.is_grad_enabled()
+    if at is None:
+        at = positions(supervision.known, ())
     if counts is None:
-        counts = reached(supervision.known, len(guesses))
+        counts = reached(supervision.known, len(guesses), at)
     loss, depth_losses, correct = _HeadLoss.apply(
-        weight, supervision, share.to(weight.device), counts, grad, *guesses
+        weight, supervision, share.to(weight.device), counts, at, grad, *guesses
     )
     return HeadLoss(loss, depth_losses, correct)
 
 
-def reached(known: Tensor, depths: int) -> Tensor:
-    """How many slots with supervision (bool [B, T]) each depth reaches: int64 [depths]."""
-    return torch.stack([known[:, depth:].sum() for depth in range(depths)])
+def reached(known: Tensor, depths: int, at: Tensor) -> Tensor:
+    """How many slots with supervision (bool [B, T]) each depth reaches, where they are ``at`` in
+    their sequences: int64 [depths].
+    """
+    return torch.stack([(known & (at >= depth)).sum() for depth in range(depths)])
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -69,6 +79,7 @@ class _HeadLoss(torch.autograd.Function):
         supervision: Supervision,
         share: Tensor,
         counts: Tensor,
+        at: Tensor,
         grad: bool,
         *guesses: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +87,7 @@ class _HeadLoss(torch.autograd.Function):
         in_autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if in_autocast else weight.dtype
         with torch.autocast(kind, enabled=False):
-            head = _Head(weight, dtype, guesses, supervision, share, counts)
+            head = _Head(weight, dtype, guesses, supervision, share, counts, at)
             step = max(1, CHUNK_BYTES.get(kind, CHUNK_BYTES["cpu"]) // (4 * weight.shape[0]))
             for slots in supervision.slots.split(step):
                 head.take(slots, grad)
@@ -93,7 +104,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.gradients = None
         for taken in (weight_grad, *guess_grads):
             taken.mul_(grad)
-        return weight_grad, None, None, None, None, *guess_grads
+        return weight_grad, None, None, None, None, None, *guess_grads
 
 
 class _Head:
@@ -107,8 +118,10 @@ class _Head:
         supervision: Supervision,
         share: Tensor,
         counts: Tensor,
+        at: Tensor,
     ) -> None:
-        depths, (_, self.length) = len(guesses), supervision.known.shape
+        depths = len(guesses)
+        self.at = at.flatten()  # [B * T]
         self.weight = weight.to(dtype)  # [D, H]
         #: what losses are computed in: float32, and float64 where the draft is
         self.wide = torch.promote_types(weight.dtype, torch.float32)
@@ -126,7 +139,7 @@ class _Head:
     def take(self, slots: Tensor, grad: bool) -> None:
         """Add what these slots of the target [n] say about every depth."""
         target = self.probs(slots).to(self.wide)  # [n, D]
-        best, column = target.argmax(-1), slots % self.length
+        best, column = target.argmax(-1), self.at.index_select(0, slots)
         for depth, guesses in enumerate(self.guesses):
             reached = column >= depth
             at = torch.where(reached, slots - depth, slots)  # what is not reached counts nothing

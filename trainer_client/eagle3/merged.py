@@ -23,10 +23,11 @@ _aten = torch.ops.aten
 MIN_TOKENS = 257
 
 
-def usable(queries: Tensor, attention_mask: Tensor) -> bool:
+def usable(queries: Tensor, attention_mask: Tensor | None) -> bool:
     """Whether queries [B, heads, T, head_dim] of this dtype and device can be attended so.
 
-    ``attention_mask`` [B, T] must have its padding on the right, if any: a slot sees all before it.
+    ``attention_mask`` [B, T] must have its padding on the right, for a slot sees all before it;
+    None says that there is no padding.
     """
     if queries.shape[2] < MIN_TOKENS or not _has_operators(queries.device.type):
         return False
@@ -36,6 +37,8 @@ def usable(queries: Tensor, attention_mask: Tensor) -> bool:
             return False
     elif queries.device.type != "cpu" or queries.dtype not in (torch.float32, torch.bfloat16):
         return False
+    if attention_mask is None:
+        return True
     real = attention_mask.bool()
     return bool((real[:, 1:] <= real[:, :-1]).all())
 

@@ -7,6 +7,7 @@ AutoModel's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from trainer_client.eagle3.draft import Eagle3Draft, TTTCache
 from trainer_client.eagle3.loss import HeadLoss, head_loss, reached
+from trainer_client.eagle3.packing import positions, shifted
 from trainer_client.eagle3.supervision import known_slots, of_sent
 from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows
 
@@ -56,6 +58,7 @@ class Eagle3Unroll(nn.Module):
         loss_mask: Tensor,
         aux_hidden_states: Tensor,
         *,
+        lengths: Sequence[int] = (),
         lm_head: LmHeadRows | None = None,
         counts: Tensor | None = None,
         **sent: Tensor,
@@ -63,52 +66,62 @@ class Eagle3Unroll(nn.Module):
         """Unroll on one batch, given as ``Eagle3TargetBatch.to_trainer_inputs()``.
 
         ``sent`` is the batch's supervision in any encoding; ``lm_head`` is needed with the encoding
-        ``hidden``. ``counts`` int64 [depths] are those of :meth:`counts` over all batches of the
-        step; without them this one is the whole. Raises ``ValueError`` without supervision.
+        ``hidden``. A row of packed documents has their ``lengths``. ``counts`` int64 [depths] are
+        those of :meth:`counts` over all batches of the step; without them this one is the whole.
+        Raises ``ValueError`` without supervision.
         """
         loss_mask = loss_mask.bool()
         supervision = of_sent(sent, loss_mask, self.draft, lm_head)
-        guesses = self._guesses(input_ids, attention_mask, aux_hidden_states)
-        weights = self.weights[: len(guesses)]
+        guesses = self._guesses(input_ids, attention_mask, aux_hidden_states, lengths)
         if counts is not None:
             counts = counts[: len(guesses)]
-        head = head_loss(guesses, self.draft.lm_head.weight, supervision, weights, counts)
-        return self._output(head, supervision.known, loss_mask)
+        at, weight = positions(input_ids, lengths), self.draft.lm_head.weight
+        head = head_loss(guesses, weight, supervision, self.weights, counts, at)
+        return self._output(head, supervision.known, loss_mask, at)
 
     def counts(self, batch: Eagle3TargetBatch) -> Tensor:
         """What the depths of a batch have to learn from: slots with supervision, int64 [depths]."""
         inputs = batch.to_trainer_inputs()
         known = known_slots(inputs, inputs["loss_mask"].bool(), self.draft)
-        return self._padded(reached(known, min(self.depths, known.shape[1])))
+        at = positions(known, batch.lengths)
+        return self._padded(reached(known, self._depths_of(known, batch.lengths), at))
+
+    def _depths_of(self, rows: Tensor, lengths: Sequence[int]) -> int:
+        """No more depths than the longest sequence has tokens."""
+        return min(self.depths, max(lengths or rows.shape[1:]))
 
     def _guesses(
-        self, input_ids: Tensor, attention_mask: Tensor, aux_hidden_states: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        aux_hidden_states: Tensor,
+        lengths: Sequence[int],
     ) -> list[Tensor]:
         """What the head multiplies at each depth, [B, T, H].
 
         At depth i slot t has read token t + 1 + i and predicts the one after it.
         """
-        cache, hidden = TTTCache(), self.draft.fuse(aux_hidden_states)
+        cache, hidden = TTTCache(lengths), self.draft.fuse(aux_hidden_states)
         guesses = []
-        for depth in range(min(self.depths, input_ids.shape[1])):
+        for depth in range(self._depths_of(input_ids, lengths)):
             if depth:
-                zeros = torch.zeros_like(input_ids[:, :1])
-                input_ids = torch.cat((input_ids[:, 1:], zeros), dim=1)
+                input_ids = shifted(input_ids, lengths)
             hidden = self.draft.step(input_ids, hidden, cache, attention_mask)
             guesses.append(self.draft.norm(hidden))
             hidden = self.draft.fed_back(hidden, guesses[-1])
         return guesses
 
-    def _output(self, head: HeadLoss, known: Tensor, loss_mask: Tensor) -> UnrollOutput:
+    def _output(self, head: HeadLoss, known: Tensor, loss_mask: Tensor, at: Tensor) -> UnrollOutput:
         counts = []
         hit = chain = torch.ones_like(loss_mask)
         length = loss_mask.shape[1]
         for depth, correct in enumerate(head.correct):
-            left = length - depth  # slots that still have a token to read
-            right = correct[:, depth:]
-            chain = chain[:, :left] & loss_mask[:, depth:]
+            left = length - depth  # slots that still have a token to read, if it is their own
+            own, right = at[:, depth:] >= depth, correct[:, depth:]
+            chain = chain[:, :left] & loss_mask[:, depth:] & own
             hit = hit[:, :left] & right & chain
-            counts.append((right.sum(), known[:, depth:].sum(), hit.sum(), chain.sum()))
+            supervised = known[:, depth:] & own
+            counts.append((right.sum(), supervised.sum(), hit.sum(), chain.sum()))
         columns = [self._padded(torch.stack(column)) for column in zip(*counts, strict=True)]
         return UnrollOutput(head.loss, self._padded(head.depth_losses), *columns)
 

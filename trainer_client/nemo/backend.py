@@ -51,7 +51,9 @@ class BrokerTarget(RemoteEagle3TargetModel, Eagle3TargetBackend):
         self._trim = trim
         super().__init__(urls, device=device, encoding=encoding, **options)
 
-    def generate_batch(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Any:
+    def generate_batch(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
+    ) -> Any:
         """NeMo's batch for ids and masks [B, T]. Waits for it."""
         return self.generate_batch_async(input_ids, attention_mask, loss_mask).result()
 

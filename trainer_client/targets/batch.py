@@ -57,6 +57,8 @@ class Eagle3TargetBatch:
     topk_ids: Tensor | None = None  # [B, T, K] draft ids, int16 or int32
     rest_mass: Tensor | None = None  # [B, T, 1] float32: the probability of all other draft ids
     origins: tuple[str, ...] = ()  # where each sample came from, for errors
+    #: of the documents that are packed in one row, B = 1: none sees another, each is shifted alone
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         sources = {
@@ -91,21 +93,23 @@ class Eagle3TargetBatch:
     def map(self, change: Callable[[Tensor], Tensor]) -> Eagle3TargetBatch:
         """The same batch with each of its tensors changed."""
         changed = {name: change(tensor) for name, tensor in self._tensors().items()}
-        return Eagle3TargetBatch(**changed, origins=self.origins)
+        return Eagle3TargetBatch(**changed, origins=self.origins, lengths=self.lengths)
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {each.name: getattr(self, each.name) for each in fields(self)}
-        del named["origins"]
+        del named["origins"], named["lengths"]
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def to_trainer_inputs(self) -> dict[str, Tensor]:
+    def to_trainer_inputs(self) -> dict[str, Any]:
         """Keyword arguments for :class:`trainer_client.eagle3.unroll.Eagle3Unroll`."""
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "loss_mask": self.loss_mask,
             "aux_hidden_states": self.aux_hidden_states,
         }
+        if self.lengths:
+            inputs["lengths"] = self.lengths
         if self.logits is not None:
             return inputs | {"target_logits": self.logits}
         return inputs | {n: t for n, t in self._tensors().items() if n in _SUPERVISION}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from dataclasses import asdict
 from typing import Any
@@ -13,8 +14,10 @@ from broker.protocol.wish import Wish, parse_wish
 from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.targets.wished import (
     TargetSupervision,
+    batch_to_send,
     check_for_training,
     in_parts,
+    in_row,
     tokens_to_send,
 )
 from worker.supervision.mapping import VocabMapping
@@ -88,10 +91,19 @@ class ColocatedTarget:
         return LmHeadRows(rows["weight"], rows.get("bias"))
 
     def generate_batch(
-        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        loss_mask: Tensor,
+        *,
+        lengths: Sequence[int] = (),
     ) -> Eagle3TargetBatch:
-        """Supervision of ids and masks [B, T], on the target's device."""
+        """Supervision of ids and masks [B, T], on the target's device; with ``lengths`` [1, N] of
+        packed documents. Raises ``ValueError`` for those in the encoding ``logits``.
+        """
         if self._wish is None:
+            if lengths:
+                raise ValueError("packed documents cannot be had as logits; say hidden or probs")
             limit = self.facts.max_position_embeddings
             validate_request(input_ids, attention_mask, loss_mask, self.facts.vocab_size, limit)
             batch = self.target.generate_batch(
@@ -100,12 +112,15 @@ class ColocatedTarget:
             fields = ("aux_hidden_states", "input_ids", "attention_mask", "loss_mask", "logits")
             return Eagle3TargetBatch(**{field: getattr(batch, field) for field in fields})
         if not self._wish.name:
-            made = self.supervise(self._wish, input_ids, attention_mask, loss_mask)
-            return made.to_batch(input_ids, attention_mask, loss_mask)
-        tokens = tokens_to_send(input_ids, attention_mask, loss_mask, None)
-        tensors = self._compute(self._wish, tokens)
+            tokens = batch_to_send(input_ids, attention_mask, loss_mask, lengths)
+            made = TargetSupervision.of(
+                self._compute(self._wish, tokens), self._wish, self.facts.dtype
+            )
+            return made.to_batch(input_ids, attention_mask, loss_mask, lengths)
+        tokens = batch_to_send(input_ids, attention_mask, loss_mask, lengths)
+        tensors: dict[str, Any] = in_row(self._compute(self._wish, tokens), lengths)
         mask = attention_mask.to(tensors["input_ids"].device)
-        return Eagle3TargetBatch(attention_mask=mask, **dict[str, Any](tensors))
+        return Eagle3TargetBatch(attention_mask=mask, lengths=tuple(lengths), **tensors)
 
     def supervise(
         self,
@@ -128,10 +143,15 @@ class ColocatedTarget:
         return compute(self.target, tokens, mapping=mapping, encoding=str(wish))
 
     def generate_batch_async(
-        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        loss_mask: Tensor,
+        *,
+        lengths: Sequence[int] = (),
     ) -> LazyBatch:
         """A handle that computes when it is asked, since nothing else could compute meanwhile."""
-        return LazyBatch(self, (input_ids, attention_mask, loss_mask))
+        return LazyBatch(self, (input_ids, attention_mask, loss_mask), lengths)
 
     def close(self) -> None:
         """Nothing: the target belongs to the caller."""
@@ -148,8 +168,14 @@ class ColocatedTarget:
 class LazyBatch:
     """A batch that is computed by the first ``result``."""
 
-    def __init__(self, backend: ColocatedTarget, tokens: tuple[Tensor, Tensor, Tensor]) -> None:
+    def __init__(
+        self,
+        backend: ColocatedTarget,
+        tokens: tuple[Tensor, Tensor, Tensor],
+        lengths: Sequence[int] = (),
+    ) -> None:
         self._backend = backend
+        self._lengths = lengths
         self._tokens: tuple[Tensor, Tensor, Tensor] | None = tokens
         self._batch: Eagle3TargetBatch | None = None
         self._once = threading.Lock()
@@ -160,7 +186,7 @@ class LazyBatch:
             if self._batch is None:
                 if self._tokens is None:
                     raise CancelledError
-                self._batch = self._backend.generate_batch(*self._tokens)
+                self._batch = self._backend.generate_batch(*self._tokens, lengths=self._lengths)
             return self._batch
 
     def cancel(self) -> bool:

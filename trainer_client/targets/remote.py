@@ -26,9 +26,11 @@ from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows
 from trainer_client.targets.facts import model_facts
 from trainer_client.targets.wished import (
     TargetSupervision,
+    batch_to_send,
     check_for_training,
     check_wish,
     in_parts,
+    in_row,
     tokens_to_send,
 )
 from trainer_client.trace import Trace
@@ -259,10 +261,16 @@ class RemoteEagle3TargetModel:
         )
 
     def generate_batch(
-        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        loss_mask: Tensor,
+        *,
+        lengths: Sequence[int] = (),
     ) -> Eagle3TargetBatch:
         """Supervision for one batch, all three [B, T]. Waits for it."""
-        return self.generate_batch_async(input_ids, attention_mask, loss_mask).result()
+        masks = (attention_mask, loss_mask)
+        return self.generate_batch_async(input_ids, *masks, lengths=lengths).result()
 
     def generate_batch_async(
         self,
@@ -273,10 +281,12 @@ class RemoteEagle3TargetModel:
         step: int | None = None,
         slots: int = 0,
         avoid: str = "",
+        lengths: Sequence[int] = (),
     ) -> RemoteHandle[Eagle3TargetBatch]:
         """Ask for supervision; ``step`` orders it among the ranks of the job (default: counted).
         A worker to ``avoid`` answers only where there is no other. With ``slots`` it is of the
-        first so many slots of each row, where all others are padding.
+        first so many slots of each row, where all others are padding. With ``lengths`` the one row
+        [1, N] is of documents that follow one another, and each has what it has alone.
 
         Raises :class:`BadRequestError` at once for what no worker would accept.
         """
@@ -285,14 +295,15 @@ class RemoteEagle3TargetModel:
         if not wish.name:
             if slots:
                 raise ValueError(f"slots are for {NAMES}, and this client's wish is {wish}")
-            handle = self.supervise(wish, input_ids, *masks, step=step, avoid=avoid)
-            return handle.then(lambda made: made.to_batch(input_ids, *masks))
+            tokens = batch_to_send(input_ids, *masks, lengths)
+            pending, shapes = self._submit(wish, tokens, step, avoid)
+            made = RemoteHandle(pending, lambda answer: self._supervision(answer, shapes, wish))
+            return made.then(lambda made: made.to_batch(input_ids, *masks, lengths))
         if slots:
             wish = wish.within(0, slots)
-        tokens = tokens_to_send(input_ids, *masks, None)
-        pending, shapes = self._submit(wish, tokens, step, avoid)
+        pending, shapes = self._submit(wish, batch_to_send(input_ids, *masks, lengths), step, avoid)
         mask = attention_mask[:, :slots] if slots else attention_mask
-        return RemoteHandle(pending, lambda answer: self._batch(answer, shapes, mask))
+        return RemoteHandle(pending, lambda answer: self._batch(answer, shapes, mask, lengths))
 
     def supervise(
         self,
@@ -396,10 +407,13 @@ class RemoteEagle3TargetModel:
             )
         return self._mapping.id
 
-    def _batch(self, answer: Answer, shapes: Shapes, attention_mask: Tensor) -> Eagle3TargetBatch:
+    def _batch(
+        self, answer: Answer, shapes: Shapes, attention_mask: Tensor, lengths: Sequence[int]
+    ) -> Eagle3TargetBatch:
         _check_answer(answer, shapes)
         _use_here(answer.tensors)
-        batch = Eagle3TargetBatch(attention_mask=attention_mask, **dict[str, Any](answer.tensors))
+        tensors: dict[str, Any] = in_row(answer.tensors, lengths)
+        batch = Eagle3TargetBatch(attention_mask=attention_mask, lengths=tuple(lengths), **tensors)
         return batch if self._host_batches else batch.map(lambda t: t.to(self._device))
 
     def _supervision(self, answer: Answer, shapes: Shapes, wish: Wish) -> TargetSupervision:

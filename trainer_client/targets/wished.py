@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from broker.protocol.wish import Wish, parse_wish
+from trainer_client.eagle3.packing import shifted
 from trainer_client.targets.batch import Eagle3TargetBatch
 from worker.errors import BadRequest
 from worker.supervision.fp8 import from_fp8
 from worker.supervision.requests import Tokens, validate_tokens
 from worker.supervision.supervision import check_layers
-from worker.targets.contract import shift_left
 
 _OF_TOPK = ("topk_log_probs", "topk_ids", "rest_mass")
 
@@ -60,9 +60,14 @@ class TargetSupervision:
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
     def to_batch(
-        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        loss_mask: Tensor,
+        lengths: Sequence[int] = (),
     ) -> Eagle3TargetBatch:
-        """EAGLE-3's batch of the ids and masks [B, T] that were asked about.
+        """EAGLE-3's batch of the ids and masks [B, T] that were asked about; with ``lengths`` they
+        are [1, N], of packed documents.
 
         What counts is what the loss mask says, also where the target's own token is not in the
         draft vocabulary: to know that takes the whole head, which the wish did not ask for.
@@ -70,26 +75,27 @@ class TargetSupervision:
         assert self.states is not None  # by check_for_training
         device = self.states.device
         mask = loss_mask.to(device)
-        shifted_mask = shift_left(mask)
+        shifted_mask = shifted(mask, lengths)
         names = {"last": "last_hidden_state", "probs": "target_probs"} | {n: n for n in _OF_TOPK}
         supervision: dict[str, Any] = {
-            names[name]: shift_left(self._everywhere(tensor, mask.bool()))
+            names[name]: shifted(self._everywhere(tensor, mask.bool()), lengths)
             for name, tensor in self._tensors().items()
             if name != "states"
         }
         return Eagle3TargetBatch(
-            aux_hidden_states=self.states.flatten(-2),
-            input_ids=shift_left(input_ids.to(device, torch.int64)),
+            aux_hidden_states=self.states.flatten(-2).reshape(*mask.shape, -1),
+            input_ids=shifted(input_ids.to(device, torch.int64), lengths),
             attention_mask=attention_mask.to(device),
             loss_mask=shifted_mask,
             position_mask=shifted_mask.bool().unsqueeze(-1),
+            lengths=tuple(lengths),
             **supervision,
         )
 
     def _everywhere(self, tensor: Tensor, mask: Tensor) -> Tensor:
         """[B, T, ...], with zeros where ``at=loss`` left a position out."""
         if not self.wish.at_loss:
-            return tensor
+            return tensor.reshape(*mask.shape, tensor.shape[-1])
         whole = tensor.new_zeros(*mask.shape, *tensor.shape[1:])
         whole[mask] = tensor
         return whole
@@ -135,6 +141,20 @@ def check_wish(tokens: Tokens, wish: Wish, info: Mapping[str, Any]) -> None:
         )
     check_layers(wish.layers, tuple(info["layers"]), info["num_hidden_layers"], info["model"])
     validate_tokens(tokens, wish, info["vocab_size"], info["max_position_embeddings"])
+
+
+def in_row(tensors: Mapping[str, Tensor], lengths: Sequence[int]) -> dict[str, Tensor]:
+    """What came for packed documents, [N, ...], as the one row [1, N, ...] that was asked about."""
+    return {name: tensor.unsqueeze(0) if lengths else tensor for name, tensor in tensors.items()}
+
+
+def batch_to_send(
+    input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, lengths: Sequence[int]
+) -> dict[str, Tensor]:
+    """The tensors of a request for a batch: rows [B, T]; or a row [1, N] of packed documents."""
+    if not lengths:
+        return tokens_to_send(input_ids, attention_mask, loss_mask, None)
+    return tokens_to_send(input_ids[0], None, loss_mask[0], torch.tensor(lengths))
 
 
 def tokens_to_send(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ __all__ = [
     "Sample",
     "Schedule",
     "collate",
+    "in_bins",
+    "in_one_row",
     "read_dataset",
     "stored_dataset",
 ]
@@ -32,12 +34,37 @@ __all__ = [
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples padded on the right to the longest; int64 [B, T] each."""
+    """Samples padded on the right to the longest, or one behind the other in one row, which then
+    has their ``lengths``; int64 [B, T] each.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     loss_mask: Tensor
     origins: tuple[str, ...]
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def ask(self) -> dict[str, Any]:
+        """What a target's ``generate_batch`` is given; ``lengths`` only where there are some."""
+        asked: dict[str, Any] = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "loss_mask": self.loss_mask,
+        }
+        return asked | {"lengths": self.lengths} if self.lengths else asked
+
+    def one_by_one(self) -> Iterator[MicroBatch]:
+        """Each sample alone."""
+        tensors = (self.input_ids, self.attention_mask, self.loss_mask)
+        pieces = zip(*(each.split(*by_sample(self.lengths)) for each in tensors), strict=True)
+        for (ids, attention, loss), origin in zip(pieces, self.origins, strict=True):
+            yield MicroBatch(ids, attention, loss, (origin,))
+
+
+def by_sample(lengths: Sequence[int]) -> tuple[Any, int]:
+    """How tensors [B, T, ...] are split into one for each sample: sizes, and along what."""
+    return (list(lengths), 1) if lengths else (1, 0)
 
 
 def read_dataset(
@@ -83,6 +110,34 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
     return MicroBatch(ids, attention, loss, tuple(sample.origin for sample in samples))
 
 
+def in_one_row(samples: Sequence[Sample]) -> MicroBatch:
+    """Samples one behind the other, without padding."""
+    ids = [token for sample in samples for token in sample.input_ids]
+    loss = [kept for sample in samples for kept in sample.loss_mask]
+    row = torch.tensor([ids])
+    lengths = tuple(len(sample.input_ids) for sample in samples)
+    origins = tuple(sample.origin for sample in samples)
+    return MicroBatch(row, torch.ones_like(row), torch.tensor([loss]), origins, lengths)
+
+
+def in_bins(numbers: Sequence[int], lengths: Any, tokens: int) -> list[list[int]]:
+    """Samples by number in few groups of at most so many ``tokens``: the longest first, each where
+    it fits first, which takes at most 11/9 of the groups that it must (and a constant: Johnson,
+    1973). ``lengths`` are those of all samples; one of more tokens is alone.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(numbers, key=lambda number: (-int(lengths[number]), number)):
+        length = int(lengths[number])
+        at = next((at for at, left in enumerate(room) if length <= left), len(bins))
+        if at == len(bins):
+            bins.append([])
+            room.append(tokens)
+        bins[at].append(number)
+        room[at] -= length
+    return bins
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Which samples make each step, and who trains on which: a pure function of the step.
@@ -110,9 +165,13 @@ class Schedule:
         mine: list[int] = order[begin : begin + self.global_batch].tolist()
         return mine
 
+    def of_rank(self, step: int, rank: int, world: int) -> list[int]:
+        """Sample numbers of ``rank`` of ``world`` at ``step``, all from 0."""
+        return self.samples(step)[rank::world]
+
     def micro_batches(self, step: int, rank: int, world: int, batch_size: int) -> list[list[int]]:
-        """Sample numbers of each micro-batch of ``rank`` of ``world`` at ``step``, all from 0."""
-        mine = self.samples(step)[rank::world]
+        """The same, by micro-batch."""
+        mine = self.of_rank(step, rank, world)
         return [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
 
 

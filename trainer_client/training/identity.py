@@ -36,6 +36,7 @@ FREE = (
     "max_steps",
     "batch_size",
     "accumulation",
+    "pack",
     "skip_non_finite",
     "log_to",
     "verify_share",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from broker.logs import log
 from trainer_client.data.cache import known_contents
+from trainer_client.data.samples import lengths_of
 from trainer_client.data.sources import files_of
 from trainer_client.drafts.initial import Initial, begin_from, read_initial
 from trainer_client.eagle3.config import FAMILIES, DraftConfig
@@ -47,6 +49,11 @@ class Plan:
     initial: Initial | None
     #: what ``run.json`` says of the run
     identity: Mapping[str, Any]
+
+    @functools.cached_property
+    def lengths(self) -> Any:
+        """Tokens of each sample, int64 [samples]."""
+        return lengths_of(self.dataset.samples)
 
 
 def make_plan(

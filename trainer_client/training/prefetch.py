@@ -19,16 +19,14 @@ Depth = int | Literal["auto"]
 
 
 class Sample(Protocol):
-    """One micro-batch of token ids, before the target has seen it; all [B, T]."""
+    """One micro-batch of token ids, before the target has seen it."""
 
     @property
     def input_ids(self) -> Any: ...
 
     @property
-    def attention_mask(self) -> Any: ...
-
-    @property
-    def loss_mask(self) -> Any: ...
+    def ask(self) -> dict[str, Any]:
+        """What the target's ``generate_batch`` is given."""
 
 
 S = TypeVar("S", bound=Sample)
@@ -120,12 +118,11 @@ class Prefetcher(Generic[S]):
         return n_tokens * self._bytes_per_token <= self.memory_bytes
 
     def _ask(self, sample: S) -> _Asked[S]:
-        tensors = (sample.input_ids, sample.attention_mask, sample.loss_mask)
         handle: BatchHandle
         if self.backend.supports_async:
-            handle = self.backend.generate_batch_async(*tensors)
+            handle = self.backend.generate_batch_async(**sample.ask)
         else:
-            handle = _Later(self.backend, tensors)
+            handle = _Later(self.backend, sample.ask)
         return _Asked(sample, handle, sample.input_ids.numel())
 
     def _take(self, *, more: bool) -> tuple[S, Eagle3TargetBatch | PartialBatch]:
@@ -158,12 +155,12 @@ class Prefetcher(Generic[S]):
 class _Later:
     """The handle of a synchronous backend: asks when it is waited for."""
 
-    def __init__(self, backend: TargetBackend, tensors: tuple[Any, Any, Any]) -> None:
+    def __init__(self, backend: TargetBackend, ask: dict[str, Any]) -> None:
         self._backend = backend
-        self._tensors = tensors
+        self._ask = ask
 
     def result(self, timeout: float | None = None) -> Eagle3TargetBatch:
-        return self._backend.generate_batch(*self._tensors)
+        return self._backend.generate_batch(**self._ask)
 
     def cancel(self) -> bool:
         return True

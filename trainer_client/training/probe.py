@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer_client.data.samples import lengths_of
 from trainer_client.eagle3.unroll import Eagle3Unroll
 from trainer_client.targets.batch import TargetBackend
 from trainer_client.targets.wished import takes_head
-from trainer_client.training.data import collate
+from trainer_client.training.data import MicroBatch, collate, in_bins, in_one_row
 from trainer_client.training.memory import peak_bytes
-from trainer_client.training.plan import agreed_plan, make_draft
+from trainer_client.training.plan import Plan, agreed_plan, make_draft
 from trainer_client.training.ranks import Ranks
 from trainer_client.training.settings import TrainSettings
 from trainer_client.training.trainer import Trainer, make_optimizer
@@ -48,16 +47,14 @@ def probe(
         lm_head=backend.lm_head_rows() if takes_head(backend.encoding) else None,
         device=device,
     )
-    order = np.argsort(-lengths_of(samples), kind="stable")[: settings.batch_size]
-    longest = [samples[int(number)] for number in order]
-    asked = collate(longest)
+    asked = _largest(plan, settings)
 
     waited = [0.0]
 
     def batches() -> Any:
         for _ in range(2):
             began = time.perf_counter()
-            batch = backend.generate_batch(asked.input_ids, asked.attention_mask, asked.loss_mask)
+            batch = backend.generate_batch(**asked.ask)
             waited[0] += time.perf_counter() - began
             yield batch
 
@@ -72,7 +69,7 @@ def probe(
         "encoding": backend.encoding,
         "samples": len(samples),
         "tokens": n_tokens,
-        "longest_sample_tokens": len(longest[0].input_ids),
+        "longest_sample_tokens": int(plan.lengths.max()),
         "samples_truncated": plan.dataset.truncated,
         "samples_without_loss": plan.dataset.without_loss,
         "records_left_out": dict(plan.dataset.left_out),
@@ -90,3 +87,14 @@ def probe(
         "peak_memory_bytes": peak_bytes(device),
         "seconds": n_tokens * epochs / step.tokens_per_s,
     }
+
+
+def _largest(plan: Plan, settings: TrainSettings) -> MicroBatch:
+    """The micro-batch of the longest samples."""
+    order = np.argsort(-plan.lengths, kind="stable")
+    samples = plan.dataset.samples
+    if not settings.pack:
+        return collate([samples[int(number)] for number in order[: settings.batch_size]])
+    enough = 1 + int(np.searchsorted(np.cumsum(plan.lengths[order]), settings.pack))
+    first = in_bins(order[:enough].tolist(), plan.lengths, settings.pack)[0]
+    return in_one_row([samples[number] for number in first])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer_client.errors import TargetFailedError
 from trainer_client.targets.batch import Eagle3TargetBatch, TargetBackend
-from trainer_client.training.data import MicroBatch
+from trainer_client.training.data import MicroBatch, by_sample
 from worker.supervision.checks import says_unsound
 
 
@@ -40,29 +40,30 @@ def ask_one_by_one(
 
     Raises :class:`TargetFailedError`, with the samples' names, where it failed otherwise.
     """
-    good, left_out, story = [], [], ""
-    for row, origin in enumerate(asked.origins):
-        alone = slice(row, row + 1)
+    good: list[Eagle3TargetBatch] = []
+    left_out: list[str] = []
+    story = ""
+    for sample in asked.one_by_one():
         try:
             if not says_unsound(str(error)):
                 raise error
-            masks = asked.attention_mask[alone], asked.loss_mask[alone]
-            batch = backend.generate_batch(asked.input_ids[alone], *masks)
-            good.append(replace(batch, origins=(origin,)))
+            good.append(replace(backend.generate_batch(**sample.ask), origins=sample.origins))
         except TargetFailedError as again:
             if not says_unsound(str(again)):
                 names = ", ".join(asked.origins[:8])
                 raise TargetFailedError(again.code, f"{again} (samples: {names})") from error
-            left_out.append(origin)
+            left_out += sample.origins
             story = story or str(again)
     return PartialBatch(tuple(good), tuple(left_out), story)
 
 
 def rows(batch: Eagle3TargetBatch) -> list[Eagle3TargetBatch]:
     """A batch of each of its samples alone."""
-    count = batch.input_ids.shape[0]
+    how = by_sample(batch.lengths)
+    count = len(batch.input_ids.split(*how))
     origins = batch.origins or ("",) * count
+    alone = replace(batch, lengths=())
     return [
-        replace(batch.map(lambda t, at=row: t[at : at + 1]), origins=(origins[row],))  # type: ignore[misc]
-        for row in range(count)
+        replace(alone.map(lambda t, at=at: t.split(*how)[at]), origins=(origins[at],))  # type: ignore[misc]
+        for at in range(count)
     ]

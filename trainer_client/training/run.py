@@ -24,7 +24,7 @@ from trainer_client.targets.batch import Eagle3TargetBatch, TargetBackend
 from trainer_client.targets.remote import RemoteEagle3TargetModel
 from trainer_client.targets.wished import takes_head
 from trainer_client.training import identity, metrics, validation
-from trainer_client.training.data import MicroBatch, collate
+from trainer_client.training.data import MicroBatch, collate, in_bins, in_one_row
 from trainer_client.training.place import Found, held
 from trainer_client.training.plan import Plan, agreed_plan, make_draft
 from trainer_client.training.prefetch import Prefetcher
@@ -314,16 +314,19 @@ def _counted(backend: TargetBackend) -> dict[str, int]:
 
 def _mine(settings: TrainSettings, plan: Plan, step: int, ranks: Ranks) -> list[list[int]]:
     """The samples of each of this rank's micro-batches at a step."""
-    size = settings.batch_size
-    return plan.schedule.micro_batches(step, ranks.rank, ranks.world_size, size)
+    rank, world = ranks.rank, ranks.world_size
+    if settings.pack:
+        return in_bins(plan.schedule.of_rank(step, rank, world), plan.lengths, settings.pack)
+    return plan.schedule.micro_batches(step, rank, world, settings.batch_size)
 
 
 def _micro_batches(
     settings: TrainSettings, plan: Plan, first: int, ranks: Ranks
 ) -> Iterator[MicroBatch]:
+    together = in_one_row if settings.pack else collate
     for step in range(first, plan.total_steps):
         for numbers in _mine(settings, plan, step, ranks):
-            yield collate([plan.dataset.samples[number] for number in numbers])
+            yield together([plan.dataset.samples[number] for number in numbers])
 
 
 def _until(

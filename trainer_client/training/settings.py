@@ -38,6 +38,9 @@ class TrainSettings:
     #: Samples of one optimizer step over all ranks; 0: batch size x accumulation x ranks of the
     #: first start. A resumed run keeps it on any number of ranks.
     global_batch: int = 0
+    #: Tokens of a micro-batch in which samples follow one another without padding; 0: it has
+    #: ``batch_size`` samples, padded to the longest. What a step learns from is the same.
+    pack: int = 0
     #: SpecForge's default for chat data.
     max_length: int = 2048
     #: Which assistant turns have loss: all, or the last of each conversation.
@@ -99,8 +102,13 @@ class TrainSettings:
             above_0="epochs batch_size accumulation max_length draft_vocab_size ttt_depths "
             "learning_rate max_grad_norm prefetch_mib keep_checkpoints",
             not_negative="max_steps weight_decay checkpoint_every draft_intermediate_size "
-            "global_batch skip_non_finite",
+            "global_batch skip_non_finite pack",
         )
+        if 0 < self.pack < self.max_length:
+            raise ValueError(
+                f"pack must be 0 or at least max_length ({self.max_length} tokens), got "
+                f"{self.pack}: no sample is cut in two"
+            )
         if not -(2**32) < self.seed < 2**32:
             raise ValueError(f"seed must lie between -2**32 and 2**32, got {self.seed}")
         check_boards(self.boards)

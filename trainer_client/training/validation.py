@@ -104,7 +104,7 @@ def measure(
 def _asked(backend: TargetBackend, asked: MicroBatch) -> PartialBatch:
     """What the target says of a micro-batch, whole or sample by sample."""
     try:
-        batch = backend.generate_batch(asked.input_ids, asked.attention_mask, asked.loss_mask)
+        batch = backend.generate_batch(**asked.ask)
     except TargetFailedError as error:
         return ask_one_by_one(backend, asked, error)
     return PartialBatch((replace(batch, origins=asked.origins),), (), "")

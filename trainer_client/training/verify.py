@@ -25,6 +25,8 @@ from worker.targets.tolerance import (
 
 _logger = logging.getLogger("draftmq.train")
 
+#: What ``generate_batch_async`` was given, by name.
+Ask = dict[str, Any]
 #: Of a batch: what stands before the final norm, and what behind it.
 _BEFORE, _BEHIND = ("aux_hidden_states",), ("last_hidden_state", "target_probs", "topk_log_probs")
 #: Times that a second worker is asked for again, when the first has answered once more.
@@ -58,28 +60,27 @@ class Verifier:
         return getattr(self._backend, name)
 
     def generate_batch_async(
-        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, **more: Any
     ) -> RemoteHandle[Eagle3TargetBatch] | Twice:
         """Ask once, or by chance of two workers; the batch is always the first one's."""
-        tokens = (input_ids, attention_mask, loss_mask)
-        first = self._backend.generate_batch_async(*tokens)
-        return Twice(self, first, tokens) if self._draw.random() < self._share else first
+        masks = {"attention_mask": attention_mask, "loss_mask": loss_mask}
+        ask = {"input_ids": input_ids, **masks, **more}
+        first = self._backend.generate_batch_async(**ask)
+        return Twice(self, first, ask) if self._draw.random() < self._share else first
 
-    def ask_another(
-        self, tokens: tuple[Tensor, Tensor, Tensor], worker: str
-    ) -> RemoteHandle[Eagle3TargetBatch]:
-        """The same tokens, of any worker but this one where there is another."""
-        return self._backend.generate_batch_async(*tokens, avoid=worker)
+    def ask_another(self, ask: Ask, worker: str) -> RemoteHandle[Eagle3TargetBatch]:
+        """The same, of any worker but this one where there is another."""
+        return self._backend.generate_batch_async(**ask, avoid=worker)
 
     def compare(
         self,
         first: RemoteHandle[Eagle3TargetBatch],
         second: RemoteHandle[Eagle3TargetBatch],
-        tokens: tuple[Tensor, Tensor, Tensor],
+        ask: Ask,
     ) -> None:
         """Count what came of it. Raises :class:`DisagreementError` where it should."""
         try:
-            one, second = first.result(), self._of_another(first, second, tokens)
+            one, second = first.result(), self._of_another(first, second, ask)
             other, whose = second.result(), second.worker
             if whose == first.worker:
                 self.counts["verify_alone"] += 1
@@ -106,7 +107,7 @@ class Verifier:
         self,
         first: RemoteHandle[Eagle3TargetBatch],
         second: RemoteHandle[Eagle3TargetBatch],
-        tokens: tuple[Tensor, Tensor, Tensor],
+        ask: Ask,
     ) -> RemoteHandle[Eagle3TargetBatch]:
         """The second answer; asked for again where the same worker gave it, as a broker lets it
         where all others are busy just then.
@@ -115,7 +116,7 @@ class Verifier:
         for _ in range(0 if alone else _MORE_TRIES):
             if second.worker != first.worker:
                 break
-            second = self.ask_another(tokens, first.worker)
+            second = self.ask_another(ask, first.worker)
         return second
 
     def _story(self, one: Eagle3TargetBatch, other: Eagle3TargetBatch) -> str:
@@ -152,17 +153,17 @@ class Twice:
         self,
         verifier: Verifier,
         first: RemoteHandle[Eagle3TargetBatch],
-        tokens: tuple[Tensor, Tensor, Tensor],
+        ask: Ask,
     ) -> None:
         self._verifier = verifier
         self._first = first
-        self._tokens = tokens
+        self._ask = ask
         self._second: RemoteHandle[Eagle3TargetBatch] | None = None
 
     def result(self, timeout: float | None = None) -> Eagle3TargetBatch:
         """The first answer, when the second has been compared with it."""
         batch = self._first.result(timeout)
-        self._verifier.compare(self._first, self._ask_again(), self._tokens)
+        self._verifier.compare(self._first, self._ask_again(), self._ask)
         return batch
 
     def done(self) -> bool:
@@ -175,5 +176,5 @@ class Twice:
 
     def _ask_again(self) -> RemoteHandle[Eagle3TargetBatch]:
         if self._second is None:
-            self._second = self._verifier.ask_another(self._tokens, self._first.worker)
+            self._second = self._verifier.ask_another(self._ask, self._first.worker)
         return self._second
