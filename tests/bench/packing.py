@@ -3,10 +3,10 @@
 ``python tests/bench/packing.py [--of documents|paragraphs] [--pairs 5] [--json]``
 
 The samples are the documents, or the paragraphs, of the embedded target's corpus (Python's
-documentation), in its tokenizer. A step learns from the same samples in both: padded in
-micro-batches of ``--batch-size``, in the order of a run, or packed. Only the trainer's part is
-timed, forward and backward, for what a target of ``--hidden`` would send; the target saves the
-padding too.
+documentation), in its tokenizer; the documents are cut at ``--max-length``. A step learns from the
+same samples in both: padded in micro-batches of ``--batch-size``, in the order of a run, or packed.
+Only the trainer's part is timed, forward and backward, for what a target of ``--hidden`` would
+send; the target saves the padding too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trainer_client.training.data import MicroBatch, collate, in_bins, in_one_ro
 from worker.targets import EMBEDDED
 from worker.targets.embedded import DOCUMENT_SEPARATOR, folder
 
-_SPLIT = {"documents": DOCUMENT_SEPARATOR, "paragraphs": "\n\n"}
+_SPLIT = {"documents": DOCUMENT_SEPARATOR, "paragraphs": "\n"}
 
 
 def arguments() -> argparse.Namespace:
@@ -40,9 +40,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--of", choices=_SPLIT, default="documents")
     parser.add_argument("--samples", type=int, default=16, help="Of a step.")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--pack", type=int, default=0, help="Tokens (default: --max-length).")
-    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--max-length", type=int, default=4096)
+    parser.add_argument(
+        "--pack",
+        type=int,
+        default=0,
+        help="Tokens (default: of as many samples of the greatest length).",
+    )
+    parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--draft-vocab", type=int, default=1024)
     parser.add_argument("--depths", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=5)
@@ -114,7 +119,7 @@ def main() -> None:
         Sample(tuple(draw.randrange(vocab) for _ in range(count)), (1,) * count, "")
         for count in of_each
     ]
-    size, pack = wanted.batch_size, wanted.pack or wanted.max_length
+    size, pack = wanted.batch_size, wanted.pack or wanted.batch_size * max(of_each)
     padded = [collate(samples[at : at + size]) for at in range(0, len(samples), size)]
     bins = in_bins(range(len(samples)), of_each, pack)
     packed = [in_one_row([samples[number] for number in each]) for each in bins]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from trainer_client.eagle3.attention import repeated, unrolled_attention
 from trainer_client.eagle3.config import DraftConfig
 from trainer_client.eagle3.merged import merged_attention, usable
-from trainer_client.eagle3.packing import positions
+from trainer_client.eagle3.packing import Parts, positions
 
 #: How the training-time test attends: ``auto`` merges where it can, ``reference`` never does.
 Attention = Literal["auto", "reference"]
@@ -27,15 +27,21 @@ Attention = Literal["auto", "reference"]
 
 @dataclass
 class TTTCache:
-    """Keys and values [B, kv_heads, T, head_dim] of every unroll depth so far, of rows, or of
-    packed documents of these ``lengths`` (:mod:`trainer_client.eagle3.packing`).
-    """
+    """Keys and values [B, kv_heads, T, head_dim] of every unroll depth so far."""
 
-    lengths: Sequence[int] = ()
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    #: whether all rows, or each document, are attended by merging; known with the first depth
-    merged: list[bool] = field(default_factory=list)
+    #: whether these sequences are attended by merging; known with the first depth
+    merged: bool | None = None
+
+
+class PackedCache:
+    """A :class:`TTTCache` of each part of a row of packed documents."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths = lengths
+        self.parts = Parts(lengths, device)
+        self.caches = [TTTCache() for _ in self.parts.rows]
 
 
 @dataclass
@@ -230,7 +236,11 @@ class Eagle3Draft(nn.Module):
         return self.lm_head(self.norm(hidden))
 
     def step(
-        self, input_ids: Tensor, hidden: Tensor, cache: TTTCache, attention_mask: Tensor
+        self,
+        input_ids: Tensor,
+        hidden: Tensor,
+        cache: TTTCache | PackedCache,
+        attention_mask: Tensor,
     ) -> Tensor:
         """One depth of the training-time test over whole sequences [B, T]: hidden [B, T, H].
 
@@ -238,28 +248,40 @@ class Eagle3Draft(nn.Module):
         what it will have seen when it drafts (EAGLE-3, figure 7). At depth i all positions are i
         further on. ``attention_mask`` [B, T] is that of the unshifted tokens.
         """
+        packed = cache if isinstance(cache, PackedCache) else None
+        caches = packed.caches if packed else [cast(TTTCache, cache)]
         x, residual = self.midlayer.fused(self.embed_tokens(input_ids), hidden)
-        at = positions(input_ids[:1], cache.lengths) + len(cache.keys)
-        queries, keys, values = self.midlayer.self_attn.project(x, self._rotary(x, at))
+        at = positions(input_ids[:1], packed.lengths if packed else ()) + len(caches[0].keys)
+        projected = self.midlayer.self_attn.project(x, self._rotary(x, at))
+        if packed is None:
+            attended = self._attended(caches[0], projected, attention_mask)
+        else:
+            of_each = zip(*map(packed.parts.of, projected), strict=True)
+            attended = packed.parts.whole(
+                [
+                    self._attended(part, one, rows.mask, padded_on_the_right=True)
+                    for part, one, rows in zip(caches, of_each, packed.parts.rows, strict=True)
+                ]
+            )
+        return self.midlayer.finish(residual, attended)
+
+    def _attended(
+        self,
+        cache: TTTCache,
+        projected: tuple[Tensor, Tensor, Tensor],
+        attention_mask: Tensor,
+        *,
+        padded_on_the_right: bool = False,
+    ) -> Tensor:
+        queries, keys, values = projected
         cache.keys.append(keys)
         cache.values.append(values)
-        return self.midlayer.finish(residual, self._attended(queries, cache, attention_mask))
-
-    def _attended(self, queries: Tensor, cache: TTTCache, attention_mask: Tensor) -> Tensor:
-        """Rows all together, packed documents each by itself."""
-        lengths = list(cache.lengths) or [queries.shape[2]]
-        masks = attention_mask.split(lengths, dim=1)
-        parts = (each.split(lengths, dim=2) for each in (queries, *cache.keys, *cache.values))
-        attended, depths = [], len(cache.keys)
-        for at, (mask, part, *seen) in enumerate(zip(masks, *parts, strict=True)):
-            if len(cache.merged) <= at:  # the same at every depth
-                padded = None if cache.lengths else mask
-                cache.merged.append(self.attention != "reference" and usable(part, padded))
-            if cache.merged[at]:
-                attended.append(merged_attention(part, seen[:depths], seen[depths:]))
-            else:
-                attended.append(unrolled_attention(part, seen[:depths], seen[depths:], mask))
-        return torch.cat(attended, dim=2)
+        if cache.merged is None:  # the same at every depth
+            looked_at = None if padded_on_the_right else attention_mask
+            cache.merged = self.attention != "reference" and usable(queries, looked_at)
+        if cache.merged:
+            return merged_attention(queries, cache.keys, cache.values)
+        return unrolled_attention(queries, cache.keys, cache.values, attention_mask)
 
     def decode(self, input_ids: Tensor, hidden: Tensor, cache: DecodeCache) -> Tensor:
         """Ordinary incremental decoding of n more tokens [1, n]: hidden [1, n, H]."""

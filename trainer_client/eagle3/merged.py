@@ -27,7 +27,7 @@ def usable(queries: Tensor, attention_mask: Tensor | None) -> bool:
     """Whether queries [B, heads, T, head_dim] of this dtype and device can be attended so.
 
     ``attention_mask`` [B, T] must have its padding on the right, for a slot sees all before it;
-    None says that there is no padding.
+    None says that it has, or that there is none.
     """
     if queries.shape[2] < MIN_TOKENS or not _has_operators(queries.device.type):
         return False

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer_client.eagle3.draft import Eagle3Draft, TTTCache
+from trainer_client.eagle3.draft import Eagle3Draft, PackedCache, TTTCache
 from trainer_client.eagle3.loss import HeadLoss, head_loss, reached
 from trainer_client.eagle3.packing import positions, shifted
 from trainer_client.eagle3.supervision import known_slots, of_sent
@@ -83,8 +83,9 @@ class Eagle3Unroll(nn.Module):
         """What the depths of a batch have to learn from: slots with supervision, int64 [depths]."""
         inputs = batch.to_trainer_inputs()
         known = known_slots(inputs, inputs["loss_mask"].bool(), self.draft)
-        at = positions(known, batch.lengths)
-        return self._padded(reached(known, self._depths_of(known, batch.lengths), at))
+        lengths = batch.lengths or ()
+        depths = self._depths_of(known, lengths)
+        return self._padded(reached(known, depths, positions(known, lengths)))
 
     def _depths_of(self, rows: Tensor, lengths: Sequence[int]) -> int:
         """No more depths than the longest sequence has tokens."""
@@ -101,8 +102,8 @@ class Eagle3Unroll(nn.Module):
 
         At depth i slot t has read token t + 1 + i and predicts the one after it.
         """
-        cache, hidden = TTTCache(lengths), self.draft.fuse(aux_hidden_states)
-        guesses = []
+        hidden, guesses = self.draft.fuse(aux_hidden_states), []
+        cache = PackedCache(lengths, hidden.device) if lengths else TTTCache()
         for depth in range(self._depths_of(input_ids, lengths)):
             if depth:
                 input_ids = shifted(input_ids, lengths)

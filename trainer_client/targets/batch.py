@@ -58,7 +58,7 @@ class Eagle3TargetBatch:
     rest_mass: Tensor | None = None  # [B, T, 1] float32: the probability of all other draft ids
     origins: tuple[str, ...] = ()  # where each sample came from, for errors
     #: of the documents that are packed in one row, B = 1: none sees another, each is shifted alone
-    lengths: tuple[int, ...] = ()
+    lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         sources = {

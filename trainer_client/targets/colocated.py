@@ -120,7 +120,7 @@ class ColocatedTarget:
         tokens = batch_to_send(input_ids, attention_mask, loss_mask, lengths)
         tensors: dict[str, Any] = in_row(self._compute(self._wish, tokens), lengths)
         mask = attention_mask.to(tensors["input_ids"].device)
-        return Eagle3TargetBatch(attention_mask=mask, lengths=tuple(lengths), **tensors)
+        return Eagle3TargetBatch(attention_mask=mask, lengths=tuple(lengths) or None, **tensors)
 
     def supervise(
         self,

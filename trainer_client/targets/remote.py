@@ -413,7 +413,9 @@ class RemoteEagle3TargetModel:
         _check_answer(answer, shapes)
         _use_here(answer.tensors)
         tensors: dict[str, Any] = in_row(answer.tensors, lengths)
-        batch = Eagle3TargetBatch(attention_mask=attention_mask, lengths=tuple(lengths), **tensors)
+        batch = Eagle3TargetBatch(
+            attention_mask=attention_mask, lengths=tuple(lengths) or None, **tensors
+        )
         return batch if self._host_batches else batch.map(lambda t: t.to(self._device))
 
     def _supervision(self, answer: Answer, shapes: Shapes, wish: Wish) -> TargetSupervision:

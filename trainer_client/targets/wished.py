@@ -88,7 +88,7 @@ class TargetSupervision:
             attention_mask=attention_mask.to(device),
             loss_mask=shifted_mask,
             position_mask=shifted_mask.bool().unsqueeze(-1),
-            lengths=tuple(lengths),
+            lengths=tuple(lengths) or None,
             **supervision,
         )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ from trainer_client.data.samples import Dataset, Sample
 from trainer_client.data.showing import ReadingProgress
 from trainer_client.data.sources import Given, files_of
 
+T = TypeVar("T")
+
 __all__ = [
     "Dataset",
     "MicroBatch",
     "Options",
     "Sample",
     "Schedule",
+    "ask",
     "collate",
     "in_bins",
     "in_one_row",
@@ -44,22 +47,20 @@ class MicroBatch:
     origins: tuple[str, ...]
     lengths: tuple[int, ...] = ()
 
-    @property
-    def ask(self) -> dict[str, Any]:
-        """What a target's ``generate_batch`` is given; ``lengths`` only where there are some."""
-        asked: dict[str, Any] = {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "loss_mask": self.loss_mask,
-        }
-        return asked | {"lengths": self.lengths} if self.lengths else asked
-
     def one_by_one(self) -> Iterator[MicroBatch]:
         """Each sample alone."""
         tensors = (self.input_ids, self.attention_mask, self.loss_mask)
         pieces = zip(*(each.split(*by_sample(self.lengths)) for each in tensors), strict=True)
         for (ids, attention, loss), origin in zip(pieces, self.origins, strict=True):
             yield MicroBatch(ids, attention, loss, (origin,))
+
+
+def ask(call: Callable[..., T], batch: Any) -> T:
+    """Call a target's ``generate_batch``, or the like, for a micro-batch; with ``lengths`` only
+    where it has some, for not every target takes packed samples.
+    """
+    more = {"lengths": batch.lengths} if getattr(batch, "lengths", ()) else {}
+    return call(batch.input_ids, batch.attention_mask, batch.loss_mask, **more)
 
 
 def by_sample(lengths: Sequence[int]) -> tuple[Any, int]:

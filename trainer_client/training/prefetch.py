@@ -10,6 +10,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from trainer_client.errors import TargetFailedError
 from trainer_client.targets.batch import BatchHandle, Eagle3TargetBatch, TargetBackend
+from trainer_client.training.data import ask
 from trainer_client.training.depth import AutoDepth, Taken
 from trainer_client.training.refused import PartialBatch
 
@@ -19,14 +20,18 @@ Depth = int | Literal["auto"]
 
 
 class Sample(Protocol):
-    """One micro-batch of token ids, before the target has seen it."""
+    """One micro-batch of token ids, before the target has seen it; all [B, T]. With ``lengths`` its
+    one row is of packed documents.
+    """
 
     @property
     def input_ids(self) -> Any: ...
 
     @property
-    def ask(self) -> dict[str, Any]:
-        """What the target's ``generate_batch`` is given."""
+    def attention_mask(self) -> Any: ...
+
+    @property
+    def loss_mask(self) -> Any: ...
 
 
 S = TypeVar("S", bound=Sample)
@@ -120,9 +125,9 @@ class Prefetcher(Generic[S]):
     def _ask(self, sample: S) -> _Asked[S]:
         handle: BatchHandle
         if self.backend.supports_async:
-            handle = self.backend.generate_batch_async(**sample.ask)
+            handle = ask(self.backend.generate_batch_async, sample)
         else:
-            handle = _Later(self.backend, sample.ask)
+            handle = _Later(self.backend, sample)
         return _Asked(sample, handle, sample.input_ids.numel())
 
     def _take(self, *, more: bool) -> tuple[S, Eagle3TargetBatch | PartialBatch]:
@@ -155,12 +160,12 @@ class Prefetcher(Generic[S]):
 class _Later:
     """The handle of a synchronous backend: asks when it is waited for."""
 
-    def __init__(self, backend: TargetBackend, ask: dict[str, Any]) -> None:
+    def __init__(self, backend: TargetBackend, sample: Sample) -> None:
         self._backend = backend
-        self._ask = ask
+        self._sample = sample
 
     def result(self, timeout: float | None = None) -> Eagle3TargetBatch:
-        return self._backend.generate_batch(**self._ask)
+        return ask(self._backend.generate_batch, self._sample)
 
     def cancel(self) -> bool:
         return True

@@ -11,7 +11,7 @@ import torch
 from trainer_client.eagle3.unroll import Eagle3Unroll
 from trainer_client.targets.batch import TargetBackend
 from trainer_client.targets.wished import takes_head
-from trainer_client.training.data import MicroBatch, collate, in_bins, in_one_row
+from trainer_client.training.data import MicroBatch, ask, collate, in_bins, in_one_row
 from trainer_client.training.memory import peak_bytes
 from trainer_client.training.plan import Plan, agreed_plan, make_draft
 from trainer_client.training.ranks import Ranks
@@ -54,7 +54,7 @@ def probe(
     def batches() -> Any:
         for _ in range(2):
             began = time.perf_counter()
-            batch = backend.generate_batch(**asked.ask)
+            batch = ask(backend.generate_batch, asked)
             waited[0] += time.perf_counter() - began
             yield batch
 

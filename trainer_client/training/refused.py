@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer_client.errors import TargetFailedError
 from trainer_client.targets.batch import Eagle3TargetBatch, TargetBackend
-from trainer_client.training.data import MicroBatch, by_sample
+from trainer_client.training.data import MicroBatch, ask, by_sample
 from worker.supervision.checks import says_unsound
 
 
@@ -47,7 +47,7 @@ def ask_one_by_one(
         try:
             if not says_unsound(str(error)):
                 raise error
-            good.append(replace(backend.generate_batch(**sample.ask), origins=sample.origins))
+            good.append(replace(ask(backend.generate_batch, sample), origins=sample.origins))
         except TargetFailedError as again:
             if not says_unsound(str(again)):
                 names = ", ".join(asked.origins[:8])
@@ -59,10 +59,10 @@ def ask_one_by_one(
 
 def rows(batch: Eagle3TargetBatch) -> list[Eagle3TargetBatch]:
     """A batch of each of its samples alone."""
-    how = by_sample(batch.lengths)
+    how = by_sample(batch.lengths or ())
     count = len(batch.input_ids.split(*how))
     origins = batch.origins or ("",) * count
-    alone = replace(batch, lengths=())
+    alone = replace(batch, lengths=None)
     return [
         replace(alone.map(lambda t, at=at: t.split(*how)[at]), origins=(origins[at],))  # type: ignore[misc]
         for at in range(count)

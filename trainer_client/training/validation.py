@@ -19,7 +19,7 @@ from trainer_client.data.samples import records_of, taking
 from trainer_client.eagle3.unroll import Eagle3Unroll, simulated_accept_length
 from trainer_client.errors import DataError, TargetFailedError
 from trainer_client.targets.batch import Eagle3TargetBatch, LmHeadRows, TargetBackend
-from trainer_client.training.data import Dataset, MicroBatch, Sample, collate
+from trainer_client.training.data import Dataset, MicroBatch, Sample, ask, collate
 from trainer_client.training.identity import write_whole
 from trainer_client.training.ranks import Ranks, added_up
 from trainer_client.training.refused import PartialBatch, ask_one_by_one, rows
@@ -104,7 +104,7 @@ def measure(
 def _asked(backend: TargetBackend, asked: MicroBatch) -> PartialBatch:
     """What the target says of a micro-batch, whole or sample by sample."""
     try:
-        batch = backend.generate_batch(**asked.ask)
+        batch = ask(backend.generate_batch, asked)
     except TargetFailedError as error:
         return ask_one_by_one(backend, asked, error)
     return PartialBatch((replace(batch, origins=asked.origins),), (), "")

@@ -90,4 +90,4 @@ def test_a_draft_chooses_once_for_all_depths(attention: str) -> None:
     hidden, cache = torch.randn(1, T, CONFIG.hidden_size), TTTCache()
     for _ in range(2):
         hidden = draft.step(ids, hidden, cache, torch.ones_like(ids))
-    assert cache.merged == [attention == "auto"]
+    assert cache.merged == (attention == "auto")
